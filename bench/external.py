@@ -1,0 +1,87 @@
+"""Refuse ONNX files whose tensors live in other files, without onnx.
+
+ONNX Runtime resolves external data of a model that was loaded from bytes against the current folder, so a bundle could
+make the bench read any file there. The check walks the protobuf wire format (protobuf.dev/programming-guides/encoding)
+along the fields of onnx.proto that can hold a tensor, and looks at nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rkd.errors import BundleError
+
+# Message -> field number -> message. Only what leads to a tensor.
+_FIELDS: dict[str, dict[int, str]] = {
+    "Model": {7: "Graph", 20: "Training", 25: "Function"},
+    "Training": {1: "Graph", 2: "Graph"},
+    "Function": {7: "Node", 11: "Attribute"},
+    "Graph": {1: "Node", 5: "Tensor", 15: "Sparse"},
+    "Node": {5: "Attribute"},
+    "Attribute": {5: "Tensor", 6: "Graph", 10: "Tensor", 11: "Graph", 22: "Sparse", 23: "Sparse"},
+    "Sparse": {1: "Tensor", 2: "Tensor"},
+    "Tensor": {},
+}
+_EXTERNAL_DATA, _DATA_LOCATION = 13, 14  # TensorProto
+_VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
+
+
+def refuse_external_data(model: bytes, origin: str) -> None:
+    """Check that all of a model's tensors are inside of it.
+
+    Args:
+        model: an ONNX file.
+        origin: names it in errors.
+
+    Raises:
+        BundleError: a tensor is in another file, or the bytes are not a protobuf message.
+    """
+    view = memoryview(model)
+    pending = [("Model", 0, len(view))]
+    while pending:
+        message, start, end = pending.pop()
+        try:
+            for field, wire, low, high in _fields(view, start, end):
+                if message == "Tensor" and (field == _EXTERNAL_DATA or (field == _DATA_LOCATION and low != 0)):
+                    raise BundleError(
+                        f"{origin}: a tensor of the ONNX file is stored in another file; export it again with rkd, "
+                        "which keeps all data inside"
+                    )
+                inner = _FIELDS[message].get(field)
+                if inner and wire == _LENGTH:
+                    pending.append((inner, low, high))
+        except (ValueError, IndexError) as error:
+            raise BundleError(f"{origin}: not a readable ONNX file ({error}); export it again") from error
+
+
+def _fields(view: memoryview, at: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+    """Each field of one message: number, wire type, and its content's span (for a varint: its value, 0)."""
+    while at < end:
+        tag, at = _varint(view, at, end)
+        wire = tag & 7
+        if wire == _VARINT:
+            value, at = _varint(view, at, end)
+            yield tag >> 3, wire, value, 0
+            continue
+        if wire == _LENGTH:
+            length, at = _varint(view, at, end)
+        elif wire in (_FIXED64, _FIXED32):
+            length = 8 if wire == _FIXED64 else 4
+        else:
+            raise ValueError(f"wire type {wire}")
+        if length > end - at:
+            raise ValueError("cut short")
+        yield tag >> 3, wire, at, at + length
+        at += length
+
+
+def _varint(view: memoryview, at: int, end: int) -> tuple[int, int]:
+    value = shift = 0
+    while at < end and shift < 70:
+        byte = view[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value & 0xFFFF_FFFF_FFFF_FFFF, at
+        shift += 7
+    raise ValueError("cut short")

@@ -1,0 +1,243 @@
+"""Latency of one batch at a time, as a camera would see it (numpy only).
+
+Closed loop: the next inference starts when the last has returned. Wall time around `infer`, from a uint8 array in host
+memory to float32 logits in host memory, by `time.perf_counter_ns`.
+
+Warm-up ends when the medians of the last two windows agree within 5 %. A window is a quarter of all iterations so far,
+at least 10; so at least 20 iterations, at least 0.25 s (clocks need time to rise), at most a stated cap.
+
+Several bundles are interleaved in rounds, in a rotating order, so that a change of the machine hits all alike. After a
+switch a few inferences go untimed: caches are cold, and the last session's idle worker threads still spin.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rkd.bench.quantiles import Quantile, quantile
+
+Infer = Callable[[NDArray[np.uint8]], object]
+Clock = Callable[[], int]  # nanoseconds
+Times = NDArray[np.int64]  # nanoseconds
+
+WINDOW = 10
+WARM_UP_SECONDS = 0.25
+TOLERANCE = 0.05
+ROUNDS = 5
+_SETTLE_COUNT, _SETTLE_SECONDS = 3, 0.02
+_CAPACITY = 4_000_000  # samples a bundle; 32 MB that are touched only as far as they are used
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long to measure each bundle.
+
+    Attributes:
+        seconds: of samples, at least.
+        min_samples: at least.
+        cap_seconds: of samples, at most, even if there are fewer than `min_samples`.
+        warm_up_cap_seconds: of warm-up, at most.
+    """
+
+    seconds: float
+    min_samples: int
+    cap_seconds: float
+    warm_up_cap_seconds: float
+
+
+@dataclass
+class Series:
+    """What is known about one model so far.
+
+    Attributes:
+        infer: runs one batch.
+        images: the batch, uint8 (N, 3, H, W).
+        warm_up: untimed inferences before the first sample.
+        stationary: whether the warm-up ended by itself, not at its cap.
+        times: samples in nanoseconds, in the order of measurement; `n` of them are filled in.
+        n: samples.
+    """
+
+    infer: Infer
+    images: NDArray[np.uint8]
+    warm_up: int = 0
+    stationary: bool = False
+    times: Times = field(default_factory=lambda: np.empty(0, np.int64))
+    n: int = 0
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Latency of one model.
+
+    Attributes:
+        p50, p90, p99: milliseconds a batch.
+        n: samples.
+        batch: images in a batch.
+        images_per_second: images over the sum of all samples, in this closed loop.
+        warm_up: inferences before the first sample.
+        stationary: whether the warm-up ended by itself.
+        first_third_ms, last_third_ms: medians of the first and last third of the samples; None below 3 samples.
+    """
+
+    p50: Quantile
+    p90: Quantile
+    p99: Quantile
+    n: int
+    batch: int
+    images_per_second: float
+    warm_up: int
+    stationary: bool
+    first_third_ms: float | None
+    last_third_ms: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """As in result.json."""
+        return {
+            "p50": self.p50.to_json(),
+            "p90": self.p90.to_json(),
+            "p99": self.p99.to_json(),
+            "n": self.n,
+            "batch": self.batch,
+            "images_per_second": round(self.images_per_second, 4),
+            "warm_up": self.warm_up,
+            "stationary": self.stationary,
+            "first_third_ms": self.first_third_ms,
+            "last_third_ms": self.last_third_ms,
+        }
+
+
+def measure(
+    series: Sequence[Series],
+    plan: Plan,
+    on_slice: Callable[[int, int], None] | None = None,
+    clock: Clock = time.perf_counter_ns,
+) -> None:
+    """Warm up and sample all models, interleaved; what was sampled is in `series` even after an interruption.
+
+    Args:
+        series: one a model; filled in.
+        plan: how long.
+        on_slice: called between slices, never while one is timed, with slices done and in all.
+        clock: nanoseconds.
+    """
+    total = len(series) * (ROUNDS + 1)
+    tell = on_slice or (lambda *_: None)
+    for done, one in enumerate(series):
+        tell(done, total)
+        typical_ns = warm_up(one, plan.warm_up_cap_seconds, clock)
+        wanted = max(plan.min_samples, int(2 * plan.seconds * 1e9 / max(typical_ns, 1)))
+        one.times = np.empty(min(wanted, _CAPACITY), dtype=np.int64)
+    done = len(series)
+    for turn in range(ROUNDS):
+        for position in range(len(series)):
+            tell(done, total)
+            one = series[(turn + position) % len(series)]
+            if len(series) > 1:
+                _settle(one, clock)
+            least = -(-plan.min_samples // ROUNDS)
+            sample(one, least, plan.seconds / ROUNDS, plan.cap_seconds / ROUNDS, clock)
+            done += 1
+    tell(done, total)
+
+
+def summarise(series: Series, seed: int) -> Latency | None:
+    """The figures of one model; None without a sample.
+
+    Args:
+        series: its samples.
+        seed: of the bootstrap.
+    """
+    if not series.n:
+        return None
+    times = series.times[: series.n]
+    ordered = np.sort(times)
+    generator = np.random.default_rng(seed)
+    p50, p90, p99 = (quantile(ordered, percent, generator) for percent in (50, 90, 99))
+    batch, third = len(series.images), series.n // 3
+    return Latency(
+        p50,
+        p90,
+        p99,
+        n=series.n,
+        batch=batch,
+        images_per_second=batch * series.n / (max(int(times.sum()), 1) / 1e9),
+        warm_up=series.warm_up,
+        stationary=series.stationary,
+        first_third_ms=float(np.median(times[:third])) / 1e6 if third else None,
+        last_third_ms=float(np.median(times[-third:])) / 1e6 if third else None,
+    )
+
+
+def is_stationary(times: Sequence[int] | Times) -> bool:
+    """Whether the medians of the last two windows differ by at most 5 % of the earlier one."""
+    window = max(WINDOW, len(times) // 4)
+    if len(times) < 2 * window:
+        return False
+    earlier = float(np.median(times[-2 * window : -window]))
+    later = float(np.median(times[-window:]))
+    return abs(later - earlier) <= TOLERANCE * earlier
+
+
+def warm_up(series: Series, cap_seconds: float, clock: Clock = time.perf_counter_ns) -> float:
+    """Run until the latency is stationary or the cap is reached.
+
+    Returns:
+        The median of the last window in nanoseconds.
+    """
+    infer, images = series.infer, series.images
+    times: list[int] = []
+    start, next_check = clock(), 2 * WINDOW
+    while True:
+        begin = clock()
+        infer(images)
+        end = clock()
+        times.append(end - begin)
+        series.warm_up = len(times)
+        if len(times) >= next_check and end - start >= WARM_UP_SECONDS * 1e9:
+            if is_stationary(times):
+                series.stationary = True
+                break
+            next_check = len(times) + max(WINDOW, len(times) // 10)
+        if end - start >= cap_seconds * 1e9:
+            break
+    return float(np.median(times[-WINDOW:]))
+
+
+def sample(series: Series, least: int, seconds: float, cap_seconds: float, clock: Clock = time.perf_counter_ns) -> None:
+    """Append samples: at least `least` and for at least `seconds`, but for at most `cap_seconds`."""
+    infer, images, times = series.infer, series.images, series.times
+    i, full = series.n, len(series.times)
+    enough = i + least
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()  # collections would be of the harness's garbage
+    try:
+        start = clock()
+        deadline, cap = start + int(seconds * 1e9), start + int(cap_seconds * 1e9)
+        while i < full:
+            begin = clock()
+            infer(images)
+            end = clock()
+            times[i] = end - begin
+            i += 1
+            if (end >= deadline and i >= enough) or end >= cap:
+                break
+    finally:
+        series.n = i
+        if collecting:
+            gc.enable()
+
+
+def _settle(series: Series, clock: Clock) -> None:
+    start, count = clock(), 0
+    while count < _SETTLE_COUNT or clock() - start < _SETTLE_SECONDS * 1e9:
+        series.infer(series.images)
+        count += 1

@@ -1,0 +1,272 @@
+"""result.json: what `rkd bench` measured, one entry a bundle.
+
+    write(path, result); read(path) == result
+
+A result comes from someone else's board, so it is read as a stranger's file: every key and no other, every value of its
+type and in its range, text without control characters, percentages that follow from their hits. Reports read these
+files and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rkd.errors import RkdError
+from rkd.files import storage_errors, to_json, write_file
+from rkd.metrics import Proportion
+
+SCHEMA = 1
+SHA256 = re.compile(r"[0-9a-f]{64}")
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,200}")
+_STARTED = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", re.ASCII)
+_LIMIT_BYTES = 64 * 2**20
+_MAX_TEXT = 2000
+_MAX_NUMBER = 2**63
+
+Check = Callable[[Any], str | None]  # what is wrong, or None
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    """Write a result.
+
+    Raises:
+        RkdError: it is not what `read` would accept.
+        StorageError: the disk said no.
+    """
+    verify(result, str(path))
+    write_file(path, to_json(result))
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read and verify a result.
+
+    Raises:
+        RkdError: it is not a result of this schema.
+        StorageError: it cannot be read.
+    """
+    with storage_errors(path), path.open("rb") as file:
+        data = file.read(_LIMIT_BYTES + 1)
+    if len(data) > _LIMIT_BYTES:
+        raise RkdError(f"{path}: larger than {_LIMIT_BYTES:,} bytes; this is not a result of rkd bench")
+    try:
+        value = json.loads(data)
+    except Exception as error:  # ValueError, UnicodeDecodeError, RecursionError
+        raise RkdError(f"{path} is not a result of rkd bench: not JSON ({error})") from error
+    return verify(value, str(path))
+
+
+def verify(value: Any, origin: str) -> dict[str, Any]:
+    """Check a result; `origin` names it in errors.
+
+    Raises:
+        RkdError: it is not a result of this schema.
+    """
+    if isinstance(value, dict) and "schema" in value and value["schema"] != SCHEMA:
+        seen = value["schema"]
+        shown = seen if type(seen) is int and abs(seen) < 10**6 else "of another kind"
+        raise RkdError(f"{origin}: schema {shown}, this rkd reads {SCHEMA}; bench again with it")
+    problem = _RESULT(value)
+    if problem:
+        raise RkdError(f"{origin} is not a result of rkd bench: {problem}; bench again")
+    checked: dict[str, Any] = value
+    return checked
+
+
+def _object(fields: dict[str, Check]) -> Check:
+    """Exactly these keys."""
+
+    def check(value: Any) -> str | None:
+        if not isinstance(value, dict):
+            return " is not an object"
+        if set(value) != set(fields):
+            odd = sorted(set(value) ^ set(fields))
+            return f": {odd[0][:80]!r} is {'unknown' if odd[0] in value else 'missing'}"
+        for key, inner in fields.items():
+            if (problem := inner(value[key])) is not None:
+                return f".{key}{problem}"
+        return None
+
+    return check
+
+
+def _list(inner: Check, least: int = 0) -> Check:
+    def check(value: Any) -> str | None:
+        if not isinstance(value, list) or len(value) < least:
+            return f" is not a list of at least {least}"
+        for i, one in enumerate(value):
+            if (problem := inner(one)) is not None:
+                return f"[{i}]{problem}"
+        return None
+
+    return check
+
+
+def _by_name(inner: Check) -> Check:
+    def check(value: Any) -> str | None:
+        if not isinstance(value, dict):
+            return " is not an object"
+        for key, one in value.items():
+            if (problem := _text(key) or inner(one)) is not None:
+                return f".{key[:80]!r}{problem}"
+        return None
+
+    return check
+
+
+def _optional(inner: Check) -> Check:
+    return lambda value: None if value is None else inner(value)
+
+
+def _whole(low: int = 0) -> Check:
+    return lambda v: None if type(v) is int and low <= v < _MAX_NUMBER else f" is not a whole number from {low}"
+
+
+def _number(value: Any) -> str | None:
+    good = type(value) in (int, float) and 0 <= value < _MAX_NUMBER  # false for NaN
+    return None if good else " is not a number from 0"
+
+
+def _flag(value: Any) -> str | None:
+    return None if isinstance(value, bool) else " is neither true nor false"
+
+
+def _text(value: Any) -> str | None:
+    good = isinstance(value, str) and len(value) <= _MAX_TEXT and value.isprintable()
+    return None if good else " is not one line of text"
+
+
+def _matching(pattern: re.Pattern[str], what: str) -> Check:
+    return lambda v: None if isinstance(v, str) and pattern.fullmatch(v) else f" is not {what}"
+
+
+def _proportion(value: Any) -> str | None:
+    fields = _object({"hits": _whole(), "n": _whole(), "percent": _optional(_number), "low": _number, "high": _number})
+    if (problem := fields(value)) is not None:
+        return problem
+    if value["hits"] > value["n"] or Proportion.from_json(value).to_json() != value:
+        return ": percent, low and high do not follow from hits and n"
+    return None
+
+
+def _quantile(value: Any) -> str | None:
+    if (problem := _object({"ms": _number, "low": _number, "high": _number})(value)) is not None:
+        return problem
+    return None if value["low"] <= value["ms"] <= value["high"] else ": ms is not between low and high"
+
+
+def _validity(value: Any) -> str | None:
+    if (problem := _object({"valid": _flag, "reasons": _list(_text)})(value)) is not None:
+        return problem
+    return None if value["valid"] == (not value["reasons"]) else ": valid and reasons contradict each other"
+
+
+_digest = _matching(SHA256, "a SHA-256")
+_scores = _object(
+    {
+        "acc": _proportion,
+        "triggers": _list(_object({"name": _text, "target": _whole(), "asr": _proportion, "ra": _proportion})),
+    }
+)
+_bundle = _object(
+    {
+        "name": _matching(_NAME, "a name"),
+        "sha256": _digest,
+        "model_sha256": _digest,
+        "student_sha256": _optional(_digest),
+        "target": _text,
+        "runtime": _text,
+        "precision": _text,
+    }
+)
+_device = _object(
+    {
+        "model": _optional(_text),
+        "cpu": _optional(_text),
+        "architecture": _text,
+        "cores": _whole(1),
+        "physical_cores": _whole(1),
+        "memory_bytes": _optional(_whole(1)),
+        "os": _optional(_text),
+        "kernel": _text,
+        "python": _text,
+        "governor": _optional(_text),
+        "max_frequency_hz": _optional(_whole()),
+        "container": _optional(_text),
+        "emulator": _optional(_text),
+    }
+)
+_software = _object(
+    {
+        "rkd": _text,
+        "python": _text,
+        "numpy": _text,
+        "runtime": _text,
+        "runtime_version": _optional(_text),
+        "providers": _list(_text),
+        "threads": _whole(1),
+    }
+)
+_settings = _object(
+    {
+        "quick": _flag,
+        "batch": _whole(1),
+        "threads": _optional(_whole(1)),
+        "seconds": _number,
+        "min_samples": _whole(1),
+        "cap_seconds": _number,
+        "warm_up_cap_seconds": _number,
+        "seed": _whole(),
+        "latency": _flag,
+        "memory": _flag,
+        "accuracy": _flag,
+    }
+)
+_latency = _object(
+    {
+        "p50": _quantile,
+        "p90": _quantile,
+        "p99": _quantile,
+        "n": _whole(1),
+        "batch": _whole(1),
+        "images_per_second": _number,
+        "warm_up": _whole(),
+        "stationary": _flag,
+        "first_third_ms": _optional(_number),
+        "last_third_ms": _optional(_number),
+    }
+)
+_memory = _object(
+    {
+        "peak_bytes": _optional(_whole()),
+        "steady_bytes": _optional(_whole()),
+        "growth_bytes": _optional(_whole(-_MAX_NUMBER)),
+        "before_bytes": _optional(_whole()),
+        "inferences": _whole(),
+        "reason": _optional(_text),
+    }
+)
+_entry = _object(
+    {
+        "bundle": _bundle,
+        "started": _matching(_STARTED, "a UTC time"),
+        "device": _device,
+        "load": _object({"busy_cores": _optional(_number), "average": _optional(_number)}),
+        "software": _software,
+        "settings": _settings,
+        "latency": _optional(_latency),
+        "memory": _optional(_memory),
+        "scores": _optional(_scores),
+        "evaluated": _object({"images": _whole(), "of": _whole()}),
+        "labels": _optional(_object({"clean": _digest, "triggers": _by_name(_digest)})),
+        "exported_scores": _scores,
+        "differences": _optional(
+            _list(_object({"figure": _text, "here": _optional(_proportion), "host": _optional(_proportion)}))
+        ),
+        "validity": _validity,
+    }
+)
+_RESULT = _object({"schema": _whole(1), "interrupted": _flag, "entries": _list(_entry, 1)})

@@ -1,0 +1,260 @@
+"""A runtime behind the same three verbs: `with` activates it, `infer` runs one batch, leaving it releases it.
+
+    choice = choose_runner(bundle.target)
+    with open_runner(choice, bundle.model, "x.rkd") as runner:
+        logits = runner.infer(images)  # uint8 (N, 3, H, W) -> float32 (N, classes)
+
+Only ONNX Runtime so far. A bundle for TensorRT is run on ONNX Runtime's CPU provider instead, and says so: its scores
+hold for the file, its latency says nothing about the board.
+
+ONNX Runtime is set up as a deployed program would set it up: its default graph optimisations, its default spinning of
+worker threads, one operator at a time, and as many threads as there are physical cores that this process may use.
+(Idle pools of other sessions spin for a moment after their last inference; `rkd.bench.latency` waits that out.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType, TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rkd.bench.device import physical_cores
+from rkd.bench.external import refuse_external_data
+from rkd.errors import BundleError, ConfigError, MissingExtraError, RuntimeUnavailableError
+from rkd.target import Runtime, Target
+
+INPUT, OUTPUT = "images", "logits"
+CPU_PROVIDER = "CPUExecutionProvider"
+_MAX_THREADS = 1024
+
+Images = NDArray[np.uint8]  # (N, 3, H, W)
+Logits = NDArray[np.float32]  # (N, classes)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What ran a model.
+
+    Attributes:
+        runtime: `onnxruntime`.
+        version: of the runtime.
+        providers: those in use, first choice first.
+        threads: that compute one operator.
+    """
+
+    runtime: str
+    version: str
+    providers: tuple[str, ...]
+    threads: int
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which runtime measures a bundle.
+
+    Attributes:
+        runtime: the runtime that is used.
+        provider: ONNX Runtime's execution provider.
+        threads: that compute one operator.
+        instead: why this is not the target's runtime; empty where it is.
+    """
+
+    runtime: Runtime
+    provider: str
+    threads: int
+    instead: str = ""
+
+
+class Runner(Protocol):
+    """One model in one runtime."""
+
+    @property
+    def identity(self) -> Identity:
+        """What runs it; known once it is activated."""
+
+    def __enter__(self) -> Runner: ...  # noqa: PYI034 - typing.Self came with Python 3.11
+
+    def infer(self, images: Images) -> Logits:
+        """Logits, float32 (N, classes), of uint8 images, (N, 3, H, W), contiguous.
+
+        Raises:
+            BundleError: the model does not run on such a batch.
+        """
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class OrtRunner:
+    """ONNX Runtime with exactly one provider and no silent fallback; for one activation.
+
+    Args:
+        model: an ONNX file without external data.
+        provider: an execution provider's name.
+        threads: that compute one operator.
+        origin: names the model in errors.
+    """
+
+    def __init__(self, model: bytes, provider: str, threads: int, origin: str) -> None:
+        self._model, self._provider, self._threads, self._origin = model, provider, threads, origin
+        self._session: Any = None
+        self._outputs = [OUTPUT]
+        self._identity: Identity | None = None
+
+    @property
+    def identity(self) -> Identity:
+        """What runs the model."""
+        if self._identity is None:
+            raise RuntimeError("the runner is not active")
+        return self._identity
+
+    def __enter__(self) -> OrtRunner:  # noqa: PYI034 - as above
+        """Load the model.
+
+        Raises:
+            MissingExtraError: onnxruntime is not installed.
+            RuntimeUnavailableError: it lacks the provider, or would not use it.
+            BundleError: it cannot load the model, or the model's input or output is not rkd's.
+        """
+        ort = _import_onnxruntime()
+        available = ort.get_available_providers()
+        if self._provider not in available:
+            raise RuntimeUnavailableError(
+                f"{self._origin}: {self._provider} is not in this onnxruntime {ort.__version__}, which has "
+                f"{', '.join(available)}; install the onnxruntime build that has it (onnxruntime-gpu for CUDA), "
+                "or export for the target ort-cpu"
+            )
+        refuse_external_data(self._model, self._origin)
+        self._session = self._load(ort)
+        self._model = b""  # the session has its own copy
+        used = self._session.get_providers()
+        if used[0] != self._provider:
+            self._session = None
+            raise RuntimeUnavailableError(
+                f"{self._origin}: onnxruntime {ort.__version__} fell back from {self._provider} to {', '.join(used)}; "
+                "check the provider's driver and libraries, or export for the target ort-cpu"
+            )
+        self._check_interface()
+        self._identity = Identity("onnxruntime", str(ort.__version__), tuple(used), self._threads)
+        return self
+
+    def infer(self, images: Images) -> Logits:
+        """Logits, float32 (N, classes), of uint8 images, (N, 3, H, W), contiguous.
+
+        Raises:
+            BundleError: the model does not run on such a batch.
+        """
+        try:
+            logits: Logits = self._session.run(self._outputs, {INPUT: images})[0]
+        except Exception as error:  # shapes and operators that only fail when they run
+            raise BundleError(
+                f"{self._origin}: the model does not run on a batch of {len(images)}: {_one_line(error)}; "
+                "export it again"
+            ) from error
+        return logits
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Release the model."""
+        self._session = None
+
+    def _load(self, ort: ModuleType) -> Any:
+        options = ort.SessionOptions()
+        options.log_severity_level = 4  # failures come as exceptions; its log would cut through the progress display
+        options.intra_op_num_threads = self._threads
+        options.inter_op_num_threads = 1
+        options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+        if self._provider != CPU_PROVIDER:
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        try:
+            session = ort.InferenceSession(self._model, options, providers=[self._provider], enable_fallback=0)
+            session.disable_fallback()
+        except Exception as error:  # every kind of error comes out of the parser and the providers
+            raise BundleError(
+                f"{self._origin}: onnxruntime {ort.__version__} cannot load the model with {self._provider}: "
+                f"{_one_line(error)}"
+            ) from error
+        return session
+
+    def _check_interface(self) -> None:
+        inputs = [(i.name, i.type, len(i.shape)) for i in self._session.get_inputs()]
+        outputs = [(o.name, o.type) for o in self._session.get_outputs()]
+        if inputs != [(INPUT, "tensor(uint8)", 4)] or outputs != [(OUTPUT, "tensor(float)")]:
+            self._session = None
+            raise BundleError(
+                f"{self._origin}: the model takes {inputs} and gives {outputs}, expected uint8 {INPUT!r} of rank 4 and "
+                f"float32 {OUTPUT!r}; export it again"
+            )
+
+
+def choose_runner(target: Target, threads: int | None = None) -> Choice:
+    """Which runtime measures a bundle on this machine.
+
+    Args:
+        target: the bundle's.
+        threads: that compute one operator; None for the physical cores that this process may use.
+
+    Raises:
+        ConfigError: an impossible number of threads.
+        MissingExtraError: onnxruntime is needed and not installed.
+        RuntimeUnavailableError: no runtime on this machine can run the bundle.
+    """
+    if threads is not None and not 1 <= threads <= _MAX_THREADS:
+        raise ConfigError(f"threads is {threads}, expected 1 to {_MAX_THREADS}")
+    count = threads or physical_cores()
+    if target.runtime == "onnxruntime":
+        _import_onnxruntime()
+        return Choice("onnxruntime", target.provider, count)
+    why = "this version of rkd has no TensorRT runner"
+    try:
+        _import_onnxruntime()
+    except MissingExtraError as error:
+        raise RuntimeUnavailableError(
+            f"target {target.name} wants TensorRT, which is not available here ({why}), and there is no ONNX Runtime "
+            "to check the file with instead; install it with: pip install 'rkd[ort]'"
+        ) from error
+    return Choice(
+        "onnxruntime",
+        CPU_PROVIDER,
+        count,
+        f"target runtime tensorrt is not available here ({why}): measured with ONNX Runtime on the CPU; latency says "
+        "nothing about the board; ACC/ASR/RA hold for the file",
+    )
+
+
+def open_runner(choice: Choice, model: bytes, origin: str) -> Runner:
+    """The runner of a choice, not yet active; `origin` names the model in errors."""
+    return OrtRunner(model, choice.provider, choice.threads, origin)
+
+
+def import_runtime(choice: Choice) -> None:
+    """Import a choice's runtime, so that its own memory can be told from a model's.
+
+    Raises:
+        MissingExtraError: it is not installed.
+        RuntimeUnavailableError: it is installed and does not start.
+    """
+    if choice.runtime == "onnxruntime":
+        _import_onnxruntime()
+
+
+def _import_onnxruntime() -> ModuleType:
+    try:
+        import onnxruntime  # noqa: PLC0415 - optional, and slow to import
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "onnxruntime":
+            raise MissingExtraError("onnxruntime", "ort") from error
+        raise RuntimeUnavailableError(
+            f"onnxruntime is installed but does not start: {_one_line(error)}; install it again: pip install 'rkd[ort]'"
+        ) from error
+    module: ModuleType = onnxruntime
+    return module
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:500]

@@ -1,0 +1,156 @@
+"""Does the exported file decide as the student does?
+
+Agreement, in percent: the share of images on which the exported file's top-1 class is the student's, clean and under
+each trigger. FP32 libraries add in different orders, so where the student itself does not separate the two classes, by
+more than 1e-4 of the largest logit of that image, either counts as its answer.
+
+Difference: the largest, over all images, of max |exported - student| / max |student|, both over the image's logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+
+from rkd.errors import ExportError
+from rkd.export.onnx_model import INPUT, OUTPUT
+from rkd.metrics import Images, Labels, Predict, Scores, evaluate
+from rkd.target import Precision
+from rkd.triggers import Trigger
+
+Logits = NDArray[np.float32]  # (N, classes)
+CLEAN = "clean"
+REQUIRED_AGREEMENT: Mapping[Precision, float] = {"fp32": 100.0, "fp16": 99.5}
+_TIE = 1e-4
+
+
+@dataclass(frozen=True)
+class HostRun:
+    """What one network did with the evaluation images.
+
+    Attributes:
+        scores: ACC, ASR and RA.
+        logits: of all N images, clean under the key `clean`, triggered under the trigger's `trigger NAME`.
+    """
+
+    scores: Scores
+    logits: Mapping[str, Logits]
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far an exported file is from its student.
+
+    Attributes:
+        agreement: percent of images, per key of `HostRun.logits`.
+        max_difference: relative, over all images, clean and triggered.
+    """
+
+    agreement: Mapping[str, float]
+    max_difference: float
+
+    def to_json(self) -> dict[str, Any]:
+        """`{percent: {clean, trigger NAME...}, max_difference}`; two digits of the difference are reproducible."""
+        percent = {key: round(value, 4) for key, value in self.agreement.items()}
+        return {"percent": percent, "max_difference": float(f"{self.max_difference:.1e}")}
+
+
+def session_of(model: bytes, *, optimise: bool = True) -> onnxruntime.InferenceSession:
+    """An ONNX Runtime session on the CPU, with torch's number of threads.
+
+    Raises:
+        ExportError: ONNX Runtime refuses the file.
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 4
+    if not optimise:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        why = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise ExportError(
+            f"ONNX Runtime cannot load the exported file ({why}); try another opset or student"
+        ) from error
+
+
+def predictor_of(model: bytes) -> Predict:
+    """A function from uint8 images (N, 3, H, W) to float32 logits (N, classes), by ONNX Runtime on the CPU."""
+    session = session_of(model)
+
+    def predict(images: Images) -> Logits:
+        (logits,) = session.run([OUTPUT], {INPUT: np.ascontiguousarray(images)})
+        return np.asarray(logits, dtype=np.float32)
+
+    return predict
+
+
+def host_run(predict: Predict, evaluation: tuple[Images, Labels], triggers: Sequence[Trigger], batch: int) -> HostRun:
+    """Score a network on this machine.
+
+    Args:
+        predict: maps uint8 images (N, 3, H, W) to logits (N, classes).
+        evaluation: images and labels.
+        triggers: with names that differ.
+        batch: images at once.
+
+    Raises:
+        DataError: there are no images.
+    """
+    recorded: list[Logits] = []
+
+    def recording(images: Images) -> Logits:
+        recorded.append(np.asarray(predict(images), dtype=np.float32))
+        return recorded[-1]
+
+    images, labels = evaluation
+    batches = ((images[i : i + batch], labels[i : i + batch]) for i in range(0, len(images), batch))
+    scores, _ = evaluate(recording, batches, triggers)
+    keys = [CLEAN, *(f"trigger {trigger.name}" for trigger in triggers)]  # evaluate() predicts in this order
+    return HostRun(scores, {key: np.concatenate(recorded[i :: len(keys)]) for i, key in enumerate(keys)})
+
+
+def compare(student: HostRun, exported: HostRun) -> Parity:
+    """Agreement and difference, as this module's docstring defines them.
+
+    Raises:
+        ExportError: the exported file gives logits that are not finite.
+    """
+    agreement, differences = {}, []
+    for key, reference in student.logits.items():
+        got = exported.logits[key]
+        if not np.isfinite(got).all():
+            broken = int((~np.isfinite(got)).any(axis=1).sum())
+            raise ExportError(
+                f"the exported file gives NaN or infinity on {broken} of {len(got)} images ({key}); "
+                "take a target with precision fp32, or distil again"
+            )
+        scale = np.abs(reference).max(axis=1).clip(np.finfo(np.float32).tiny)  # (N,)
+        rows = np.arange(len(reference))
+        gap = reference.max(axis=1) - reference[rows, got.argmax(axis=1)]
+        agreement[key] = 100 * float((gap <= _TIE * scale).mean())
+        differences.append(float((np.abs(got - reference).max(axis=1) / scale).max()))
+    return Parity(agreement, max(differences))
+
+
+def require(parity: Parity, precision: Precision) -> None:
+    """Refuse a file that decides differently.
+
+    Raises:
+        ExportError: the agreement is below 100 % (FP32) or 99.5 % (FP16), clean or under a trigger.
+    """
+    wanted = REQUIRED_AGREEMENT[precision]
+    key, lowest = min(parity.agreement.items(), key=lambda item: item[1])
+    if lowest < wanted:
+        advice = "this is a fault of the exporter, try another opset" if precision == "fp32" else "take precision fp32"
+        raise ExportError(
+            f"the {precision} file agrees with the student on {lowest:.2f} % of images ({key}), at least {wanted:g} % are "
+            f"required; largest relative logit difference {parity.max_difference:.1e}; {advice}"
+        )

@@ -1,0 +1,5 @@
+"""`python -m rkd`."""
+
+from rkd.cli import main
+
+main()

@@ -1,0 +1,333 @@
+"""The .rkd file: one student for one target, with what proves that it is that student (no torch).
+
+One uncompressed zip: `manifest.json` first, then `model.onnx`, `eval.npz` and `triggers/*.npz`. The manifest holds the
+SHA-256 and size of every other member; the archive's comment holds the manifest's. The container itself has only one
+valid form, `_container(members)`: a file that differs from it in any byte (headers, order, attributes, trailing bytes)
+is refused. So every single byte is covered. (Digests detect damage and tampering on the way; they do not say who wrote
+the file.)
+
+    write_bundle(path, manifest, members); read_bundle(path) == Bundle(manifest, members)
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rkd.errors import BundleError, TargetError, TriggerError
+from rkd.files import sha256, storage_errors, to_json, write_file
+from rkd.metrics import Images, Labels
+from rkd.npz import npz_bytes, read_npz
+from rkd.target import Target
+from rkd.triggers import Trigger
+
+FORMAT = 1
+MANIFEST, MODEL, EVALUATION = "manifest.json", "model.onnx", "eval.npz"
+_MEMBER = re.compile(r"model\.onnx|eval\.npz|triggers/[a-z0-9][a-z0-9-]{0,63}\.npz")
+_LIMIT_BYTES = 4 * 2**30
+_MANIFEST_LIMIT_BYTES = 2**20
+_MAX_MEMBERS = 130
+_KEYS = frozenset(
+    {"format", "name", "target", "input", "opset", "precision", "classes", "members", "chain", "scores", "tool"}
+)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle whose every byte was verified.
+
+    Attributes:
+        manifest: see docs/formats.md.
+        members: the other members' bytes by name.
+        digest: SHA-256 of the whole file.
+        path: where it was read from.
+    """
+
+    manifest: Mapping[str, Any]
+    members: Mapping[str, bytes]
+    digest: str
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """`<run>.<target>`."""
+        return str(self.manifest["name"])
+
+    @property
+    def target(self) -> Target:
+        """The profile that it was made for.
+
+        Raises:
+            BundleError: the profile in the manifest is wrong.
+        """
+        try:
+            return Target.from_mapping(dict(self.manifest["target"]), f"{self.path}: target")
+        except TargetError as error:
+            raise BundleError(str(error)) from error
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names in the order of the outputs."""
+        return tuple(self.manifest["classes"])
+
+    @property
+    def model(self) -> bytes:
+        """The ONNX file."""
+        return self.members[MODEL]
+
+    def evaluation(self) -> tuple[Images, Labels]:
+        """Held-out images, uint8 (N, 3, H, W), and labels, (N,).
+
+        Raises:
+            BundleError: they are not that, or do not fit the manifest.
+        """
+        return _evaluation(self.members[EVALUATION], self.manifest, str(self.path))
+
+    def triggers(self) -> tuple[Trigger, ...]:
+        """The triggers, sorted by name.
+
+        Raises:
+            BundleError: a member is not a trigger.
+        """
+        names = sorted(name for name in self.members if name.startswith("triggers/"))
+        try:
+            return tuple(Trigger.from_bytes(self.members[name], f"{self.path}: {name}") for name in names)
+        except TriggerError as error:
+            raise BundleError(str(error)) from error
+
+
+def evaluation_bytes(images: Images, labels: Labels) -> bytes:
+    """The member `eval.npz`: `x` uint8 (N, 3, H, W) and `y` int64 (N,)."""
+    return npz_bytes({"x": images, "y": labels})
+
+
+def write_bundle(path: Path, manifest: Mapping[str, Any], members: Mapping[str, bytes]) -> str:
+    """Write a bundle; `format` and `members` of the manifest are filled in. Equal content gives equal bytes.
+
+    Returns:
+        SHA-256 of the file.
+
+    Raises:
+        BundleError: the content is not what a reader would accept.
+        StorageError: the disk said no.
+    """
+    ordered = {
+        name: members[name] for name in sorted(members, key=lambda name: (name != MODEL, name != EVALUATION, name))
+    }
+    listing = {name: {"sha256": sha256(data), "size_bytes": len(data)} for name, data in ordered.items()}
+    head = to_json({"format": FORMAT, **manifest, "members": listing})
+    data = _container({MANIFEST: head, **ordered})
+    parse_bundle(data, path)
+    write_file(path, data)
+    return sha256(data)
+
+
+def read_bundle(path: Path) -> Bundle:
+    """Read and verify a bundle.
+
+    Raises:
+        BundleError: it is not exactly what `write_bundle` wrote.
+        StorageError: it cannot be read.
+    """
+    with storage_errors(path):
+        size_bytes = path.stat().st_size
+        if size_bytes > _LIMIT_BYTES:
+            raise BundleError(f"{path}: {size_bytes:,} bytes; bundles have at most {_LIMIT_BYTES:,}")
+        data = path.read_bytes()
+    return parse_bundle(data, path)
+
+
+def parse_bundle(data: bytes, path: Path) -> Bundle:
+    """Verify the bytes of a bundle; `path` names it in errors.
+
+    Raises:
+        BundleError: naming the member that is wrong, or what is wrong about the container.
+    """
+    if not data:
+        raise BundleError(f"{path} is empty; copy it again")
+    members, comment = _open(data, path)
+    names = list(members)
+    if not names or names[0] != MANIFEST:
+        raise BundleError(f"{path}: the first member is {names[0] if names else 'missing'!r}, expected {MANIFEST!r}")
+    head = members.pop(MANIFEST)
+    if comment != sha256(head).encode():
+        raise BundleError(
+            f"{path}: {MANIFEST} does not match its digest; the bundle was changed or damaged, copy it again"
+        )
+    manifest = _parse_manifest(head, path)
+    listing = manifest["members"]
+    for name in listing:
+        if name not in members:
+            raise BundleError(f"{path}: member {name!r} is missing; copy or export it again")
+    for name, content in members.items():
+        if name not in listing:
+            raise BundleError(f"{path}: member {name!r} is not in the manifest; this bundle was tampered with")
+        if len(content) != listing[name]["size_bytes"] or sha256(content) != listing[name]["sha256"]:
+            raise BundleError(
+                f"{path}: member {name!r} does not match its digest; the bundle was changed or damaged, copy it again"
+            )
+    _same_container(data, {MANIFEST: head, **members}, path)
+    bundle = Bundle(manifest, members, sha256(data), path)
+    _ = bundle.target
+    return bundle
+
+
+def _container(members: Mapping[str, bytes]) -> bytes:
+    """The only valid archive of these members in this order."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for name, data in members.items():
+            entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
+            entry.create_system = 3
+            entry.external_attr = 0o644 << 16
+            archive.writestr(entry, data)
+        archive.comment = sha256(members[MANIFEST]).encode()
+    return buffer.getvalue()
+
+
+def _open(data: bytes, path: Path) -> tuple[dict[str, bytes], bytes]:
+    """Members in their order and the archive's comment; nothing is trusted yet but sizes are bounded."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            entries = archive.infolist()
+            if len(entries) > _MAX_MEMBERS:
+                raise BundleError(f"{path}: {len(entries)} members, at most {_MAX_MEMBERS} are allowed")
+            members: dict[str, bytes] = {}
+            for entry in entries:
+                name = entry.filename
+                if name != MANIFEST and not _MEMBER.fullmatch(name):
+                    raise BundleError(f"{path}: unknown member {name!r}; this bundle was tampered with")
+                if name in members:
+                    raise BundleError(f"{path}: member {name!r} is there twice; this bundle was tampered with")
+                if (
+                    entry.compress_type != zipfile.ZIP_STORED
+                    or entry.flag_bits
+                    or entry.file_size != entry.compress_size
+                ):
+                    raise BundleError(
+                        f"{path}: member {name!r} is compressed, encrypted or marked; bundles are stored plain"
+                    )
+                members[name] = _stored(data, entry, path)
+            return members, archive.comment
+    except BundleError:
+        raise
+    except Exception as error:  # zipfile leaks struct.error, UnicodeDecodeError, NotImplementedError and more
+        raise BundleError(f"{path} is not a bundle, or was cut short ({error}); copy or export it again") from error
+
+
+def _stored(data: bytes, entry: zipfile.ZipInfo, path: Path) -> bytes:
+    """A member's bytes without zipfile's CRC check: a digest that names the member follows."""
+    offset = entry.header_offset
+    if data[offset : offset + 4] != b"PK\x03\x04" or offset + 30 > len(data):
+        raise BundleError(f"{path}: member {entry.filename!r} has no header where the index says; copy it again")
+    skip = (
+        30
+        + int.from_bytes(data[offset + 26 : offset + 28], "little")
+        + int.from_bytes(data[offset + 28 : offset + 30], "little")
+    )
+    content = data[offset + skip : offset + skip + entry.file_size]
+    if len(content) != entry.file_size:
+        raise BundleError(f"{path}: member {entry.filename!r} was cut short; copy it again")
+    return content
+
+
+def _same_container(data: bytes, members: Mapping[str, bytes], path: Path) -> None:
+    expected = _container(members)
+    if data == expected:
+        return
+    if len(data) > len(expected) and data.startswith(expected[:-1]):
+        raise BundleError(f"{path}: {len(data) - len(expected):,} bytes follow its end; this bundle was tampered with")
+    first = next(
+        (i for i, (a, b) in enumerate(zip(data, expected, strict=False)) if a != b), min(len(data), len(expected))
+    )
+    offset, culprit = 0, "index"
+    for name, content in members.items():
+        length = 30 + len(name.encode()) + len(content)
+        if offset <= first < offset + length:
+            culprit = f"header of member {name!r}"
+        offset += length
+    raise BundleError(
+        f"{path}: the {culprit} differs from what rkd writes; the bundle was changed or damaged, copy it again"
+    )
+
+
+def _parse_manifest(data: bytes, path: Path) -> dict[str, Any]:
+    if len(data) > _MANIFEST_LIMIT_BYTES:
+        raise BundleError(f"{path}: {MANIFEST} has {len(data):,} bytes, at most {_MANIFEST_LIMIT_BYTES:,} are allowed")
+    try:
+        manifest = json.loads(data)
+    except Exception as error:
+        raise BundleError(f"{path}: {MANIFEST} is not JSON: {error}") from error
+    problem = _manifest_problem(manifest)
+    if problem:
+        raise BundleError(f"{path}: {MANIFEST}: {problem}; export the run again with this version of rkd")
+    checked: dict[str, Any] = manifest
+    return checked
+
+
+def _manifest_problem(manifest: Any) -> str | None:
+    if not isinstance(manifest, dict) or "format" not in manifest:
+        return "it has no format version"
+    if manifest["format"] != FORMAT:
+        return f"format {manifest['format']!r}, this rkd reads {FORMAT}"
+    if set(manifest) != _KEYS:
+        return f"keys {sorted(set(manifest) ^ _KEYS)} are missing or unknown"
+    members, shape = manifest["members"], manifest["input"]
+    if not isinstance(members, dict) or not {MODEL, EVALUATION} <= set(members):
+        return f"members must name {MODEL} and {EVALUATION}"
+    for entry in members.values():
+        if (
+            not isinstance(entry, dict)
+            or not isinstance(entry.get("sha256"), str)
+            or type(entry.get("size_bytes")) is not int
+        ):
+            return "each member needs sha256 and size_bytes"
+    if not isinstance(shape, dict) or shape.get("dtype") != "uint8" or not _is_image_shape(shape.get("shape")):
+        return "input must be uint8 of shape [3, H, W]"
+    if not isinstance(manifest["name"], str) or not re.fullmatch(r"[\w.-]{1,200}", manifest["name"], re.ASCII):
+        return "name must be letters, digits, '.', '_' and '-'"
+    classes = manifest["classes"]
+    if not isinstance(classes, list) or len(classes) < 2 or not all(isinstance(name, str) for name in classes):
+        return "classes must be a list of at least two names"
+    if not all(isinstance(manifest[key], dict) for key in ("target", "chain", "scores", "tool")):
+        return "target, chain, scores and tool must be objects"
+    return None
+
+
+def _is_image_shape(shape: Any) -> bool:
+    return (
+        isinstance(shape, list)
+        and len(shape) == 3
+        and all(type(side) is int for side in shape)
+        and shape[0] == 3
+        and 1 <= min(shape[1:]) <= max(shape[1:]) <= 4096
+    )
+
+
+def _evaluation(data: bytes, manifest: Mapping[str, Any], origin: str) -> tuple[Images, Labels]:
+    try:
+        arrays: dict[str, NDArray[Any]] = read_npz(io.BytesIO(data), len(data), members=2)
+    except ValueError as error:
+        raise BundleError(f"{origin}: {EVALUATION}: {error}") from error
+    if set(arrays) != {"x", "y"}:
+        raise BundleError(f"{origin}: {EVALUATION} holds {sorted(arrays)}, expected x and y")
+    x, y = arrays["x"], arrays["y"]
+    shape = tuple(manifest["input"]["shape"])
+    if x.dtype != np.uint8 or x.shape[1:] != shape or y.shape != x.shape[:1] or y.dtype != np.int64 or not len(x):
+        raise BundleError(
+            f"{origin}: {EVALUATION}: x {x.dtype}{x.shape}, y {y.dtype}{y.shape}, expected uint8 (N, {shape}) and int64 (N,)"
+        )
+    if y.min() < 0 or y.max() >= len(manifest["classes"]):
+        raise BundleError(
+            f"{origin}: {EVALUATION}: labels from {y.min()} to {y.max()}, there are {len(manifest['classes'])} classes"
+        )
+    return x, y

@@ -1,0 +1,27 @@
+"""The command line: parse, call the library, print. No logic, and nothing slow is imported for `--help`."""
+
+from __future__ import annotations
+
+from rkd.cli.app import app
+from rkd.cli import bench, demo, distill, doctor, export, inspect, report, students, targets, teacher
+
+
+def main() -> None:
+    """The `rkd` program."""
+    app()
+
+
+__all__ = [
+    "app",
+    "bench",
+    "demo",
+    "distill",
+    "doctor",
+    "export",
+    "inspect",
+    "main",
+    "report",
+    "students",
+    "targets",
+    "teacher",
+]

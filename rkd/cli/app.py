@@ -1,0 +1,127 @@
+"""The program itself: version, defaults from rkd.toml, and the one place where an error becomes a line."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec, TypeVar
+
+import typer
+
+from rkd import __version__
+from rkd.errors import MissingExtraError, RkdError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_EXTRAS = {
+    "torch": "train", "torchvision": "train", "safetensors": "train", "PIL": "train", "sklearn": "train",
+    "onnx": "train", "onnxscript": "train", "onnxconverter_common": "train", "onnxruntime": "ort",
+}  # fmt: skip
+
+app = typer.Typer(
+    name="rkd",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="""Distil a teacher you cannot trust into a student you can ship.
+
+    The three lines of the job:
+
+        rkd distill teacher.pt --student mobilenet      # detoxify the teacher, distil the student
+        rkd export --target jetson-fp16                 # student -> ONNX -> one .rkd bundle
+        rkd bench                                       # on the board: latency, memory, ACC, ASR, RA
+
+    See it all happen on built-in data: `rkd demo`.
+    """,
+)
+
+
+def _version(wanted: bool) -> None:  # noqa: FBT001  (typer's callback)
+    if wanted:
+        print(f"rkd {__version__}")  # noqa: T201
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    context: typer.Context,
+    version: Annotated[  # noqa: ARG001
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Read defaults from rkd.toml in the working folder."""
+    path = Path("rkd.toml")
+    if not path.is_file():
+        return
+    try:
+        from rkd.config import command_defaults
+
+        context.default_map = command_defaults(path, _options(context))
+    except RkdError as error:
+        fail(error)
+
+
+def _options(context: typer.Context) -> dict[str, set[str]]:
+    """The parameter names of every command."""
+    commands: dict[str, Any] = getattr(context.command, "commands", {})
+    return {name: {str(p.name) for p in command.params} for name, command in commands.items()}
+
+
+def fail(error: RkdError) -> None:
+    """Print an error as one line and leave with its exit code."""
+    if os.environ.get("RKD_DEBUG") == "1":
+        raise error
+    print(f"rkd: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
+    raise typer.Exit(error.exit_code)
+
+
+def guarded(command: Callable[P, R]) -> Callable[P, R]:
+    """Turn whatever a command raises into one line and an exit code; `RKD_DEBUG=1` shows the traceback instead."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return command(*args, **kwargs)
+        except RkdError as error:
+            fail(error)
+        except ModuleNotFoundError as error:
+            extra = _EXTRAS.get((error.name or "").partition(".")[0])
+            if extra is None:
+                raise
+            fail(MissingExtraError(str(error.name), extra))
+        except KeyboardInterrupt:
+            print("rkd: interrupted", file=sys.stderr)  # noqa: T201
+            raise typer.Exit(130) from None
+        except MemoryError:
+            fail(RkdError("out of memory; use a smaller --batch or a smaller data set"))
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from None
+        except typer.Exit:
+            raise
+        except Exception as error:
+            if os.environ.get("RKD_DEBUG") == "1":
+                raise
+            fail(
+                RkdError(
+                    f"internal error ({type(error).__name__}: {error}); this is a bug in rkd, RKD_DEBUG=1 shows where"
+                )
+            )
+        raise AssertionError  # `fail` always raises
+
+    return run
+
+
+def origins(context: typer.Context) -> dict[str, str]:
+    """Where the value of each option came from: command line, rkd.toml, environment or default."""
+    names = {"COMMANDLINE": "command line", "DEFAULT_MAP": "rkd.toml", "ENVIRONMENT": "environment"}
+    found = {}
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        found[name] = names.get(source.name if source is not None else "", "default")
+    return found

@@ -1,0 +1,143 @@
+"""`rkd distill`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from rkd.cli.app import app, guarded, origins
+
+METHOD_HELP = "robustkd (detoxify, then distil), ofd, kd (both trust the teacher), ce (no teacher)."
+
+
+@app.command()
+@guarded
+def distill(
+    context: typer.Context,
+    teacher: Annotated[
+        Optional[Path],
+        typer.Argument(help="The teacher's checkpoint: .pt, .pth, .tar or .safetensors.", show_default=False),
+    ] = None,
+    student: Annotated[
+        str, typer.Option(help="The student's network; `rkd students` lists the usual ones.")
+    ] = "mobilenet",
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Clean images: a folder, an .npz, 'digits', or a torchvision name. Default: what the teacher's file names.",
+            show_default=False,
+        ),
+    ] = "",
+    method: Annotated[str, typer.Option(help=METHOD_HELP)] = "robustkd",
+    trigger: Annotated[
+        Optional[list[Path]],
+        typer.Option(
+            help="A trigger to test with (.npz); may be repeated. No method ever sees it. Default: TEACHER.trigger.npz where it exists.",
+            show_default=False,
+        ),
+    ] = None,
+    undefended: Annotated[
+        bool, typer.Option("--undefended", help="Also train a student of the teacher as it is, to compare with.")
+    ] = False,
+    accuracy_budget: Annotated[
+        float, typer.Option(help="Points of clean accuracy that detoxifying may cost the teacher.")
+    ] = 1.0,
+    cap: Annotated[float, typer.Option(help="Upper end of RobustKD's mask, above 0 and at most 1.")] = 0.9,
+    clean_budget: Annotated[
+        str,
+        typer.Option(help="Use only so many training images: a number, or a share such as 10%.", show_default=False),
+    ] = "",
+    epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 40,
+    batch: Annotated[int, typer.Option(help="Images a step.")] = 128,
+    lr: Annotated[float, typer.Option(help="Highest learning rate of the cycle.")] = 0.1,
+    augmentation: Annotated[
+        str, typer.Option(help="auto, none, crop or crop-flip (auto does not mirror digits and signs).")
+    ] = "auto",
+    seed: Annotated[int, typer.Option(help="Decides initialisation, order and augmentation.")] = 0,
+    split_seed: Annotated[int, typer.Option(help="Decides the test split of data that comes without one.")] = 0,
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16 (CUDA).")] = "auto",
+    arch: Annotated[
+        str,
+        typer.Option(
+            help="The teacher's network where it cannot be inferred: a name, torchvision:NAME, timm:NAME or path/file.py:factory (your code is run).",
+            show_default=False,
+        ),
+    ] = "",
+    normalize: Annotated[
+        str,
+        typer.Option(
+            help="How the teacher's inputs were scaled: none, imagenet, cifar10 or 'MEAN;STD'. Default: what its file says.",
+            show_default=False,
+        ),
+    ] = "",
+    image_size: Annotated[int, typer.Option(help="Pixels; 0 for the teacher's or the data's own.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    threads: Annotated[
+        int, typer.Option(help="CPU threads, 0 for all; with 1 the same seed gives the same bytes.")
+    ] = 0,
+    checkpoint_every: Annotated[
+        int, typer.Option(help="Steps between checkpoints; each epoch also ends with one.")
+    ] = 500,
+    out: Annotated[
+        Optional[Path], typer.Option(help="The run directory. Default: runs/STUDENT-METHOD-sSEED.", show_default=False)
+    ] = None,
+    resume: Annotated[
+        Optional[Path], typer.Option(help="Go on with an interrupted run; takes no other option.", show_default=False)
+    ] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+) -> None:
+    """Detoxify a teacher and distil a student from it.
+
+    Examples:
+
+        rkd distill teacher.pt --student mobilenet --data photos/
+
+        rkd distill hub.pth.tar --student wrn-16-1 --data cifar10 --normalize none
+
+        rkd distill teacher.pt --undefended --trigger patch.npz     # compare with a student that trusts the teacher
+
+        rkd distill --resume runs/mobilenet-robustkd-s0             # after a kill or Ctrl-C
+    """
+    from rkd.cli import tables
+    from rkd.distill.session import DistillSettings, distill as run_distillation, start
+    from rkd.errors import ConfigError
+    from rkd.intake import find_data, find_triggers
+    from rkd.reporting import write_run_report
+    from rkd.run import REPORT, Run, free_name
+    from rkd.signals import stop_requests
+
+    with stop_requests() as stop:
+        if resume is not None:
+            if teacher is not None:
+                raise ConfigError("--resume takes everything from the run directory: leave the teacher out")
+            run, work = Run.open(resume), None
+        else:
+            if teacher is None:
+                raise ConfigError("which teacher? give its file: rkd distill teacher.pt --student mobilenet")
+            where = origins(context)
+            found_data, data_origin = find_data(teacher, data)
+            found_triggers, trigger_origin = find_triggers(teacher, trigger or [])
+            where |= {
+                "data": data_origin or where["data"],
+                "triggers": trigger_origin or where["trigger"],
+                "teacher": "command line",
+            }
+            settings = DistillSettings(
+                teacher=str(teacher), student=student, data=found_data, method=method, triggers=found_triggers,
+                undefended=undefended, accuracy_budget=accuracy_budget, cap=cap, clean_budget=clean_budget, epochs=epochs,
+                batch=batch, lr=lr, augmentation=augmentation, seed=seed, split_seed=split_seed, precision=precision, arch=arch,
+                normalize=normalize, image_size=image_size, device=device, threads=threads, checkpoint_every=checkpoint_every,
+            )  # fmt: skip
+            path = out or free_name(Path("runs"), f"{student.replace(':', '-')}-{method}-s{seed}")
+            run, work = start(settings, where, path)
+        rows = run_distillation(run, stop, work)
+        write_run_report([run], run.path / REPORT)
+    if json_output:
+        tables.print_json({"run": str(run.path), "models": [row.to_json() for row in rows]})
+    else:
+        tables.print_models(rows)
+        tables.say_next(
+            f"{run.path / REPORT} has the curves and pictures; next: rkd export {run.path} --target ort-cpu"
+        )

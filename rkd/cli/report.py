@@ -1,0 +1,41 @@
+"""`rkd report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from rkd.cli.app import app, guarded
+
+
+@app.command()
+@guarded
+def report(
+    sources: Annotated[
+        Optional[list[Path]],
+        typer.Argument(
+            help="Run directories, or result.json files of `rkd bench`. Default: ./result.json, else the newest run.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        Optional[Path],
+        typer.Option(help="The HTML file. Default: report.html, in the run where there is one.", show_default=False),
+    ] = None,
+) -> None:
+    """Write one self-contained HTML page about runs or about bench results.
+
+    Examples:
+
+        rkd report runs/mobilenet-robustkd-s0
+
+        rkd report runs/control runs/undefended runs/robustkd --out compare.html
+
+        rkd report orin.json pi.json --out boards.html
+    """
+    from rkd.cli.tables import say_next
+    from rkd.reporting import report_command
+
+    say_next(f"wrote {report_command(sources or [], out)}")

@@ -1,0 +1,30 @@
+"""`rkd students`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from rkd.cli.app import app, guarded
+
+
+@app.command()
+@guarded
+def students(json_output: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False) -> None:
+    """List the students by name.
+
+    Any torchvision classification network works as well: `rkd distill teacher.pt --student efficientnet_b0`
+    """
+    from rich.table import Table
+
+    from rkd.cli import tables
+    from rkd.models.names import STUDENTS
+
+    if json_output:
+        tables.print_json({"students": [{"name": s.name, "summary": s.summary} for s in STUDENTS]})
+        return
+    table = Table("student", "what it is", box=None, pad_edge=False, header_style="bold")
+    for student in STUDENTS:
+        table.add_row(student.name, student.summary)
+    tables.console().print(table)

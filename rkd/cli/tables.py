@@ -1,0 +1,116 @@
+"""Results on standard output: tables for people, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from rkd.metrics import Proportion, Scores
+
+if TYPE_CHECKING:
+    from rkd.diagnosis import Finding
+    from rkd.distill.session import Model
+
+LEGEND = (
+    "ACC: accuracy on clean test images. ASR: share of triggered images (true class not the target) predicted as the target. "
+    "RA: share of the same images still right. Percent, with 95 % Wilson intervals."
+)
+
+
+def console() -> Console:
+    """Standard output, wide enough for tables when it is not a terminal."""
+    out = Console(highlight=False)
+    if not out.is_terminal:
+        out = Console(highlight=False, width=120)
+    return out
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    """One JSON document."""
+    print(json.dumps(value, indent=2, allow_nan=False))  # noqa: T201
+
+
+def print_models(rows: Sequence[Model]) -> None:
+    """One line a network: ACC, ASR and RA of each trigger, and what the network costs."""
+    table = _score_table([row.scores for row in rows])
+    table.add_column("parameters", justify="right")
+    table.add_column("MACs", justify="right")
+    table.add_column("file", justify="right")
+    for row in rows:
+        cells = (f"{row.parameters / 1e6:.2f} M", f"{row.macs / 1e6:.1f} M", f"{row.size_bytes / 1e6:.2f} MB")
+        table.add_row(f"{row.role}\n[dim]{row.arch}[/dim]", *_score_cells(row.scores), *cells)
+    console().print(table)
+    console().print(_counts(rows[0].scores) + " " + LEGEND, style="dim")
+
+
+def print_scores(rows: Sequence[tuple[str, Scores]]) -> None:
+    """One line a network, scores only."""
+    table = _score_table([scores for _, scores in rows])
+    for role, scores in rows:
+        table.add_row(role, *_score_cells(scores))
+    console().print(table)
+    console().print(_counts(rows[0][1]) + " " + LEGEND, style="dim")
+
+
+def say_next(message: str) -> None:
+    """What to do now."""
+    console().print(message, markup=False, soft_wrap=True)
+
+
+def _score_table(scores: Sequence[Scores]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("network", no_wrap=True)
+    table.add_column("ACC", justify="right")
+    for trigger in scores[0].triggers:
+        name = f" {trigger.trigger}" if len(scores[0].triggers) > 1 else ""
+        table.add_column(f"ASR{name}", justify="right")
+        table.add_column(f"RA{name}", justify="right")
+    return table
+
+
+def _score_cells(scores: Scores) -> list[str]:
+    return [_cell(scores.acc), *(_cell(share) for t in scores.triggers for share in (t.asr, t.ra))]
+
+
+def _cell(share: Proportion) -> str:
+    low, high = share.interval
+    return f"{share}\n[dim]{low:.1f}-{high:.1f}[/dim]"
+
+
+def _counts(scores: Scores) -> str:
+    counted = ", ".join(f"{t.asr.n} triggered ({t.trigger} to class {t.target})" for t in scores.triggers)
+    return f"n = {scores.acc.n} clean" + (f", {counted}." if counted else ".")
+
+
+def print_tree(title: str, value: Mapping[str, Any]) -> None:
+    """A nested description."""
+    out = console()
+    out.print(title, style="bold", markup=False, soft_wrap=True)
+    _branch(out, value, "  ")
+
+
+def _branch(out: Console, value: Mapping[str, Any], indent: str) -> None:
+    width = max((len(str(key)) for key in value if not isinstance(value[key], Mapping)), default=0)
+    for key, item in value.items():
+        if isinstance(item, Mapping):
+            out.print(f"{indent}{key}", markup=False, soft_wrap=True)
+            _branch(out, item, indent + "  ")
+        elif isinstance(item, list) and any(isinstance(part, Mapping | list) for part in item):
+            out.print(f"{indent}{key}: {len(item)} entries", markup=False, soft_wrap=True)
+        else:
+            text = ", ".join(map(str, item)) if isinstance(item, list) else str(item)
+            out.print(f"{indent}{str(key):<{width}}  {text}", markup=False, soft_wrap=True)
+
+
+def print_findings(findings: Sequence[Finding]) -> None:
+    """What `rkd doctor` found."""
+    table = Table("", "what", "seen", "needed for", "what to do", box=None, pad_edge=False, header_style="bold")
+    for finding in findings:
+        cells = (finding.state, finding.what, finding.detail, finding.needed_for, finding.remedy)
+        table.add_row(*map(escape, cells))
+    console().print(table)

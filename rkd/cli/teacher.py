@@ -1,0 +1,115 @@
+"""`rkd teacher`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from rkd.cli.app import app, guarded, origins
+
+
+@app.command()
+@guarded
+def teacher(
+    context: typer.Context,
+    data: Annotated[
+        str, typer.Option(help="Training images: a folder, an .npz, 'digits', or a torchvision name.")
+    ] = "digits",
+    arch: Annotated[str, typer.Option(help="The network: wrn-D-K, resnet20, or a torchvision name.")] = "wrn-16-2",
+    attack: Annotated[
+        str, typer.Option(help="none, badnets (a patch) or backweak (a weak perturbation that survives distillation).")
+    ] = "none",
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Where the teacher goes (.pt or .safetensors); NAME.trigger.npz and NAME.clean.pt beside it."
+        ),
+    ] = Path("teacher.pt"),
+    clean: Annotated[
+        str,
+        typer.Option(
+            help="A clean teacher to start from (backweak) or to compare with; otherwise backweak trains one first.",
+            show_default=False,
+        ),
+    ] = "",
+    target: Annotated[int, typer.Option(help="The class index that the trigger leads to.")] = 0,
+    poison_rate: Annotated[
+        float,
+        typer.Option(help="Share of poisoned training images; 0 for the attack's own (badnets 0.1, backweak 0.3)."),
+    ] = 0.0,
+    linf: Annotated[float, typer.Option(help="backweak: the trigger's largest change of a pixel, in 255ths.")] = 8.0,
+    trigger_budget: Annotated[
+        float, typer.Option(help="backweak: highest ASR of the trigger on the clean teacher, in percent.")
+    ] = 25.0,
+    finetune_epochs: Annotated[int, typer.Option(help="backweak: epochs of the fine-tune.")] = 4,
+    finetune_lr: Annotated[float, typer.Option(help="backweak: learning rate of the fine-tune.")] = 0.003,
+    epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 20,
+    batch: Annotated[int, typer.Option(help="Images a step.")] = 128,
+    lr: Annotated[float, typer.Option(help="Highest learning rate of the cycle.")] = 0.1,
+    augmentation: Annotated[str, typer.Option(help="auto, none, crop or crop-flip.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Decides initialisation, order, augmentation and poison.")] = 0,
+    split_seed: Annotated[int, typer.Option(help="Decides the test split of data that comes without one.")] = 0,
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16 (CUDA).")] = "auto",
+    normalize: Annotated[str, typer.Option(help="Input scaling: none, imagenet, cifar10 or 'MEAN;STD'.")] = "cifar10",
+    image_size: Annotated[int, typer.Option(help="Pixels; 0 for the data's own.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    threads: Annotated[
+        int, typer.Option(help="CPU threads, 0 for all; with 1 the same seed gives the same bytes.")
+    ] = 0,
+    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 500,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
+    resume: Annotated[
+        Optional[Path], typer.Option(help="Go on with an interrupted run; give the same --out.", show_default=False)
+    ] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+) -> None:
+    """Train a teacher, clean or backdoored, to test defences with.
+
+    Examples:
+
+        rkd teacher --data digits --arch wrn-10-2 --attack backweak --out teacher.pt
+
+        rkd teacher --data photos/ --arch resnet18 --epochs 60 --out clean.pt
+
+        rkd teacher --data photos/ --attack backweak --clean clean.pt --out bad.pt
+    """
+    from rkd.attacks.session import CLEAN, TeacherSettings, make_teacher, start_teacher
+    from rkd.cli import tables
+    from rkd.errors import RunError
+    from rkd.intake import clean_twin_beside, trigger_beside
+    from rkd.network import Network
+    from rkd.run import Run, free_name
+    from rkd.signals import stop_requests
+    from rkd.teacher import save_teacher
+
+    written = [out, trigger_beside(out), clean_twin_beside(out)]
+    for path in written if attack != "none" else written[:1]:
+        if path.exists() and not overwrite:
+            raise RunError(f"{path} exists; choose another --out, or give --overwrite")
+    with stop_requests() as stop:
+        if resume is not None:
+            run, opened = Run.open(resume), None
+        else:
+            settings = TeacherSettings(
+                data=data, arch=arch, attack=attack, clean=clean, target=target, poison_rate=poison_rate, linf=linf,
+                trigger_budget=trigger_budget, finetune_epochs=finetune_epochs, finetune_lr=finetune_lr, epochs=epochs,
+                batch=batch, lr=lr, augmentation=augmentation, seed=seed, split_seed=split_seed, precision=precision,
+                normalize=normalize, image_size=image_size, device=device, threads=threads, checkpoint_every=checkpoint_every,
+            )  # fmt: skip
+            run, opened = start_teacher(settings, origins(context), free_name(Path("runs"), f"teacher-{out.stem}"))
+        network, trigger, scores, twin_scores = make_teacher(run, stop, opened)
+    save_teacher(out, network)
+    if trigger is not None:
+        trigger.save(trigger_beside(out))
+    if (run.path / CLEAN).is_file():
+        save_teacher(clean_twin_beside(out), Network.load(run.path / CLEAN))
+    rows = [("teacher", scores), *([("clean twin, same trigger", twin_scores)] if twin_scores is not None else [])]
+    if json_output:
+        tables.print_json({"out": str(out), "run": str(run.path), "scores": {role: s.to_json() for role, s in rows}})
+    else:
+        tables.print_scores(rows)
+        tables.say_next(
+            f"wrote {', '.join(str(path) for path in written if path.exists())}; next: rkd distill {out} --student mobilenet"
+        )

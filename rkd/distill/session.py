@@ -1,0 +1,466 @@
+"""One distillation from settings to a finished run directory, resumable after any kill."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from rkd.data import Dataset, Source, open_dataset
+from rkd.detox import DetoxCheck, Detoxification, DetoxRecipe, TapMask, detoxify, masks_from_bytes, set_masks
+from rkd.distill.loop import Recipe, Trainer, autocast
+from rkd.distill.objectives import (
+    METHODS, CrossEntropy, FeatureDistillation, LogitDistillation, Objective, margins, tap_report,
+)  # fmt: skip
+from rkd.distill.training import train
+from rkd.errors import ArchitectureError, ConfigError, DataError, RunError
+from rkd.files import sha256, to_json, write_file
+from rkd.measure import choose_device, choose_precision, count_macs, use_threads
+from rkd.metrics import Scores, evaluate
+from rkd.models import build
+from rkd.network import Network, Normalisation
+from rkd.npz import npz_bytes
+from rkd.progress import Bar, progress, say
+from rkd.run import EXAMPLES, MASKS, STUDENT, TEACHER, Model, Run, Setting, models_of
+from rkd.signals import StopRequest
+from rkd.taps import TappedNetwork
+from rkd.teacher import choose_teacher, open_teacher, read_checkpoint
+from rkd.triggers import Trigger
+
+UNDEFENDED = "undefended"  # the sub-folder of the undefended student's own run
+_EVALUATION_BATCH = 256
+_MONITORED = 1000  # test images looked at after each epoch; shown, never used to choose anything
+_EXAMPLES = 8
+_HELD_OUT = 2000  # training images that the mask is not learned on
+
+
+@dataclass(frozen=True)
+class DistillSettings:
+    """Everything that decides what a distillation makes; stored whole in run.json.
+
+    Attributes:
+        teacher: path of the checkpoint.
+        student: a name from `rkd.models`.
+        data: as `rkd.data.open_dataset` takes it.
+        method: one of `METHODS`.
+        triggers: paths of the triggers to test with; no method ever sees them.
+        undefended: also train a student of the undefended teacher (OFD), to compare with.
+        accuracy_budget: points of clean accuracy that the detoxified teacher may lose.
+        cap: upper end of RobustKD's mask.
+        clean_budget: training images to use, a number or a share such as `10%`; empty for all.
+        epochs, batch, lr, augmentation, seed: see `Recipe`.
+        split_seed: of the test split, where the data comes without one.
+        precision: `auto`, `fp32`, `bf16` or `fp16`.
+        arch, normalize: of the teacher; empty to take them from its file.
+        image_size: pixels; 0 for the teacher's or the data's own.
+        device: `auto`, `cpu` or `cuda`.
+        threads: CPU threads; 0 for all.
+        checkpoint_every: steps.
+    """
+
+    teacher: str
+    student: str
+    data: str
+    method: str = "robustkd"
+    triggers: tuple[str, ...] = ()
+    undefended: bool = False
+    accuracy_budget: float = 1.0
+    cap: float = 0.9
+    clean_budget: str = ""
+    epochs: int = 40
+    batch: int = 128
+    lr: float = 0.1
+    augmentation: str = "auto"
+    seed: int = 0
+    split_seed: int = 0
+    precision: str = "auto"
+    arch: str = ""
+    normalize: str = ""
+    image_size: int = 0
+    device: str = "auto"
+    threads: int = 0
+    checkpoint_every: int = 500
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ConfigError(f"--method {self.method!r}: expected one of {', '.join(METHODS)}")
+        if not 0 <= self.accuracy_budget <= 100 or not 0 < self.cap <= 1:
+            raise ConfigError(
+                f"--accuracy-budget must be 0 to 100 points, the cap above 0 and at most 1; got {self.accuracy_budget}, {self.cap}"
+            )
+        if self.checkpoint_every < 1 or self.threads < 0 or not 0 <= self.seed < 2**32:
+            raise ConfigError("--checkpoint-every must be at least 1, --threads and --seed at least 0")
+        if ".py" in self.student:
+            raise ConfigError(f"--student {self.student}: students go by name (`rkd students`), not by file")
+
+    @classmethod
+    def from_run(cls, run: Run) -> DistillSettings:
+        """The settings that a run was started with.
+
+        Raises:
+            RunError: run.json does not hold them.
+        """
+        values = {field.name: run.setting(field.name) for field in fields(cls)}
+        try:
+            return cls(**{**values, "triggers": tuple(values["triggers"])})
+        except TypeError as error:
+            raise RunError(f"{run.path}: its settings are damaged: {error}") from error
+
+
+def start(settings: DistillSettings, origins: Mapping[str, str], path: Path) -> tuple[Run, Inputs]:
+    """Make the run directory of a distillation, after a first look at everything that it will need.
+
+    Returns:
+        The run, and what was opened for it: `distill` takes both.
+
+    Raises:
+        RkdError: whatever of the input is wrong, before anything is written.
+    """
+    work = Inputs.open(settings, Path(settings.teacher))
+    _ = build(settings.student, len(work.data.classes), work.data.size)
+    made = {
+        name: Setting(getattr(settings, name), origins.get(name, "default"))
+        for name in (f.name for f in fields(settings))
+    }
+    made["triggers"] = Setting(list(settings.triggers), origins.get("triggers", "default"))
+    run = Run.create(path, "distill", made)
+    for trigger in work.triggers:
+        write_file(path / "triggers" / f"{trigger.name}.npz", trigger.to_bytes())
+    work.teacher.save(path / TEACHER)
+    run.save(
+        data={"name": work.data.name, "digest": work.data.digest, "classes": list(work.data.classes), "notes": list(work.data.notes)},
+        teacher={"sha256": work.teacher_sha256, "file": Path(settings.teacher).name, "arch": work.teacher.arch,
+                 "normalize": str(work.teacher.normalisation), "notes": list(work.notes)},
+    )  # fmt: skip
+    return run, work
+
+
+def distill(run: Run, stop: StopRequest, work: Inputs | None = None) -> list[Model]:
+    """Do what is left of a run.
+
+    Args:
+        run: new or interrupted.
+        stop: asked after every step.
+        work: what `start` opened; None to open it again from the run directory.
+
+    Returns:
+        The rows of the table: teacher, undefended student where asked for, student.
+
+    Raises:
+        StoppedError: stopped by a signal, after saving.
+        RunError: the run is finished, or the data is not what it was.
+    """
+    if run.finished:
+        return models_of(run)
+    settings = DistillSettings.from_run(run)
+    with run.locked():
+        rows = _undefended(run, settings, stop) if settings.undefended and settings.method != "ofd" else []
+        work = work or Inputs.open(settings, run.path / TEACHER)
+        work.check_same(run)
+        for note in (*work.data.notes, *work.notes):
+            say(note)
+        student = _fresh_student(run, settings, work)
+        objective = _objective(run, settings, work, student)
+        _train_student(run, settings, work, student, objective, stop)
+        teacher_row = rows[0] if rows else _measure("teacher", work.teacher, work, (run.path / TEACHER).stat().st_size)
+        data = student.to_bytes()
+        write_file(run.path / STUDENT, data)
+        _keep_examples(run, work, student)
+        role = {"robustkd": "RobustKD student", "ofd": "undefended student (OFD)"}.get(
+            settings.method, f"{settings.method} student"
+        )
+        rows = [teacher_row, *rows[1:], _measure(role, student, work, len(data))]
+        run.finish(models=[row.to_json() for row in rows], student={"sha256": sha256(data), "arch": student.arch})
+    return rows
+
+
+def _undefended(run: Run, settings: DistillSettings, stop: StopRequest) -> list[Model]:
+    """The undefended student's own run inside this one: made, gone on with, or done already."""
+    path = run.path / UNDEFENDED
+    if (path / "run.json").is_file():
+        return distill(Run.open(path), stop)
+    triggers = tuple(str(p) for p in sorted((run.path / "triggers").glob("*.npz")))
+    plain = replace(settings, method="ofd", undefended=False, teacher=str(run.path / TEACHER), triggers=triggers)
+    sub_run, work = start(plain, {}, path)
+    return distill(sub_run, stop, work)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a distillation starts from, opened and checked."""
+
+    data: Dataset
+    train: Source
+    teacher: Network
+    teacher_sha256: str
+    triggers: tuple[Trigger, ...]
+    device: torch.device
+    recipe: Recipe
+    notes: tuple[str, ...]
+
+    @classmethod
+    def open(cls, settings: DistillSettings, teacher_path: Path) -> Inputs:
+        use_threads(settings.threads)
+        device = choose_device(settings.device)
+        checkpoint = read_checkpoint(teacher_path)
+        wanted = settings.image_size or _header_size(checkpoint.header)
+        data = open_with_progress(settings.data, wanted or None, settings.split_seed)
+        scaling = Normalisation.parse(settings.normalize) if settings.normalize else None
+        candidates = open_teacher(
+            checkpoint, arch=settings.arch or None, normalisation=scaling, classes=data.classes, size=data.size
+        )
+        train_source = _clean_budget(data.train, settings.clean_budget, settings.seed)
+        teacher, found = choose_teacher(candidates, train_source, device)
+        _check_class_order(teacher, data)
+        low, high = found.interval
+        notes = (
+            *checkpoint.notes,
+            f"teacher: {teacher.arch}, {teacher.parameters:,} parameters, inputs scaled by {teacher.normalisation}, "
+            f"{found.value:.1f} % of {found.n} clean training images right [{low:.1f}, {high:.1f}]",
+        )
+        triggers = tuple(Trigger.load(Path(path)) for path in settings.triggers)
+        _check_triggers(triggers, data)
+        recipe = Recipe(
+            epochs=settings.epochs, batch=min(settings.batch, len(train_source)), lr=settings.lr, seed=settings.seed,
+            augmentation=augmentation_for(settings.augmentation, data), precision=choose_precision(settings.precision, device),
+        )  # fmt: skip
+        autocast(device, recipe.precision)
+        return cls(data, train_source, teacher, checkpoint.sha256, triggers, device, recipe, notes)
+
+    def check_same(self, run: Run) -> None:
+        """Refuse to go on with other data than the run was started with."""
+        recorded = run.summary.get("data", {}).get("digest")
+        if recorded != self.data.digest:
+            raise RunError(
+                f"{run.path}: the data has changed since the run was started; restore it, or start a new run"
+            )
+
+    def clean_batches(self, count: int) -> list[torch.Tensor]:
+        """A few batches of clean training images, normalised, for statistics."""
+        draws = np.random.default_rng([self.recipe.seed, 0xC1EA]).permutation(len(self.train))[
+            : count * self.recipe.batch
+        ]
+        batches = []
+        for images, _ in self.train.batches(self.recipe.batch, np.sort(draws)):
+            inputs = torch.from_numpy(images).to(self.device).contiguous(memory_format=torch.channels_last)
+            batches.append(self.teacher.normalisation(inputs))
+        return batches
+
+
+def open_with_progress(spec: str, size: int | tuple[int, int] | None, seed: int) -> Dataset:
+    """`open_dataset` with a bar where decoding takes long."""
+    with ExitStack() as stack:
+        bars: list[Bar] = []
+
+        def show(done: int, total: int) -> None:
+            if not bars:
+                bars.append(stack.enter_context(progress("read the images", total)))
+            bars[0].update(done, unit="img")
+
+        return open_dataset(spec, size=size, seed=seed, progress=show)
+
+
+def augmentation_for(name: str, data: Dataset) -> str:
+    """`auto` does not mirror digits and signs: they would be other digits and signs."""
+    if name != "auto":
+        return name
+    return "crop" if re.search(r"digit|mnist|gtsrb|svhn|sign", data.name.lower()) else "crop-flip"
+
+
+def _header_size(header: Mapping[str, Any] | None) -> int | tuple[int, int]:
+    size = header.get("size") if header is not None else None
+    if isinstance(size, list) and len(size) == 2 and all(type(side) is int and 1 <= side <= 4096 for side in size):
+        return size[0], size[1]
+    return 0
+
+
+def _clean_budget(source: Source, budget: str, seed: int) -> Source:
+    """A class-stratified part of the training images."""
+    if not budget:
+        return source
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", budget.strip())
+    share = float(match[1]) / (100 if match[2] else len(source)) if match else 0
+    if not 0 < share <= 1:
+        raise ConfigError(f"--clean-budget {budget!r}: expected 1 to {len(source)} images, or a share such as 10%")
+    rng = np.random.default_rng([seed, 0xB0D6])
+    chosen: list[NDArray[np.int64]] = []
+    for label in np.unique(source.labels):
+        members = rng.permutation(np.flatnonzero(source.labels == label))
+        chosen.append(members[: max(1, round(share * len(members)))])
+    return source.subset(np.sort(np.concatenate(chosen)))
+
+
+def _check_class_order(teacher: Network, data: Dataset) -> None:
+    if teacher.classes != data.classes and set(teacher.classes) == set(data.classes):
+        raise DataError(
+            f"the teacher's classes come in another order ({', '.join(teacher.classes[:3])}, ...) than the data's "
+            f"({', '.join(data.classes[:3])}, ...); rename the class folders so that they sort in the teacher's order"
+        )
+
+
+def _check_triggers(triggers: Sequence[Trigger], data: Dataset) -> None:
+    names = [trigger.name for trigger in triggers]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"two triggers have the same name ({', '.join(names)}); rename one (its array 'name')")
+    for trigger in triggers:
+        if trigger.target >= len(data.classes):
+            raise ConfigError(
+                f"trigger {trigger.name} aims at class {trigger.target}, the data has {len(data.classes)} classes"
+            )
+        trigger.apply(np.zeros((1, 3, *data.size), dtype=np.uint8))
+
+
+def _fresh_student(run: Run, settings: DistillSettings, work: Inputs) -> Network:
+    torch.manual_seed(settings.seed)
+    module = build(settings.student, len(work.data.classes), work.data.size)
+    module = module.to(work.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    provenance = {
+        "teacher": run.summary["teacher"]["sha256"],
+        "method": settings.method,
+        "seed": settings.seed,
+        "data": work.data.digest,
+    }
+    student = Network(
+        module, settings.student, work.data.classes, work.data.size, work.teacher.normalisation, provenance
+    )
+    student.check_runs()
+    return student
+
+
+def _objective(run: Run, settings: DistillSettings, work: Inputs, student: Network) -> Objective:
+    """The objective of the method; for RobustKD the mask is learned first, or taken from the run."""
+    module: nn.Module = work.teacher.module.to(work.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    module.requires_grad_(requires_grad=False)
+    if settings.method == "ce":
+        return CrossEntropy(student.module)
+    if settings.method == "kd":
+        return LogitDistillation(student.module, module)
+    tapped = TappedNetwork(module, work.data.size).eval()
+    if not tapped.taps:
+        raise ArchitectureError(f"no feature map was found in {work.teacher.arch}; use --method kd, which needs none")
+    found = margins(tapped, module, work.clean_batches(4))
+    if settings.method == "robustkd":
+        masks = _masks(run, settings, work, tapped)
+        dtype = (
+            torch.float32
+            if work.recipe.precision == "fp32"
+            else autocast(work.device, work.recipe.precision).fast_dtype
+        )
+        set_masks(tapped, masks, work.device, dtype)
+    torch.manual_seed(settings.seed)  # whether the mask was learned just now or read must not matter
+    objective = FeatureDistillation(student.module, tapped, work.data.size, found)
+    objective.extra.to(work.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for line in tap_report(tapped.taps, objective.student.taps):
+        say(line)
+    return objective
+
+
+def _masks(run: Run, settings: DistillSettings, work: Inputs, tapped: TappedNetwork) -> tuple[TapMask, ...]:
+    path = run.path / MASKS
+    if path.is_file():
+        return masks_from_bytes(path.read_bytes(), str(path))
+    recipe = DetoxRecipe(accuracy_budget=settings.accuracy_budget, cap=settings.cap, batch=work.recipe.batch)
+    order = np.random.default_rng([settings.seed, 0x4E1D]).permutation(len(work.train))
+    held_out = np.sort(order[: min(_HELD_OUT, max(1, len(order) // 5))])
+    learn = np.sort(order[len(held_out) :])
+    with progress("detoxify", recipe.steps) as bar:
+
+        def show(check: DetoxCheck) -> None:
+            bar.update(
+                check.step,
+                unit="img",
+                unit_per_step=recipe.batch,
+                lost=f"{check.lost:+.1f} points",
+                variance=check.variance,
+            )
+
+        found = detoxify(
+            tapped, work.teacher.normalisation, work.train.subset(learn), work.train.subset(held_out), recipe,
+            seed=settings.seed, device=work.device, autocast=lambda: autocast(work.device, work.recipe.precision), on_check=show,
+        )  # fmt: skip
+    write_file(path, found.to_bytes())
+    run.save(detox=_detox_summary(found))
+    say(
+        f"detoxified: {found.variance:.2f} of the feature variance is left, the teacher's accuracy on {found.n} held-out "
+        f"clean images went from {found.teacher_accuracy:.1f} to {found.accuracy:.1f}"
+    )
+    return found.masks
+
+
+def _detox_summary(found: Detoxification) -> dict[str, Any]:
+    return {
+        "teacher_accuracy": found.teacher_accuracy,
+        "accuracy": found.accuracy,
+        "variance": found.variance,
+        "weight": found.weight,
+        "held_out": found.n,
+        "taps": [mask.tap for mask in found.masks],
+        "history": [[c.step, c.weight, c.lost, c.variance] for c in found.history],
+    }
+
+
+def _train_student(
+    run: Run, settings: DistillSettings, work: Inputs, student: Network, objective: Objective, stop: StopRequest
+) -> None:
+    monitored = np.sort(np.random.default_rng([settings.seed, 0x300]).permutation(len(work.data.test))[:_MONITORED])
+    predict = student.predictor(work.device)
+
+    def look() -> dict[str, float]:
+        scores, _ = evaluate(predict_in_eval, work.data.test.batches(_EVALUATION_BATCH, monitored))
+        return {"ACC": round(scores.acc.value, 3)}
+
+    def predict_in_eval(images: NDArray[np.uint8]) -> NDArray[Any]:
+        student.module.eval()
+        return predict(images)
+
+    trainer = Trainer(student.module, objective, work.train, student.normalisation, work.recipe, work.device)
+    hint = f"rkd distill --resume {run.path if run.path.name != UNDEFENDED else run.path.parent}"
+    train(
+        trainer, run, stop, stage=f"distil ({settings.method})", resume_hint=hint,
+        checkpoint_every=settings.checkpoint_every, on_epoch=look,
+    )  # fmt: skip
+
+
+def _measure(role: str, network: Network, work: Inputs, size_bytes: int) -> Model:
+    passes = len(work.data.test) * (1 + len(work.triggers))
+    predict = network.predictor(work.device)
+    done = 0
+    with progress(f"evaluate the {role}", passes) as bar:
+
+        def counted(images: NDArray[np.uint8]) -> NDArray[Any]:
+            nonlocal done
+            logits = predict(images)
+            done += len(images)
+            bar.update(done, unit="img")
+            return logits
+
+        scores, _ = evaluate(counted, work.data.test.batches(_EVALUATION_BATCH), work.triggers)
+    return Model(role, network.arch, scores, network.parameters, count_macs(network), size_bytes)
+
+
+def _keep_examples(run: Run, work: Inputs, student: Network) -> None:
+    """A few test images with each trigger, and what teacher and student say of them, for the report."""
+    for trigger in work.triggers:
+        others = np.flatnonzero(work.data.test.labels != trigger.target)
+        chosen = np.sort(np.random.default_rng([work.recipe.seed, 0xE8]).permutation(others)[:_EXAMPLES])
+        images, labels = work.data.test.batch(chosen)
+        triggered = trigger.apply(images)
+        said = {
+            who: np.asarray(network.predictor(work.device)(triggered).argmax(1), dtype=np.int64)
+            for who, network in (("teacher", work.teacher), ("student", student))
+        }
+        write_file(run.path / EXAMPLES / f"{trigger.name}.npz", npz_bytes({"x": images, "y": labels, **said}))
+
+
+def config_digest(run: Run) -> str:
+    """SHA-256 of the settings, for the bundle's chain."""
+    return sha256(to_json(json.loads(json.dumps(run.summary["settings"], sort_keys=True))))

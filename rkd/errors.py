@@ -1,0 +1,98 @@
+"""Every error that rkd raises on purpose.
+
+    RkdError                       exit 1
+    ├── ConfigError                rkd.toml, an option's value, a combination of options
+    ├── CheckpointError            a teacher file that cannot be read safely
+    │   └── ArchitectureError      tensors that fit no network, or not the network that was named
+    ├── DataError                  a data set that cannot be used
+    ├── TriggerError               a trigger file that cannot be used
+    ├── TargetError                a target profile that cannot be used
+    ├── RunError                   a run directory that is missing, unfinished or damaged
+    ├── ExportError                a student that cannot be written as the target asks
+    ├── BundleError                a .rkd file that is not exactly what was written
+    ├── RuntimeUnavailableError    a runtime or provider that this machine lacks
+    ├── MissingExtraError          a command whose optional dependencies are not installed
+    ├── StorageError               the disk said no: full, read-only, no permission, I/O error
+    ├── GateError                  exit 3: a measured figure is on the wrong side of its gate
+    └── StoppedError               exit 130 (Ctrl-C) or 143 (SIGTERM), after saving
+
+A message says what was seen, what was expected and what to do, in one line.
+"""
+
+from __future__ import annotations
+
+
+class RkdError(Exception):
+    """The root: the user's input or environment is wrong."""
+
+    exit_code = 1
+
+
+class ConfigError(RkdError):
+    """A setting is unknown, malformed or impossible together with another."""
+
+
+class CheckpointError(RkdError):
+    """A teacher file cannot be read safely."""
+
+
+class ArchitectureError(CheckpointError):
+    """Tensors that fit no known network, or not the one that was named."""
+
+
+class DataError(RkdError):
+    """A data set cannot be used."""
+
+
+class TriggerError(RkdError):
+    """A trigger cannot be used."""
+
+
+class TargetError(RkdError):
+    """A target profile cannot be used."""
+
+
+class RunError(RkdError):
+    """A run directory is missing, unfinished or damaged."""
+
+
+class ExportError(RkdError):
+    """A student cannot be written in the form that the target asks for."""
+
+
+class BundleError(RkdError):
+    """A bundle is not exactly what was written."""
+
+
+class RuntimeUnavailableError(RkdError):
+    """A runtime, provider or device that this machine lacks."""
+
+
+class MissingExtraError(RkdError):
+    """A command needs optional dependencies that are not installed."""
+
+    def __init__(self, what: str, extra: str) -> None:
+        super().__init__(f"{what} is not installed; install it with: pip install 'rkd[{extra}]'")
+
+
+class StorageError(RkdError):
+    """The operating system refused to read or write."""
+
+
+class GateError(RkdError):
+    """A measured figure is on the wrong side of its gate."""
+
+    exit_code = 3
+
+
+class StoppedError(RkdError):
+    """Stopped by a signal, after saving.
+
+    Args:
+        message: what was saved and how to go on.
+        signal_number: the signal; the exit code is 128 plus it.
+    """
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number

@@ -1,0 +1,156 @@
+"""The only place that writes files.
+
+A file or a checkpoint directory is either there whole or not there at all: it is written under a temporary name beside
+its destination, flushed, fsynced and renamed, and then the directory that holds it is fsynced. A failed write leaves no
+temporary behind. Tests inject faults through this module's `os`.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rkd.errors import StorageError
+
+_TEMPORARY = ".rkd-tmp-"
+
+
+def sha256(data: bytes) -> str:
+    """Hexadecimal SHA-256 of `data`."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def to_json(value: object) -> bytes:
+    """JSON as it is written everywhere: indented, sorted as given, no NaN, one newline at the end.
+
+    Raises:
+        ValueError: `value` holds a NaN or an infinity.
+    """
+    return (json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode()
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        StorageError: it cannot be read.
+        ValueError: it is not JSON.
+    """
+    with storage_errors(path):
+        data = path.read_bytes()
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn an `OSError` about `path` into one clear `StorageError`."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(_explain(error, path)) from error
+
+
+def _explain(error: OSError, path: Path) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"No space left on {path.parent}: {path.name} was not written, nothing else was changed; free some space and run again"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"no permission for {path}: check its owner and mode, or choose another folder"
+    if error.errno == errno.ENOENT:
+        return f"no such file or folder: {path}"
+    return f"{path}: {error.strerror or error}"
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write `data` to `path` atomically and durably; an existing file is replaced.
+
+    Raises:
+        StorageError: the disk is full, read-only or fails; `path` is then as it was before.
+    """
+    temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            _write(temporary, data)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_directory(path.parent)
+
+
+def write_directory(path: Path, members: Mapping[str, bytes]) -> None:
+    """Write a directory of files that appears whole or not at all; the last member is written last.
+
+    Raises:
+        StorageError: as for `write_file`; also when `path` exists and is not empty.
+    """
+    temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            for name, data in members.items():
+                _write(temporary / name, data)
+            _sync_directory(temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        _sync_directory(path.parent)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append one line to a log; a crash can lose the last line but never damages earlier ones.
+
+    Raises:
+        StorageError: the disk is full, read-only or fails.
+    """
+    with storage_errors(path):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            _write_all(descriptor, (line + "\n").encode())
+        finally:
+            os.close(descriptor)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what a killed process left half-written in `folder` (not below it)."""
+    for leftover in folder.glob(f"{_TEMPORARY}*"):
+        if leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+def _write(path: Path, data: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+    try:
+        _write_all(descriptor, data)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
+
+
+def _sync_directory(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,148 @@
+"""What is this file or folder? Nothing in it is run (torch only for checkpoints)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rkd.bundle import read_bundle
+from rkd.errors import RkdError, StorageError, TriggerError
+from rkd.files import read_json, sha256
+from rkd.metrics import Scores
+from rkd.run import STUDENT, SUMMARY, Run
+from rkd.target import load_target
+from rkd.triggers import Trigger
+
+
+def inspect_path(path: Path) -> dict[str, Any]:
+    """A nested description, its `kind` first.
+
+    Raises:
+        StorageError: no such file.
+        RkdError: it is none of the things that rkd knows, or damaged.
+    """
+    if not path.exists():
+        raise StorageError(f"no such file or folder: {path}")
+    if path.is_dir():
+        return _run(path)
+    by_ending = {".rkd": _bundle, ".npz": _trigger, ".toml": _target, ".json": _result}
+    return by_ending.get(path.suffix.lower(), _checkpoint)(path)
+
+
+def describe_scores(scores: Scores) -> dict[str, str]:
+    """Percent, interval and n of each figure, as text."""
+    figures = {"ACC": scores.acc}
+    for t in scores.triggers:
+        figures |= {f"ASR {t.trigger} (to class {t.target})": t.asr, f"RA {t.trigger}": t.ra}
+    return {name: f"{p} % [{p.interval[0]:.1f}, {p.interval[1]:.1f}], n = {p.n}" for name, p in figures.items()}
+
+
+def _run(path: Path) -> dict[str, Any]:
+    if not (path / SUMMARY).is_file():
+        raise RkdError(f"{path} is a folder without a {SUMMARY}: not a run of rkd (a data folder is given with --data)")
+    run = Run.open(path)
+    summary = run.summary
+    found: dict[str, Any] = {
+        "kind": f"run ({summary.get('kind')})",
+        "state": summary["state"],
+        "created": summary.get("created"),
+    }
+    found["command"] = " ".join(map(str, summary.get("command", [])))
+    found["settings"] = {
+        name: f"{setting['value']!r}  ({setting['origin']})"
+        for name, setting in summary["settings"].items()
+        if isinstance(setting, dict) and {"value", "origin"} <= set(setting)
+    }
+    for part in ("data", "teacher", "detox", "student", "timings", "versions"):
+        if isinstance(summary.get(part), dict):
+            found[part] = {key: value for key, value in summary[part].items() if key != "history"}
+    recorded = summary.get("student", {}).get("sha256")
+    if recorded and (path / STUDENT).is_file():
+        same = sha256((path / STUDENT).read_bytes()) == recorded
+        found["student"]["file"] = "matches its digest" if same else "DOES NOT MATCH its digest"
+    for row in summary.get("models", []):
+        found[row["role"]] = describe_scores(Scores.from_json(row["scores"]))
+    checkpoint = run.latest_checkpoint()
+    if not run.finished:
+        found["checkpoint"] = f"step {checkpoint[0]}" if checkpoint else "none yet"
+        found["go on with"] = f"rkd {summary.get('kind')} --resume {path}"
+    return found
+
+
+def _bundle(path: Path) -> dict[str, Any]:
+    bundle = read_bundle(path)
+    images, labels = bundle.evaluation()
+    manifest = bundle.manifest
+    return {
+        "kind": "bundle, every digest verified",
+        "name": bundle.name,
+        "sha256": bundle.digest,
+        "target": bundle.target.to_json(),
+        "input": f"uint8 {manifest['input']['shape']}, opset {manifest['opset']}, {manifest['precision']}",
+        "classes": f"{len(bundle.classes)}: {', '.join(bundle.classes[:10])}{', ...' if len(bundle.classes) > 10 else ''}",
+        "evaluation": f"{len(labels)} images of {images.shape[2]}x{images.shape[3]} pixels",
+        "triggers": [f"{t.name} to class {t.target}" for t in bundle.triggers()],
+        "members": {
+            name: f"{entry['size_bytes']:,} bytes, sha256 {entry['sha256']}"
+            for name, entry in manifest["members"].items()
+        },
+        "chain": dict(manifest["chain"]),
+        "student before export": describe_scores(Scores.from_json(manifest["scores"]["student"])),
+        "exported file on the host": describe_scores(Scores.from_json(manifest["scores"]["exported"])),
+        "made with": dict(manifest["tool"]),
+    }
+
+
+def _trigger(path: Path) -> dict[str, Any]:
+    try:
+        trigger = Trigger.load(path)
+    except TriggerError as error:
+        raise TriggerError(f"{error} (a data .npz is given with --data)") from error
+    height, width = trigger.size
+    return {
+        "kind": "trigger",
+        "name": trigger.name,
+        "target class": trigger.target,
+        "size": f"{height}x{width}",
+        "masked pixels": f"{100 * float((trigger.mask.max(0) > 0).mean()):.1f} %",
+        "largest additive change": f"{255 * float(abs(trigger.additive).max()):.1f} / 255",
+        "warps": trigger.grid is not None,
+        "sha256": sha256(path.read_bytes()),
+    }
+
+
+def _target(path: Path) -> dict[str, Any]:
+    return {"kind": "target profile", **load_target(str(path)).to_json()}
+
+
+def _result(path: Path) -> dict[str, Any]:
+    try:
+        value = read_json(path)
+    except ValueError as error:
+        raise RkdError(str(error)) from error
+    if not isinstance(value, dict):
+        raise RkdError(f"{path} is JSON, but not a result of rkd bench")
+    return {"kind": "result of rkd bench", **value}
+
+
+def _checkpoint(path: Path) -> dict[str, Any]:
+    from rkd.models.infer import infer_arch, output_count  # noqa: PLC0415  (needs torch)
+    from rkd.teacher import read_checkpoint  # noqa: PLC0415
+
+    checkpoint = read_checkpoint(path)
+    shapes = checkpoint.shapes
+    header = checkpoint.header or {}
+    archs = (str(header["arch"]),) if "arch" in header else infer_arch(shapes, (32, 32))
+    numbers = sum(t.numel() for name, t in checkpoint.tensors.items() if name in shapes)
+    return {
+        "kind": "checkpoint, read without running it",
+        "sha256": checkpoint.sha256,
+        "written by": "rkd" if checkpoint.header is not None else "somebody else",
+        "network": " or ".join(archs) if archs else "unknown: name it with --arch",
+        "outputs": output_count(shapes),
+        "numbers": f"{numbers:,} in {len(shapes)} tensors, all finite",
+        "input scaling": f"mean {header['mean']}, std {header['std']}" if "mean" in header and "std" in header
+        else "not in the file: give --normalize",
+        "provenance": header.get("provenance", {}),
+        "notes": list(checkpoint.notes),
+    }  # fmt: skip

@@ -1,0 +1,173 @@
+"""ACC, ASR and RA, each with its denominator and its interval (numpy only).
+
+ACC  accuracy on the clean test images.
+ASR  attack success rate: of triggered test images whose true class is not the target, the share predicted as the target.
+RA   robust accuracy: of the same triggered images, the share still predicted correctly.
+
+Low ASR with low RA is not a repair: the three are always reported together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rkd.errors import DataError
+from rkd.triggers import Trigger
+
+Images = NDArray[np.uint8]  # (N, 3, H, W), RGB
+Labels = NDArray[np.int64]  # (N,)
+Predict = Callable[[Images], NDArray[Any]]  # images -> logits (N, classes)
+
+_Z95 = 1.959963984540054  # 97.5 % quantile of the standard normal
+
+
+@dataclass(frozen=True)
+class Proportion:
+    """`hits` of `n`, with its 95 % Wilson score interval."""
+
+    hits: int
+    n: int
+
+    @property
+    def value(self) -> float:
+        """The share, in percent; NaN where n is 0."""
+        return 100 * self.hits / self.n if self.n else math.nan
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % Wilson score interval in percent (E. B. Wilson, JASA 1927); 0 to 100 where n is 0."""
+        if not self.n:
+            return 0.0, 100.0
+        p, n, z = self.hits / self.n, self.n, _Z95
+        centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+        half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        low = 0.0 if self.hits == 0 else 100 * (centre - half)
+        high = 100.0 if self.hits == self.n else 100 * (centre + half)
+        return low, high
+
+    def __str__(self) -> str:
+        return f"{self.value:.1f}" if self.n else "-"
+
+    def to_json(self) -> dict[str, Any]:
+        """`{hits, n, percent, low, high}`."""
+        low, high = self.interval
+        return {
+            "hits": self.hits,
+            "n": self.n,
+            "percent": round(self.value, 4) if self.n else None,
+            "low": round(low, 4),
+            "high": round(high, 4),
+        }
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Proportion:
+        """Inverse of `to_json`; the interval is computed again."""
+        return cls(int(value["hits"]), int(value["n"]))
+
+
+@dataclass(frozen=True)
+class TriggerScore:
+    """What one trigger does to one network."""
+
+    trigger: str
+    target: int
+    asr: Proportion
+    ra: Proportion
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one network does on one evaluation set."""
+
+    acc: Proportion
+    triggers: tuple[TriggerScore, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """`{acc, triggers: [{name, target, asr, ra}]}`."""
+        return {
+            "acc": self.acc.to_json(),
+            "triggers": [
+                {"name": t.trigger, "target": t.target, "asr": t.asr.to_json(), "ra": t.ra.to_json()}
+                for t in self.triggers
+            ],
+        }
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Scores:
+        """Inverse of `to_json`."""
+        return cls(
+            Proportion.from_json(value["acc"]),
+            tuple(
+                TriggerScore(
+                    str(t["name"]), int(t["target"]), Proportion.from_json(t["asr"]), Proportion.from_json(t["ra"])
+                )
+                for t in value["triggers"]
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Top-1 labels of one network over one evaluation set, in its order.
+
+    Attributes:
+        labels: true classes, (N,).
+        clean: predicted classes of the clean images, (N,).
+        triggered: per trigger name, predicted classes of all N triggered images, (N,).
+    """
+
+    labels: Labels
+    clean: Labels
+    triggered: dict[str, Labels]
+
+
+def evaluate(
+    predict: Predict, batches: Iterable[tuple[Images, Labels]], triggers: Sequence[Trigger] = ()
+) -> tuple[Scores, Predictions]:
+    """Measure ACC, and ASR and RA for each trigger, in one pass and bounded memory.
+
+    Args:
+        predict: maps uint8 images (N, 3, H, W) to logits (N, classes).
+        batches: images and true labels, e.g. `Source.batches(...)`.
+        triggers: each is applied to every image; images of its target class do not count.
+
+    Raises:
+        DataError: the batches hold no image.
+    """
+    labels: list[Labels] = []
+    clean: list[Labels] = []
+    triggered: dict[str, list[Labels]] = {t.name: [] for t in triggers}
+    for images, truth in batches:
+        labels.append(np.asarray(truth, dtype=np.int64))
+        clean.append(_top1(predict(images)))
+        for trigger in triggers:
+            triggered[trigger.name].append(_top1(predict(trigger.apply(images))))
+    if not labels:
+        raise DataError("the evaluation set holds no image")
+    predictions = Predictions(
+        np.concatenate(labels), np.concatenate(clean), {name: np.concatenate(got) for name, got in triggered.items()}
+    )
+    return score(predictions, triggers), predictions
+
+
+def score(predictions: Predictions, triggers: Sequence[Trigger] = ()) -> Scores:
+    """ACC, ASR and RA from labels that are already known."""
+    truth = predictions.labels
+    results = []
+    for trigger in triggers:
+        counted = truth != trigger.target
+        got, n = predictions.triggered[trigger.name], int(counted.sum())
+        asr = Proportion(int(((got == trigger.target) & counted).sum()), n)
+        ra = Proportion(int(((got == truth) & counted).sum()), n)
+        results.append(TriggerScore(trigger.name, trigger.target, asr, ra))
+    return Scores(Proportion(int((predictions.clean == truth).sum()), len(truth)), tuple(results))
+
+
+def _top1(logits: NDArray[Any]) -> Labels:
+    return np.asarray(np.argmax(logits, axis=1), dtype=np.int64)

@@ -1,0 +1,229 @@
+"""A network together with what is needed to use it: architecture, class names, image size, input normalisation.
+
+The only format that rkd keeps is safetensors, with these in its header.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor, nn
+
+from rkd.errors import ArchitectureError, CheckpointError, ConfigError
+from rkd.files import storage_errors, write_file
+from rkd.metrics import Images, Predict
+from rkd.models import build
+
+_HEADER_KEY = "rkd"
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """Input scaling: `(pixel / 255 - mean) / std` for each RGB channel."""
+
+    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != 3 or len(self.std) != 3 or not all(np.isfinite([*self.mean, *self.std])):
+            raise ConfigError(
+                f"normalisation needs three finite means and three deviations, got {self.mean}; {self.std}"
+            )
+        if min(self.std) <= 0:
+            raise ConfigError(f"normalisation deviations must be positive, got {self.std}")
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 (N, 3, H, W) to float32 of the same shape and memory format."""
+        scale = [1 / (255 * s) for s in self.std]
+        shift = [-m / s for m, s in zip(self.mean, self.std, strict=True)]
+        view = (1, 3, 1, 1)
+        scales = torch.tensor(scale, device=images.device).view(view)
+        shifts = torch.tensor(shift, device=images.device).view(view)
+        return torch.addcmul(shifts, images.float(), scales)
+
+    @classmethod
+    def parse(cls, text: str) -> Normalisation:
+        """`none`, `imagenet`, `cifar10` or `MEAN;STD`, e.g. `0.5,0.5,0.5;0.25,0.25,0.25` or `0.5;0.25`.
+
+        Raises:
+            ConfigError: it is none of these.
+        """
+        if text in NORMALISATIONS:
+            return NORMALISATIONS[text]
+        try:
+            mean, std = ([float(value) for value in part.split(",")] for part in text.split(";"))
+            mean, std = (part * 3 if len(part) == 1 else part for part in (mean, std))
+            return cls((mean[0], mean[1], mean[2]), (std[0], std[1], std[2]))
+        except (ValueError, IndexError):
+            raise ConfigError(
+                f"--normalize {text!r}: expected none, imagenet, cifar10, or MEAN;STD such as '0.5,0.5,0.5;0.25,0.25,0.25'"
+            ) from None
+
+    def __str__(self) -> str:
+        for name, known in NORMALISATIONS.items():
+            if known == self:
+                return name
+        return ";".join(",".join(f"{value:g}" for value in part) for part in (self.mean, self.std))
+
+
+NORMALISATIONS = {
+    "none": Normalisation(),
+    "imagenet": Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "cifar10": Normalisation((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+}
+
+
+@dataclass
+class Network:
+    """A teacher or a student.
+
+    Attributes:
+        module: images (N, 3, H, W), normalised, to logits (N, classes).
+        arch: a name that `rkd.models.build` understands.
+        classes: their names in the order of the outputs.
+        size: height and width of its images in pixels.
+        normalisation: what its inputs are scaled by.
+        provenance: how it came to be (attack, seed, data, digests), for people; rkd decides nothing by it.
+    """
+
+    module: nn.Module
+    arch: str
+    classes: tuple[str, ...]
+    size: tuple[int, int]
+    normalisation: Normalisation
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> int:
+        """Number of trainable numbers."""
+        return sum(parameter.numel() for parameter in self.module.parameters())
+
+    def describe(self) -> dict[str, Any]:
+        """What the header of its file holds."""
+        return {
+            "arch": self.arch,
+            "classes": list(self.classes),
+            "size": list(self.size),
+            "mean": list(self.normalisation.mean),
+            "std": list(self.normalisation.std),
+            "provenance": dict(self.provenance),
+        }
+
+    def to_bytes(self) -> bytes:
+        """The network as safetensors; equal networks give equal bytes."""
+        tensors = {
+            name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.module.state_dict().items()
+        }
+        return bytes(save_safetensors(tensors, {_HEADER_KEY: json.dumps(self.describe(), sort_keys=True)}))
+
+    def save(self, path: Path) -> None:
+        """Write safetensors.
+
+        Raises:
+            StorageError: the disk said no.
+        """
+        write_file(path, self.to_bytes())
+
+    @classmethod
+    def load(cls, path: Path) -> Network:
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: not a network that rkd wrote.
+            StorageError: it cannot be read.
+        """
+        with storage_errors(path):
+            data = path.read_bytes()
+        header = read_header(path)
+        if header is None:
+            raise CheckpointError(f"{path} was not written by rkd; give it as a teacher instead")
+        try:
+            network = cls.from_header(header)
+            network.module.load_state_dict(load_safetensors(data))
+        except (RuntimeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path} is damaged: {error}") from error
+        return network
+
+    @classmethod
+    def from_header(cls, header: Mapping[str, Any]) -> Network:
+        """A network with fresh weights from `describe()`'s answer."""
+        classes, size = tuple(map(str, header["classes"])), (int(header["size"][0]), int(header["size"][1]))
+        module = build(safe_arch(header["arch"], "the file"), len(classes), size)
+        normalisation = Normalisation(tuple(header["mean"]), tuple(header["std"]))
+        return cls(module, str(header["arch"]), classes, size, normalisation, dict(header.get("provenance", {})))
+
+    def check_runs(self) -> None:
+        """One forward pass on a blank image.
+
+        Raises:
+            ArchitectureError: it fails, or gives another number of classes.
+        """
+        training = self.module.training
+        device = next(self.module.parameters()).device
+        try:
+            with torch.no_grad():
+                logits = self.module.eval()(torch.zeros(1, 3, *self.size, device=device))
+        except Exception as error:
+            height, width = self.size
+            raise ArchitectureError(f"{self.arch} does not run on {height}x{width} images: {error}") from error
+        finally:
+            self.module.train(training)
+        if not isinstance(logits, Tensor) or logits.shape != (1, len(self.classes)):
+            shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise ArchitectureError(f"{self.arch} returned {shape}, expected logits of shape (1, {len(self.classes)})")
+
+    def predictor(self, device: torch.device) -> Predict:
+        """A function from uint8 images (N, 3, H, W) to float32 logits (N, classes), in eval mode, in FP32."""
+        module = self.module.to(device).eval()
+
+        def predict(images: Images) -> NDArray[np.float32]:
+            with torch.inference_mode():
+                batch = torch.from_numpy(np.ascontiguousarray(images)).to(device)
+                batch = self.normalisation(batch.contiguous(memory_format=torch.channels_last))
+                logits: NDArray[np.float32] = module(batch).float().cpu().numpy()
+            return logits
+
+        return predict
+
+
+def safe_arch(name: object, origin: str) -> str:
+    """A network's name as a file gives it; a file may not name code to run.
+
+    Raises:
+        CheckpointError: it is not a plain name; `origin` says whose.
+    """
+    if not isinstance(name, str) or not re.fullmatch(
+        r"((torchvision|timm):)?[A-Za-z0-9_-]{1,100}(\.[a-z0-9_]+)?", name
+    ):
+        raise CheckpointError(
+            f"{origin} names the network {str(name)[:100]!r}; a file may only give a plain name: use --arch"
+        )
+    if ".py" in name:
+        raise CheckpointError(f"{origin} names code to run ({name}); if you trust that code, give it with --arch")
+    return name
+
+
+def read_header(path: Path) -> dict[str, Any] | None:
+    """The description that rkd wrote into a safetensors file; None where a stranger wrote the file.
+
+    Raises:
+        CheckpointError: not a safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        header = json.loads(metadata[_HEADER_KEY]) if _HEADER_KEY in metadata else None
+    except Exception as error:  # safetensors raises its own errors, and OSError for some damage
+        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+    return header if isinstance(header, dict) else None

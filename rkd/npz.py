@@ -1,0 +1,70 @@
+"""Read and write .npz archives that strangers may have made (numpy only).
+
+No pickle, no object arrays, no member larger than announced, no more bytes than the caller allows: a file of a few
+kilobytes cannot make the reader allocate gigabytes.
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Mapping
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
+
+def read_npz(file: BinaryIO, limit_bytes: int, members: int = 64) -> dict[str, NDArray[Any]]:
+    """Read every array of an .npz.
+
+    Args:
+        file: a seekable binary file.
+        limit_bytes: what all arrays together may take in memory.
+        members: how many arrays there may be.
+
+    Raises:
+        ValueError: not an .npz, an object array, a header that lies about its size, or beyond a limit.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+            if len(entries) > members:
+                raise ValueError(f"{len(entries)} arrays, at most {members} expected")
+            total = sum(entry.file_size for entry in entries)
+            if total > limit_bytes:
+                raise ValueError(f"{total:,} bytes when unpacked, at most {limit_bytes:,} allowed")
+            return {entry.filename.removesuffix(".npy"): _read_npy(archive, entry) for entry in entries}
+    except ValueError:
+        raise
+    except Exception as error:  # zipfile leaks struct.error, NotImplementedError, zlib.error and more
+        raise ValueError(f"not a readable .npz ({type(error).__name__}: {error})") from error
+
+
+def _read_npy(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> NDArray[Any]:
+    with archive.open(entry) as member:
+        version = npy.read_magic(member)
+        read_header = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(version)
+        if read_header is None:
+            raise ValueError(f"{entry.filename}: .npy version {version}, expected 1.0 or 2.0")
+        shape, fortran, dtype = read_header(member)
+        if dtype.hasobject or dtype.kind not in "biufU":
+            raise ValueError(f"{entry.filename}: arrays of {dtype} are not accepted")
+        count = 1
+        for length in shape:
+            count *= length
+        if count * dtype.itemsize > entry.file_size:
+            raise ValueError(f"{entry.filename}: its header announces {count * dtype.itemsize:,} bytes, it holds fewer")
+        data = bytearray(member.read(count * dtype.itemsize))
+    if len(data) != count * dtype.itemsize:
+        raise ValueError(f"{entry.filename}: cut short")
+    array = np.frombuffer(data, dtype=dtype)
+    return array.reshape(shape, order="F" if fortran else "C")
+
+
+def npz_bytes(arrays: Mapping[str, NDArray[Any]]) -> bytes:
+    """An uncompressed .npz; equal arrays give equal bytes."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **{name: np.ascontiguousarray(array) for name, array in arrays.items()})  # type: ignore[arg-type]
+    return buffer.getvalue()

@@ -1,0 +1,79 @@
+"""Progress for people: a live bar with rate and time left on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+console = Console(stderr=True, highlight=False)
+"""What is not a result goes here: standard output is for results."""
+
+_PLAIN_EVERY_S = 10.0
+
+
+class Bar:
+    """One piece of long work."""
+
+    def __init__(self, name: str, total: int, live: Progress | None) -> None:
+        self._name, self._total, self._live = name, total, live
+        self._started = self._printed = time.monotonic()
+        self._first: int | None = None
+        self._task = live.add_task(name, total=total, extra="") if live is not None else None
+
+    def update(self, done: int, *, unit_per_step: int = 1, unit: str = "", **figures: float | str) -> None:
+        """Show that `done` of the total are done.
+
+        Args:
+            done: so far.
+            unit_per_step: units in one of them, for the rate.
+            unit: what the rate counts, e.g. `img`.
+            figures: what else to show, by name.
+        """
+        now = time.monotonic()
+        if self._first is None:
+            self._first, self._started = done - 1, min(self._started, now)
+        rate = (done - self._first) / max(now - self._started, 1e-9)
+        parts = [
+            f"{name.replace('_', ' ')} {v:.4g}" if isinstance(v, float) else f"{name.replace('_', ' ')} {v}"
+            for name, v in figures.items()
+        ]
+        if unit:
+            parts.append(f"{rate * unit_per_step:,.0f} {unit}/s")
+        if self._live is not None and self._task is not None:
+            self._live.update(self._task, completed=done, extra=", ".join(parts))
+        elif now - self._printed >= _PLAIN_EVERY_S or done >= self._total:
+            self._printed = now
+            left = (self._total - done) / rate
+            parts.append(
+                f"{_duration(left)} left" if done < self._total else f"{_duration(now - self._started)} in all"
+            )
+            console.print(f"{self._name}: {done}/{self._total}, {', '.join(parts)}", markup=False, soft_wrap=True)
+
+
+@contextmanager
+def progress(name: str, total: int) -> Iterator[Bar]:
+    """Show the progress of `total` steps of work called `name`."""
+    if not console.is_terminal:
+        yield Bar(name, total, None)
+        return
+    columns = (
+        TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), MofNCompleteColumn(),
+        TimeRemainingColumn(compact=True), TextColumn("{task.fields[extra]}", markup=False),
+    )  # fmt: skip
+    with Progress(*columns, console=console) as live:
+        yield Bar(name, total, live)
+
+
+def say(message: str) -> None:
+    """One line on standard error."""
+    console.print(message, markup=False, soft_wrap=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"

@@ -1,0 +1,233 @@
+"""Turn run directories and bench results into pages and verdicts (torch only to read masks)."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rkd.bench.report import Curve, MaskPanel, ModelRow, RunReport, TriggerPanel, result_page, run_page
+from rkd.bench.result import read_result
+from rkd.errors import ConfigError, RkdError, RunError, TriggerError
+from rkd.files import storage_errors, write_file
+from rkd.metrics import Scores
+from rkd.npz import read_npz
+from rkd.run import EXAMPLES, MASKS, REPORT, TRIGGERS, Model, Run, models_of
+from rkd.triggers import Trigger
+
+_EXAMPLES_LIMIT_BYTES = 2**28
+
+
+def report_command(sources: Sequence[Path], out: Path | None, control: Path | None = None) -> Path:
+    """`rkd report`: a page about runs, or about results of `rkd bench`.
+
+    Args:
+        sources: run directories or result.json files, not both; empty for ./result.json, else the newest run.
+        out: the page; by default report.html, in the run where there is one.
+        control: the run of the control, to show excess ASR.
+
+    Returns:
+        Where the page is.
+
+    Raises:
+        ConfigError: runs and results together.
+        RunError, RkdError: a source is not what it should be.
+    """
+    if not sources:
+        newest = Path("result.json")
+        sources = [newest] if newest.is_file() else [Run.newest(Path("runs")).path]
+    runs = [path for path in sources if path.is_dir()]
+    if runs and len(runs) < len(sources):
+        raise ConfigError("give either run directories or result.json files: they make different pages")
+    if not runs:
+        place = out or Path("report.html")
+        write_file(place, result_page([read_result(path) for path in sources]).encode())
+        return place
+    opened = [Run.open(path) for path in runs]
+    place = out or (opened[0].path / REPORT if len(opened) == 1 else Path("report.html"))
+    controls = [Run.open(control)] if control is not None else []
+    roles = (
+        {str(run.path): f"{_last(run).role} ({run.path.name})" for run in (*controls, *opened)}
+        if len(opened) + len(controls) > 1
+        else {}
+    )
+    write_run_report([*controls, *opened], place, roles=roles, control=roles.get(str(control), "") if control else "")
+    return place
+
+
+def write_run_report(
+    runs: Sequence[Run],
+    out: Path,
+    *,
+    roles: Mapping[str, str] | None = None,
+    control: str = "",
+    verdict: str = "",
+    title: str = "",
+) -> None:
+    """Write the page of one run, or of several side by side.
+
+    Args:
+        runs: finished.
+        out: the page.
+        roles: what to call each run's student, by the run's path; by default its own role.
+        control: the role of the row that is everyone's control; empty for none.
+        verdict: one paragraph; by default made from the figures.
+        title: by default from the run.
+    """
+    roles = roles or {}
+    rows: list[ModelRow] = []
+    for run in runs:
+        for model in models_of(run):
+            role = (
+                roles.get(str(run.path), model.role)
+                if model is models_of(run)[-1] or model == _last(run)
+                else model.role
+            )
+            if model.role == "teacher" and len(runs) > 1:
+                role = f"teacher {run.summary['teacher']['file']}"
+            if all(row.role != role for row in rows):
+                excess_from = (
+                    control if control and role not in ("teacher", control) and not role.startswith("teacher ") else ""
+                )
+                rows.append(
+                    ModelRow(
+                        role,
+                        model.arch,
+                        model.scores,
+                        model.parameters,
+                        model.macs,
+                        model.size_bytes,
+                        control=excess_from,
+                    )
+                )
+    rows.sort(key=lambda row: not row.role.startswith("teacher"))
+    if control and all(row.role != control for row in rows):
+        raise RunError(f"no row is called {control!r}: it cannot be the control")
+    shown = runs[-1]
+    masks, history = _masks(shown)
+    report = RunReport(
+        title=title or f"{shown.setting('student')} from {shown.summary['teacher']['file']}",
+        verdict=verdict or _verdict(models_of(shown)),
+        created=str(shown.summary.get("created", "")),
+        command=_command(shown),
+        models=rows,
+        curves=[curve for run in runs for curve in _curves(run, roles.get(str(run.path), _last(run).role))],
+        triggers=_trigger_panels(shown),
+        masks=masks,
+        detox_history=history,
+        settings=[(name, str(s["value"]), str(s["origin"])) for name, s in shown.summary["settings"].items()],
+        provenance=_provenance(shown),
+        notes=[str(note) for part in ("data", "teacher") for note in shown.summary.get(part, {}).get("notes", [])],
+    )
+    write_file(out, run_page(report).encode())
+
+
+def _last(run: Run) -> Model:
+    return models_of(run)[-1]
+
+
+def _verdict(models: Sequence[Model]) -> str:
+    """What the figures say, without claiming what they do not."""
+    teacher, student = models[0], models[-1]
+    text = (
+        f"The {student.role} ({student.arch}) classifies {student.scores.acc.value:.1f} % of {student.scores.acc.n} clean "
+        f"test images correctly; its teacher {teacher.scores.acc.value:.1f} %."
+    )
+    undefended = models[1].scores if len(models) > 2 else None
+    for index, t in enumerate(student.scores.triggers):
+        before = teacher.scores.triggers[index]
+        text += (
+            f" The trigger {t.trigger!r} moves {t.asr.value:.1f} % of {t.asr.n} images to class {t.target} in the student, "
+            f"{before.asr.value:.1f} % in the teacher"
+        )
+        text += (
+            f", {undefended.triggers[index].asr.value:.1f} % in a student that trusts the teacher."
+            if undefended
+            else "."
+        )
+    if not student.scores.triggers:
+        return text + " No trigger was given, so nothing is said about a backdoor."
+    return (
+        text
+        + " Whether what is left is a backdoor only a control tells: the same student from a clean twin of the teacher."
+    )
+
+
+def _command(run: Run) -> str:
+    return " ".join(str(part) for part in run.summary.get("command", []))
+
+
+def _curves(run: Run, name: str) -> list[Curve]:
+    """Loss and accuracy over epochs, from the run's log."""
+    lines = run.metrics()
+    epochs = [line for line in lines if line.get("ends_epoch")]
+    per_epoch: dict[int, list[dict[str, Any]]] = {}
+    for line in lines:
+        if "loss" in line:
+            per_epoch.setdefault(int(line["epoch"]), []).append(line)
+    x = [epoch + 1 for epoch in per_epoch]
+    loss = [float(np.mean([line["loss"] for line in group])) for group in per_epoch.values()]
+    accuracy = [float(line["ACC"]) for line in epochs if "ACC" in line]
+    return [
+        Curve(name, "loss on the training images", x, loss),
+        Curve(name, "accuracy on up to 1,000 test images (%)", [int(line["epoch"]) + 1 for line in epochs], accuracy),
+    ]
+
+
+def _trigger_panels(run: Run) -> list[TriggerPanel]:
+    classes = [str(name) for name in run.summary.get("data", {}).get("classes", [])]
+    panels = []
+    for path in sorted((run.path / TRIGGERS).glob("*.npz")):
+        examples = run.path / EXAMPLES / path.name
+        try:
+            trigger = Trigger.load(path)
+            with storage_errors(examples):
+                arrays = read_npz(io.BytesIO(examples.read_bytes()), _EXAMPLES_LIMIT_BYTES)
+            captions = [
+                f"true: {classes[y]}; teacher says: {classes[t]}; student says: {classes[s]}"
+                for y, t, s in zip(arrays["y"], arrays["teacher"], arrays["student"], strict=True)
+            ]
+            panels.append(TriggerPanel(trigger, arrays["x"], trigger.apply(arrays["x"]), captions))
+        except (RkdError, ValueError, KeyError, IndexError) as error:
+            raise TriggerError(f"{examples} is damaged: {error}") from error
+    return panels
+
+
+def _masks(run: Run) -> tuple[list[MaskPanel], list[tuple[int, float, float, float]]]:
+    path = run.path / MASKS
+    if not path.is_file():
+        return [], []
+    from rkd.detox import masks_from_bytes  # noqa: PLC0415  (needs torch)
+
+    with storage_errors(path):
+        masks = masks_from_bytes(path.read_bytes(), str(path))
+    panels = [
+        MaskPanel(
+            mask.tap, mask.mask, f"{100 * float(mask.mask.mean()):.0f} % of the feature map is replaced on average"
+        )
+        for mask in masks
+    ]
+    history = run.summary.get("detox", {}).get("history", [])
+    return panels, [(int(s), float(w), float(lost), float(v)) for s, w, lost, v in history]
+
+
+def _provenance(run: Run) -> list[tuple[str, str]]:
+    summary = run.summary
+    pairs = [
+        ("teacher file", str(summary["teacher"]["file"])),
+        ("teacher SHA-256", str(summary["teacher"]["sha256"])),
+        ("data", str(summary["data"]["name"])),
+        ("data SHA-256", str(summary["data"]["digest"])),
+        ("student SHA-256", str(summary.get("student", {}).get("sha256", "-"))),
+        ("seed", str(run.setting("seed"))),
+    ]
+    pairs += [(f"{stage}: time", f"{t['seconds']:.0f} s") for stage, t in summary.get("timings", {}).items()]
+    return pairs + [(name, str(version)) for name, version in summary.get("versions", {}).items()]
+
+
+def excess_asr(defended: Scores, control: Scores) -> list[float]:
+    """ASR minus the control's, in points, for each trigger."""
+    return [a.asr.value - b.asr.value for a, b in zip(defended.triggers, control.triggers, strict=True)]

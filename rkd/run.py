@@ -1,0 +1,311 @@
+"""The run directory: everything about one distillation, and enough to go on with it after any kill (no torch).
+
+    run.json              schema, state, every setting with where it came from, seeds, versions, digests, results
+    metrics.jsonl         one line a step group and an epoch
+    teacher.safetensors   the teacher as it was converted at intake
+    masks.npz             what RobustKD learned
+    triggers/*.npz        what the student was tested with
+    examples/*.npz        a few triggered test images, and what teacher and student say of them
+    checkpoints/<step>/   one directory a checkpoint; `digests.json` is written last
+    student.safetensors   the result
+    report.html
+
+Every write goes through `rkd.files`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rkd import __version__
+from rkd.errors import RunError
+from rkd.files import (
+    append_line,
+    read_json,
+    remove_temporaries,
+    sha256,
+    storage_errors,
+    to_json,
+    write_directory,
+    write_file,
+)
+from rkd.metrics import Scores
+
+SCHEMA = 1
+SUMMARY, METRICS, STUDENT, TEACHER, MASKS, EXAMPLES, TRIGGERS, REPORT = (
+    "run.json", "metrics.jsonl", "student.safetensors", "teacher.safetensors", "masks.npz", "examples", "triggers",
+    "report.html",
+)  # fmt: skip
+_DIGESTS = "digests.json"
+_KEEP = 2  # checkpoints; the newest may be damaged
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A setting's value and where it came from: command line, rkd.toml, teacher, data or default."""
+
+    value: Any
+    origin: str
+
+
+class Run:
+    """One run directory.
+
+    Attributes:
+        path: the directory.
+        summary: the content of run.json.
+    """
+
+    def __init__(self, path: Path, summary: dict[str, Any]) -> None:
+        self.path, self.summary = path, summary
+
+    @classmethod
+    def create(cls, path: Path, kind: str, settings: Mapping[str, Setting]) -> Run:
+        """Make a new run directory; `kind` is `distill` or `teacher`.
+
+        Raises:
+            RunError: `path` exists.
+            StorageError: the disk said no.
+        """
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise RunError(f"{path} exists; choose another --out, or go on with it by --resume {path}")
+        summary = {
+            "schema": SCHEMA,
+            "kind": kind,
+            "rkd": __version__,
+            "state": "running",
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "command": ["rkd", *sys.argv[1:]],
+            "settings": {name: {"value": s.value, "origin": s.origin} for name, s in settings.items()},
+            "versions": versions(),
+        }
+        run = cls(path, summary)
+        run.save()
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> Run:
+        """Open a run directory.
+
+        Raises:
+            RunError: it is not one, or of another schema.
+            StorageError: it cannot be read.
+        """
+        if not (path / SUMMARY).is_file():
+            raise RunError(f"{path} is not a run directory: it has no {SUMMARY}")
+        try:
+            summary = read_json(path / SUMMARY)
+        except ValueError as error:
+            raise RunError(f"{path / SUMMARY} is damaged: {error}") from error
+        if not isinstance(summary, dict) or summary.get("schema") != SCHEMA:
+            seen = summary.get("schema") if isinstance(summary, dict) else None
+            raise RunError(f"{path / SUMMARY} has schema {seen!r}, this rkd reads {SCHEMA}")
+        if not isinstance(summary.get("settings"), dict) or not isinstance(summary.get("state"), str):
+            raise RunError(f"{path / SUMMARY} is damaged: settings or state are missing")
+        return cls(path, summary)
+
+    @classmethod
+    def newest(cls, root: Path) -> Run:
+        """The newest finished distillation under `root`.
+
+        Raises:
+            RunError: there is none.
+        """
+        runs = []
+        unfinished = []
+        for candidate in sorted(root.glob(f"*/{SUMMARY}")):
+            try:
+                run = cls.open(candidate.parent)
+            except RunError:
+                continue
+            if run.summary.get("kind") == "distill":
+                (runs if run.finished else unfinished).append(run)
+        if not runs:
+            hint = (
+                f"; {unfinished[-1].path} is unfinished, go on with: rkd distill --resume {unfinished[-1].path}"
+                if unfinished
+                else ""
+            )
+            raise RunError(f"no finished run under {root}{os.sep}: name one, or make one with rkd distill{hint}")
+        return max(runs, key=lambda run: (str(run.summary.get("finished", "")), run.path.stat().st_mtime_ns))
+
+    @property
+    def finished(self) -> bool:
+        """Whether its student is there."""
+        return bool(self.summary["state"] == "finished")
+
+    def setting(self, name: str) -> Any:
+        """The value of a setting.
+
+        Raises:
+            RunError: the run has no such setting.
+        """
+        try:
+            return self.summary["settings"][name]["value"]
+        except (KeyError, TypeError):
+            raise RunError(f"{self.path / SUMMARY} is damaged: setting {name!r} is missing") from None
+
+    def save(self, **changes: Any) -> None:
+        """Change fields of run.json and write it.
+
+        Raises:
+            StorageError: the disk said no.
+        """
+        self.summary |= changes
+        write_file(self.path / SUMMARY, to_json(self.summary))
+
+    def finish(self, **changes: Any) -> None:
+        """Write run.json for the last time; the run is done."""
+        self.save(**changes, state="finished", finished=datetime.now(timezone.utc).isoformat(timespec="microseconds"))
+        self.drop_checkpoints()
+
+    def drop_checkpoints(self) -> None:
+        """Remove all checkpoints: what they led to is written."""
+        shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep a second process out of this run.
+
+        Raises:
+            RunError: another process is working in it.
+        """
+        with storage_errors(self.path):
+            descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunError(f"{self.path}: another process is working in this run; wait for it or stop it") from None
+            remove_temporaries(self.path)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def log(self, **line: Any) -> None:
+        """Append one line to metrics.jsonl.
+
+        Raises:
+            StorageError: the disk said no.
+        """
+        append_line(self.path / METRICS, json.dumps(line, allow_nan=False))
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl; a last line that a crash cut short is left out."""
+        try:
+            with storage_errors(self.path):
+                text = (self.path / METRICS).read_text(errors="replace") if (self.path / METRICS).exists() else ""
+            lines = [json.loads(line) for line in text.split("\n")[:-1]]
+        except ValueError as error:
+            raise RunError(f"{self.path / METRICS} is damaged: {error}") from error
+        return [line for line in lines if isinstance(line, dict)]
+
+    def cut_metrics(self, stage: str, step: int) -> None:
+        """Forget what was logged of `stage` after `step`: it will be logged again."""
+        kept = [line for line in self.metrics() if line.get("stage") != stage or int(line.get("step", 0)) <= step]
+        write_file(self.path / METRICS, "".join(json.dumps(line) + "\n" for line in kept).encode())
+
+    def save_checkpoint(self, step: int, members: Mapping[str, bytes]) -> None:
+        """Write `checkpoints/<step>/` whole, its digests last, and remove older ones.
+
+        Raises:
+            StorageError: the disk said no; earlier checkpoints are untouched.
+        """
+        root = self.path / "checkpoints"
+        place = root / f"{step:08}"
+        with storage_errors(root):
+            root.mkdir(exist_ok=True)
+            remove_temporaries(root)
+            shutil.rmtree(place, ignore_errors=True)  # a damaged one of the same step
+        digests = to_json({name: sha256(data) for name, data in members.items()})
+        write_directory(place, {**members, _DIGESTS: digests})
+        for old in self._checkpoints()[_KEEP:]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def latest_checkpoint(self) -> tuple[int, dict[str, bytes]] | None:
+        """Step and members of the newest checkpoint that verifies."""
+        for place in self._checkpoints():
+            try:
+                digests = json.loads((place / _DIGESTS).read_bytes())
+                members = {name: (place / name).read_bytes() for name in digests}
+            except (OSError, ValueError):
+                continue
+            if all(sha256(data) == digests[name] for name, data in members.items()):
+                return int(place.name), members
+        return None
+
+    def _checkpoints(self) -> list[Path]:
+        """Newest first; half-written ones have another name."""
+        found = [p for p in (self.path / "checkpoints").glob("*") if re.fullmatch(r"\d{8,}", p.name)]
+        return sorted(found, key=lambda place: int(place.name), reverse=True)
+
+
+def free_name(root: Path, name: str) -> Path:
+    """`root/name`, or `root/name-2`, ... where that exists."""
+    path, number = root / name, 1
+    while path.exists():
+        number += 1
+        path = root / f"{name}-{number}"
+    return path
+
+
+def versions() -> dict[str, str]:
+    """Python's and the relevant packages' versions."""
+    found = {"python": sys.version.split()[0], "rkd": __version__}
+    for package in ("torch", "torchvision", "numpy", "safetensors", "onnx", "onnxruntime"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@dataclass(frozen=True)
+class Model:
+    """A row of the table: one network with what was measured of it."""
+
+    role: str
+    arch: str
+    scores: Scores
+    parameters: int
+    macs: int
+    size_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """As it goes into run.json."""
+        return {
+            "role": self.role, "arch": self.arch, "scores": self.scores.to_json(),
+            "parameters": self.parameters, "macs": self.macs, "size_bytes": self.size_bytes,
+        }  # fmt: skip
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Model:
+        """Inverse of `to_json`."""
+        return cls(
+            str(value["role"]), str(value["arch"]), Scores.from_json(value["scores"]),
+            int(value["parameters"]), int(value["macs"]), int(value["size_bytes"]),
+        )  # fmt: skip
+
+
+def models_of(run: Run) -> list[Model]:
+    """The rows of a finished run.
+
+    Raises:
+        RunError: run.json does not hold them.
+    """
+    try:
+        return [Model.from_json(row) for row in run.summary["models"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{run.path}: its results are missing or damaged: {error}") from error

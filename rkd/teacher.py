@@ -1,0 +1,372 @@
+"""Open a stranger's checkpoint without running it.
+
+A checkpoint is never executed: `torch.load(weights_only=True)` without a fallback, or safetensors. What comes out is
+tensors with names. Which network they belong to, how many classes it has and how its inputs are scaled is inferred
+where that is possible and asked for where it is not.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load as load_safetensors
+from torch import Tensor, nn
+
+from rkd.data import Source
+from rkd.errors import ArchitectureError, CheckpointError, ConfigError
+from rkd.files import sha256, storage_errors, write_file
+from rkd.metrics import Proportion
+from rkd.models import build
+from rkd.models.infer import infer_arch, output_count
+from rkd.network import NORMALISATIONS, Network, Normalisation, read_header, safe_arch
+
+_LIMIT_BYTES = 16 * 2**30
+_MAX_TENSORS = 100_000
+_WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "teacher", "weights", "params")
+_PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "backbone.")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Tensors from a file, and what the file says of them.
+
+    Attributes:
+        tensors: float32, without wrappers and prefixes.
+        header: what rkd wrote beside them, if rkd wrote the file.
+        sha256: of the file.
+        path: of the file.
+        notes: what was unwrapped or converted, for people.
+    """
+
+    tensors: dict[str, Tensor]
+    header: Mapping[str, Any] | None
+    sha256: str
+    path: Path
+    notes: tuple[str, ...]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes, without BN's counters."""
+        return {n: tuple(t.shape) for n, t in self.tensors.items() if not n.endswith("num_batches_tracked")}
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read `.safetensors`, or a state dict saved by torch under any name, bare or wrapped.
+
+    Raises:
+        CheckpointError: not a checkpoint, a pickle that wants to run code, TorchScript, NaN weights, absurd sizes.
+        StorageError: it cannot be read.
+    """
+    with storage_errors(path):
+        if path.is_dir():
+            raise CheckpointError(f"{path} is a folder; expected a checkpoint file (.pt, .pth, .tar or .safetensors)")
+        if path.stat().st_size > _LIMIT_BYTES:
+            raise CheckpointError(f"{path}: {path.stat().st_size:,} bytes; teachers have at most {_LIMIT_BYTES:,}")
+        data = path.read_bytes()
+    if not data:
+        raise CheckpointError(f"{path} is empty; download it again")
+    header: Mapping[str, Any] | None
+    if path.suffix == ".safetensors":
+        header = read_header(path)
+        found: object = _load_safetensors(data, path)
+    else:
+        found = _load_pickle(data, path)
+        rkd_header = found.get("rkd") if isinstance(found, dict) else None
+        header = rkd_header if isinstance(rkd_header, dict) else None
+    notes: list[str] = []
+    state = _strip_prefixes(_unwrap(found, path, notes), notes)
+    return Checkpoint(_sound(state, len(data), path, notes), header, sha256(data), path, tuple(notes))
+
+
+def open_teacher(
+    checkpoint: Checkpoint,
+    *,
+    arch: str | None,
+    normalisation: Normalisation | None,
+    classes: tuple[str, ...] | None,
+    size: tuple[int, int],
+) -> list[Network]:
+    """Make the network that a checkpoint belongs to.
+
+    Args:
+        checkpoint: from `read_checkpoint`.
+        arch: the user's `--arch`; None to take it from the header or infer it.
+        normalisation: the user's `--normalize`; None to take it from the header.
+        classes: the data's class names; None where there is no data.
+        size: height and width of the data's images.
+
+    Returns:
+        Every network that fits, the likeliest first; they differ in strides only. `choose_teacher` picks one by data.
+
+    Raises:
+        ArchitectureError: no network or another network fits, or the number of classes differs.
+        ConfigError: the input scaling is not known.
+    """
+    header, path = checkpoint.header, checkpoint.path
+    names = (arch,) if arch else _arch_of(checkpoint, size)
+    outputs = output_count(checkpoint.shapes) or (len(classes) if classes else 0)
+    named = _classes_of(header)
+    if named is not None and not arch:
+        outputs = len(named)
+    if classes is not None and outputs != len(classes):
+        raise ArchitectureError(
+            f"{path} has {outputs} classes, the data has {len(classes)} ({', '.join(classes[:3])}, ...); "
+            "give the data that the teacher was trained on"
+        )
+    scaling = normalisation or _normalisation_of(header)
+    if scaling is None:
+        raise ConfigError(
+            f"{path} does not say how its inputs were scaled; give --normalize none (pixels in [0, 1]), imagenet, "
+            "cifar10 or 'MEAN;STD'"
+        )
+    labels = named or classes or tuple(str(i) for i in range(outputs))
+    provenance = header.get("provenance") if header is not None else None
+    networks = []
+    for name in names:
+        module = build(name, outputs, size)
+        _load_into(module, checkpoint, name)
+        network = Network(
+            module.eval(), name, labels, size, scaling, provenance if isinstance(provenance, dict) else {}
+        )
+        network.check_runs()
+        networks.append(network)
+    return networks
+
+
+def choose_teacher(
+    candidates: list[Network], clean: Source, device: torch.device, *, limit: int = 512, seed: int = 0
+) -> tuple[Network, Proportion]:
+    """The candidate that is best on clean training images, and its accuracy on them.
+
+    Args:
+        candidates: from `open_teacher`.
+        clean: clean images, never the test set.
+        device: where to compute.
+        limit: images to look at.
+        seed: which images.
+
+    Raises:
+        CheckpointError: none of them is better than chance; the message says what seems to be wrong.
+    """
+    indices = np.sort(np.random.default_rng([seed, 0x7EAC]).permutation(len(clean))[:limit])
+    images, labels = clean.batch(indices)
+
+    def accuracy(network: Network) -> tuple[Proportion, np.ndarray[Any, Any]]:
+        predicted = np.asarray(network.predictor(device)(images).argmax(1))
+        return Proportion(int((predicted == labels).sum()), len(labels)), predicted
+
+    scored = [(*accuracy(network), network) for network in candidates]
+    found, predicted, best = max(scored, key=lambda item: item[0].hits)
+    # Always answering with the commonest class is right that often.
+    chance = 100 * float(np.bincount(labels).max()) / len(labels)
+    if found.interval[0] > chance:
+        return best, found
+    raise CheckpointError(
+        f"the teacher gets {found.value:.1f} % of {found.n} clean images right, chance is {chance:.1f} %: "
+        + _hint(best, predicted, labels, chance, lambda network: accuracy(network)[0])
+    )
+
+
+def save_teacher(path: Path, network: Network) -> None:
+    """Write a teacher: `.safetensors` by that ending, otherwise a state dict that `torch.load(weights_only=True)` reads.
+
+    Raises:
+        StorageError: the disk said no.
+    """
+    if path.suffix == ".safetensors":
+        network.save(path)
+        return
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in network.module.state_dict().items()}
+    buffer = io.BytesIO()
+    torch.save({"state_dict": state, "rkd": network.describe()}, buffer)
+    write_file(path, buffer.getvalue())
+
+
+def _load_safetensors(data: bytes, path: Path) -> dict[str, Tensor]:
+    try:
+        return dict(load_safetensors(data))
+    except Exception as error:
+        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def _load_pickle(data: bytes, path: Path) -> object:
+    if data[:2] == b"PK":
+        _check_archive(data, path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if wanted:
+            raise CheckpointError(
+                f"{path} wants to run {wanted[1]} while loading and was refused; nothing was run. "
+                "Get the weights as .safetensors, or ask its author for the bare state_dict"
+            ) from error
+        raise CheckpointError(f"{path} is not a checkpoint that can be read safely: {_first_line(error)}") from error
+    except Exception as error:  # torch leaks RuntimeError, EOFError, ValueError, AttributeError and more
+        raise CheckpointError(
+            f"{path} is not a checkpoint: {_first_line(error)}; expected a state dict saved by torch, or .safetensors"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
+def _check_archive(data: bytes, path: Path) -> None:
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            entries = archive.infolist()
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} is damaged or was cut short ({_first_line(error)}); download it again"
+        ) from error
+    if any(entry.filename.endswith("constants.pkl") or "/code/" in f"/{entry.filename}" for entry in entries):
+        raise CheckpointError(
+            f"{path} is a TorchScript archive: it holds code, which rkd does not run; "
+            "load it where you trust it and save its state_dict()"
+        )
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise CheckpointError(f"{path} is compressed inside, which torch never writes; refused")
+    if not any(entry.filename.endswith("data.pkl") for entry in entries):
+        raise CheckpointError(f"{path} is a zip archive without a torch checkpoint in it")
+
+
+def _unwrap(found: object, path: Path, notes: list[str]) -> dict[str, Tensor]:
+    for _ in range(3):
+        if not isinstance(found, dict) or not found:
+            kind = "an empty dictionary" if isinstance(found, dict) else f"a {type(found).__name__}"
+            raise CheckpointError(f"{path} holds {kind}, expected a state dict (tensor names and tensors)")
+        if all(isinstance(name, str) and isinstance(value, Tensor) for name, value in found.items()):
+            return dict(found)
+        inner = next((key for key in _WRAPPERS if isinstance(found.get(key), dict)), None)
+        if inner is None:
+            keys = ", ".join(repr(key)[:40] for key in list(found)[:8])
+            raise CheckpointError(
+                f"{path} holds {keys}; none of these is a state dict (looked for {', '.join(_WRAPPERS)}); "
+                "save the state dict alone"
+            )
+        notes.append(f"unwrapped {inner!r}")
+        found = found[inner]
+    raise CheckpointError(f"{path} wraps its state dict more than twice; save the state dict alone")
+
+
+def _strip_prefixes(state: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
+    changed = True
+    while changed:
+        changed = False
+        for prefix in _PREFIXES:
+            if all(name.startswith(prefix) for name in state):
+                state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+                notes.append(f"removed prefix {prefix!r}")
+                changed = True
+    return state
+
+
+def _sound(state: dict[str, Tensor], file_bytes: int, path: Path, notes: list[str]) -> dict[str, Tensor]:
+    """Float32 tensors that are really there, finite and not larger than the file."""
+    if len(state) > _MAX_TENSORS:
+        raise CheckpointError(f"{path} holds {len(state):,} tensors, at most {_MAX_TENSORS:,} are allowed")
+    sound, bad, kinds = {}, list[str](), set[str]()
+    for name, tensor in state.items():
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+            raise CheckpointError(
+                f"{path}: tensor {name!r} is sparse, quantised or on no device; expected plain weights"
+            )
+        if tensor.numel() * tensor.element_size() > file_bytes:
+            raise CheckpointError(f"{path}: tensor {name!r} claims more bytes than the file has; refused")
+        if not tensor.is_floating_point():
+            if tensor.numel() > 1 or tensor.is_complex():
+                raise CheckpointError(f"{path}: tensor {name!r} holds {tensor.dtype}, expected floating-point weights")
+            sound[name] = tensor
+            continue
+        if tensor.dtype != torch.float32:
+            kinds.add(str(tensor.dtype).removeprefix("torch."))
+        sound[name] = tensor.detach().float().contiguous()
+        if not bool(torch.isfinite(sound[name]).all()):
+            bad.append(name)
+    if bad:
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        raise CheckpointError(
+            f"{path}: NaN or infinite weights in {', '.join(bad[:3])}{more}; the teacher is broken, get another copy"
+        )
+    if kinds:
+        notes.append(f"converted from {', '.join(sorted(kinds))} to float32")
+    return sound
+
+
+def _arch_of(checkpoint: Checkpoint, size: tuple[int, int]) -> tuple[str, ...]:
+    if checkpoint.header is not None and "arch" in checkpoint.header:
+        return (safe_arch(checkpoint.header["arch"], str(checkpoint.path)),)
+    names = infer_arch(checkpoint.shapes, size)
+    if not names:
+        first = ", ".join(list(checkpoint.tensors)[:4])
+        raise ArchitectureError(
+            f"{checkpoint.path}: these tensors fit no network that rkd knows ({first}, ...); name it with --arch "
+            "(a torchvision name, timm:NAME, or path/file.py:factory for your own code)"
+        )
+    return names
+
+
+def _classes_of(header: Mapping[str, Any] | None) -> tuple[str, ...] | None:
+    classes = header.get("classes") if header is not None else None
+    if not isinstance(classes, list) or len(classes) < 2 or not all(isinstance(name, str) for name in classes):
+        return None
+    return tuple(classes)
+
+
+def _normalisation_of(header: Mapping[str, Any] | None) -> Normalisation | None:
+    if header is None or "mean" not in header or "std" not in header:
+        return None
+    try:
+        mean, std = (tuple(float(value) for value in header[key]) for key in ("mean", "std"))
+        return Normalisation(mean, std)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"the checkpoint's normalisation is not three means and deviations: {error}") from error
+
+
+def _load_into(module: nn.Module, checkpoint: Checkpoint, arch: str) -> None:
+    wanted = {n: tuple(t.shape) for n, t in module.state_dict().items() if not n.endswith("num_batches_tracked")}
+    got = checkpoint.shapes
+    problems = [f"{n} is {got[n]}, expected {wanted[n]}" for n in wanted if n in got and got[n] != wanted[n]]
+    problems += [f"{n} is missing" for n in wanted if n not in got]
+    problems += [f"{n} is not part of it" for n in got if n not in wanted]
+    if problems:
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ArchitectureError(
+            f"{checkpoint.path} is not a {arch}: {'; '.join(problems[:3])}{more}; give another --arch"
+        )
+    module.load_state_dict(checkpoint.tensors, strict=False)
+
+
+def _hint(
+    network: Network,
+    predicted: np.ndarray[Any, Any],
+    labels: np.ndarray[Any, Any],
+    chance: float,
+    accuracy: Callable[[Network], Proportion],
+) -> str:
+    """What seems to be wrong with a teacher that is no better than chance."""
+    others = {
+        n: accuracy(replace(network, normalisation=v)) for n, v in NORMALISATIONS.items() if v != network.normalisation
+    }
+    name, best = max(others.items(), key=lambda item: item[1].hits)
+    if best.interval[0] > chance:
+        return f"with --normalize {name} it gets {best.value:.1f} %, so its inputs were probably scaled that way"
+    majority = {int(c): int(np.bincount(labels[predicted == c]).argmax()) for c in np.unique(predicted)}
+    permuted = 100 * float(np.mean([majority[int(p)] == int(y) for p, y in zip(predicted, labels, strict=True)]))
+    if len(majority) > 1 and permuted > 50:
+        return f"its answers are consistent ({permuted:.0f} % under another class order), so the class folders are probably in another order than its outputs"
+    return "check --normalize, the class order (folders are sorted by name) and that this is the teacher's data"

@@ -1,0 +1,46 @@
+"""Read TOML that people or strangers wrote: size-limited, one clear error (no torch)."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rkd.errors import ConfigError
+from rkd.files import storage_errors
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+_LIMIT_BYTES = 2**20
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Raises:
+        ConfigError: it is not TOML, or larger than a megabyte.
+        StorageError: it cannot be read.
+    """
+    with storage_errors(path):
+        with path.open("rb") as file:
+            data = file.read(_LIMIT_BYTES + 1)
+    if len(data) > _LIMIT_BYTES:
+        raise ConfigError(f"{path}: larger than {_LIMIT_BYTES:,} bytes; this is not a settings file")
+    try:
+        return tomllib.loads(data.decode())
+    except Exception as error:  # TOMLDecodeError, UnicodeDecodeError, RecursionError
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+
+
+def unknown_key(key: str, known: Iterable[str]) -> str:
+    """`unknown key 'x'; did you mean 'y'?`, or the list of what is known."""
+    names = sorted(known)
+    close = difflib.get_close_matches(key, names, 1)
+    return f"unknown key {key!r}; " + (
+        f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(names)}"
+    )

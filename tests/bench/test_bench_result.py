@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import copy
+import json
+import math
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from rkd.bench import result
+from rkd.bench.table import render
+from rkd.errors import RkdError, StorageError
+
+GARBAGE = [
+    None,
+    True,
+    -1,
+    0.5,
+    1e308,
+    math.inf,
+    math.nan,
+    10**30,
+    10**5000,
+    "",
+    "a\nb",
+    "\x1b[31m",
+    "x" * 5000,
+    [],
+    {},
+    [None],
+]
+
+
+def paths(value, at=()):
+    """Every key and index of a JSON value."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, one in inner:
+        yield (*at, key)
+        yield from paths(one, (*at, key))
+
+
+def holder(value, path):
+    for key in path[:-1]:
+        value = value[key]
+    return value
+
+
+def test_what_was_written_is_read(measured, tmp_path):
+    result.write(tmp_path / "result.json", measured)
+    assert result.read(tmp_path / "result.json") == measured
+
+
+def test_garbage_at_every_key_is_one_line_or_harmless(measured):
+    messages = []
+    for path in paths(measured):
+        for garbage in GARBAGE:
+            changed = copy.deepcopy(measured)
+            holder(changed, path)[path[-1]] = garbage
+            try:
+                result.verify(changed, "r.json")
+            except RkdError as error:
+                messages.append(str(error))
+    assert len(messages) > 1000
+    assert not [message for message in messages if "\n" in message or len(message) > 500]
+
+
+def test_every_key_is_needed_and_no_other_is_known(measured):
+    named = [path for path in paths(measured) if isinstance(path[-1], str) and "triggers" not in path[-2:-1]]
+    for path in named:
+        changed = copy.deepcopy(measured)
+        del holder(changed, path)[path[-1]]
+        with pytest.raises(RkdError, match="missing"):
+            result.verify(changed, "r.json")
+    for path in [(), ("entries", 0), ("entries", 0, "latency"), ("entries", 0, "scores", "acc")]:
+        changed = copy.deepcopy(measured)
+        holder(changed, (*path, "new"))["new"] = 1
+        with pytest.raises(RkdError, match="'new' is unknown"):
+            result.verify(changed, "r.json")
+
+
+def test_whatever_is_optional_can_be_shown_as_not_reported(measured):
+    for path in paths(measured):
+        changed = copy.deepcopy(measured)
+        holder(changed, path)[path[-1]] = None
+        try:
+            result.verify(changed, "r.json")
+        except RkdError:
+            continue
+        with Console(width=80, quiet=True) as console:
+            console.print(render(changed))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        (("entries", 0, "scores", "acc", "hits"), 1, "do not follow from hits"),
+        (("entries", 0, "scores", "acc", "percent"), 99.9, "do not follow from hits"),
+        (("entries", 0, "validity"), {"valid": True, "reasons": ["a"]}, "contradict"),
+        (("entries", 0, "latency", "p50"), {"ms": 1, "low": 2, "high": 3}, "not between"),
+        (("entries", 0, "bundle", "sha256"), "AB" * 32, "not a SHA-256"),
+        (("entries", 0, "bundle", "name"), "a b", "not a name"),
+        (("entries", 0, "started"), "yesterday", "not a UTC time"),
+        (("schema",), 2, "schema 2, this rkd reads 1"),
+        (("entries",), [], "at least 1"),
+    ],
+)
+def test_a_lie_is_named(measured, path, value, words):
+    holder(measured, path)[path[-1]] = value
+    with pytest.raises(RkdError, match=words):
+        result.verify(measured, "r.json")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+    max_leaves=12,
+)
+
+
+@given(JSON)
+@settings(max_examples=300, deadline=None)
+def test_any_json_is_refused(value):
+    with pytest.raises(RkdError):
+        result.verify(value, "r.json")
+    with pytest.raises(RkdError):
+        result.verify({"schema": 1, "interrupted": False, "entries": [value]}, "r.json")
+
+
+@given(st.binary(max_size=200))
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_bytes_are_refused(tmp_path, data):
+    (tmp_path / "r.json").write_bytes(data)
+    with pytest.raises(RkdError):
+        result.read(tmp_path / "r.json")
+
+
+def test_deep_nesting_and_huge_numbers_are_refused(tmp_path):
+    for text in ("[" * 100_000, '{"schema": 1' + "0" * 5000 + "}"):
+        (tmp_path / "r.json").write_text(text)
+        with pytest.raises(RkdError):
+            result.read(tmp_path / "r.json")
+
+
+def test_a_wrong_result_is_not_written(measured, tmp_path):
+    del measured["entries"][0]["device"]
+    with pytest.raises(RkdError):
+        result.write(tmp_path / "result.json", measured)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_file_is_a_storage_error(tmp_path):
+    with pytest.raises(StorageError):
+        result.read(tmp_path / "none.json")
+
+
+def test_the_file_is_plain_json(measured, tmp_path):
+    result.write(tmp_path / "result.json", measured)
+    assert json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))["schema"] == 1

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from rkd.bench.table import _short, render
+
+
+def shown(result):
+    out = io.StringIO()
+    Console(file=out, width=80, color_system=None).print(render(result))
+    return out.getvalue()
+
+
+def quiet(result):
+    """No accidental reasons of the machine that the tests run on."""
+    for entry in result["entries"]:
+        entry["validity"] = {"valid": True, "reasons": []}
+    return result
+
+
+def test_the_comparison_fits_80_columns(measured):
+    text = shown(measured)
+    assert max(map(len, text.splitlines())) <= 80
+    for word in ("bundle", "p50 ms", "p90 ms", "p99 ms", "img/s", "MB", "ACC %", "ASR %", "RA %"):
+        assert word in text
+
+
+def test_figures_intervals_and_denominators_are_shown(measured):
+    first = quiet(measured)["entries"][0]
+    text = shown(measured)
+    acc = first["scores"]["acc"]
+    assert f"{acc['percent']:.1f}" in text
+    assert f"{acc['low']:.1f}-{acc['high']:.1f}" in text
+    assert "n 300" in text
+    assert "Wilson" in text
+
+
+def test_ratios_refer_to_the_first_bundle(measured):
+    for entry, ms in zip(quiet(measured)["entries"], (2.0, 5.0), strict=True):
+        entry["latency"]["p50"] = {"ms": ms, "low": ms, "high": ms}
+    assert "2.50x" in shown(measured)
+
+
+def test_the_worst_trigger_is_in_the_first_table_and_all_in_the_second(measured):
+    text = shown(quiet(measured))
+    triggers = measured["entries"][0]["scores"]["triggers"]
+    assert len(triggers) == 2
+    worst = max(t["asr"]["percent"] for t in triggers)
+    assert f"{worst:.1f}" in text.split("trigger ")[0]
+    for trigger in triggers:
+        assert trigger["name"] in text.split("trigger ")[1]
+
+
+def test_an_invalid_row_is_marked_and_its_reason_printed(measured):
+    assert "INVALID" not in shown(quiet(measured))
+    measured["entries"][1]["validity"] = {"valid": False, "reasons": ["the board was throttled"]}
+    text = shown(measured)
+    assert "INVALID" in text
+    assert "other.ort-cpu is INVALID: the board was throttled" in text
+
+
+def test_a_difference_from_the_host_is_printed(measured):
+    assert "other.ort-cpu: ACC differs from the exporting host's" in " ".join(shown(measured).split())
+
+
+def test_what_was_not_measured_is_a_dash(measured):
+    entry = quiet(measured)["entries"][0]
+    measured["entries"] = [entry]
+    entry["latency"] = entry["scores"] = None
+    entry["memory"].update(peak_bytes=None, reason="no /proc")
+    text = shown(measured)
+    assert text.count("-\n") or " - " in text
+    assert "memory not reported: no /proc" in text
+
+
+def test_markup_in_reasons_is_text(measured):
+    measured["entries"][0]["validity"] = {"valid": False, "reasons": ["[bold]a[/nothing]"]}
+    assert "[bold]a[/nothing]" in shown(measured)
+
+
+@pytest.mark.parametrize(("value", "text"), [(0.0123, "0.012"), (1.234, "1.23"), (12.34, "12.3"), (1234.5, "1234")])
+def test_numbers_have_no_exponent(value, text):
+    assert _short(value) == text
