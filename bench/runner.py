@@ -245,7 +245,7 @@ def import_runtime(choice: Choice) -> None:
 
 def _import_onnxruntime() -> ModuleType:
     try:
-        import onnxruntime  # noqa: PLC0415 - optional, and slow to import
+        import onnxruntime
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError) and error.name == "onnxruntime":
             raise MissingExtraError("onnxruntime", "ort") from error

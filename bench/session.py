@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,15 +33,11 @@ _QUICK_IMAGES = 256
 
 __all__ = ["BenchOptions", "OnStage", "label_digest", "run"]
 
+OnStage = Callable[[str, int, int], None]
+"""Told that `done` of `total` steps of a stage (latency, accuracy, memory) are behind us, never while one is timed.
 
-class OnStage(Protocol):
-    """Told what is done, between measurements and never while one is timed.
-
-    Draw in the call and return: a display that refreshes from a thread of its own would disturb the latency.
-    """
-
-    def __call__(self, name: str, done: int, total: int) -> None:
-        """`done` of `total` steps of the stage `name` (latency, accuracy, memory) are behind us."""
+Draw in the call and return: a display that refreshes from a thread of its own would disturb the latency.
+"""
 
 
 @dataclass

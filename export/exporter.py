@@ -27,7 +27,7 @@ from rkd.network import Network
 from rkd.target import Target
 from rkd.triggers import Trigger
 
-_BATCH = 128  # images at once on this machine
+_BATCH = 64  # images at once on this machine
 _MAX_TRIGGERS = 100
 
 
@@ -112,7 +112,7 @@ class Exporter:
             parity = compare(student, exported)
             require(parity, target.precision)
         with self._stage("bundle", seconds):
-            manifest = self._manifest(target, path.stem, {**chain, "onnx": sha256(model)}, student, exported, parity)
+            manifest = self._manifest(target, path.stem, {**chain, "onnx": sha256(model)}, (student, exported, parity))
             digest = write_bundle(path, manifest, self._members(model))
         return ExportReport(
             path, digest, path.stat().st_size, len(model), student.scores, exported.scores, parity, seconds
@@ -137,8 +137,9 @@ class Exporter:
             return to_fp16(self._fp32[key])
 
     def _manifest(
-        self, target: Target, name: str, chain: Mapping[str, str], student: HostRun, exported: HostRun, parity: Parity
+        self, target: Target, name: str, chain: Mapping[str, str], host: tuple[HostRun, HostRun, Parity]
     ) -> dict[str, Any]:
+        student, exported, parity = host
         return {
             "name": name,
             "target": target.to_json(),

@@ -17,11 +17,11 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator
+from typing import Any, cast
 
 import numpy as np
 import onnx
 import torch
-from google.protobuf.message import Message
 from onnx import numpy_helper
 from torch import Tensor, nn
 
@@ -59,7 +59,7 @@ def frozen(network: Network) -> Network:
     """
     try:
         module = copy.deepcopy(network.module).cpu().float().eval()
-        module = module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        module = module.to(memory_format=torch.contiguous_format)
     except Exception as error:
         raise ExportError(
             f"{network.arch} cannot be copied ({_line(error)}); remove hooks and tensors that training left on it"
@@ -103,13 +103,9 @@ def to_onnx(network: Network, opset: int, *, dynamic_batch: bool = True) -> byte
                 dynamic_shapes=axes,
                 verbose=False,
             )
-        if program is None:
-            raise ExportError(f"{network.arch}: the exporter returned nothing; upgrade torch and onnxscript")
-        model = program.model_proto
+        model = cast("torch.onnx.ONNXProgram", program).model_proto
     except ImportError as error:
         raise MissingExtraError(error.name or "onnxscript", "train") from error
-    except ExportError:
-        raise
     except Exception as error:
         raise ExportError(_explain(error, network.arch, dynamic_batch=dynamic_batch)) from error
     strip(model)
@@ -131,7 +127,7 @@ def serialise(model: onnx.ModelProto) -> bytes:
         ExportError: it is larger than a protobuf may be.
     """
     try:
-        return model.SerializeToString(deterministic=True)
+        return bytes(model.SerializeToString(deterministic=True))
     except Exception as error:
         raise ExportError(f"the ONNX file cannot be written ({_line(error)}); files have at most 2 GiB") from error
 
@@ -148,13 +144,13 @@ def check_valid(model: onnx.ModelProto, what: str) -> None:
         raise ExportError(f"{what} is not valid ONNX: {_line(error)}; try another opset or student") from error
 
 
-def _strip(message: Message) -> None:
+def _strip(message: Any) -> None:
     """Clear every `metadata_props` and `doc_string` below `message`, subgraphs included."""
     for field, value in message.ListFields():
         if field.name in ("metadata_props", "doc_string"):
             message.ClearField(field.name)
         elif field.message_type is not None:
-            for child in (value,) if isinstance(value, Message) else value:
+            for child in (value,) if hasattr(value, "ListFields") else value:
                 _strip(child)
 
 
@@ -231,7 +227,7 @@ def _explain(error: Exception, arch: str, *, dynamic_batch: bool) -> str:
     if "data-dependent" in text:
         code = re.findall(r'File "[^"]*", line \d+, in \w+\n\s+(\S[^\n]*)', text)
         where = f" at `{code[-1].strip()}`" if code else ""
-        return f"{arch}: its code branches on the values of its tensors{where}; ONNX needs one fixed graph, use torch.where"
+        return f"{arch}: its code branches on values of its tensors{where}; ONNX needs one fixed graph: use torch.where"
     hint = "; if its code fixes the number of images, set max_batch = 1 in the target" if dynamic_batch else ""
     return f"{arch} cannot be exported: {_line(list(_causes(error))[-1])}{hint}; or take another student"
 

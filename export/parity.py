@@ -151,6 +151,6 @@ def require(parity: Parity, precision: Precision) -> None:
     if lowest < wanted:
         advice = "this is a fault of the exporter, try another opset" if precision == "fp32" else "take precision fp32"
         raise ExportError(
-            f"the {precision} file agrees with the student on {lowest:.2f} % of images ({key}), at least {wanted:g} % are "
-            f"required; largest relative logit difference {parity.max_difference:.1e}; {advice}"
+            f"the {precision} file agrees with the student on {lowest:.2f} % of images ({key}), at least "
+            f"{wanted:g} % are required; largest relative logit difference {parity.max_difference:.1e}; {advice}"
         )

@@ -1,7 +1,7 @@
 """FP32 ONNX to FP16-typed ONNX.
 
-The types are written into the file, because TensorRT 11 knows strongly typed networks only, and because a precision flag
-that a TensorRT version ignores gives an FP32 engine without a word.
+The types are written into the file, because TensorRT 11 knows strongly typed networks only, and because a precision
+flag that a TensorRT version ignores gives an FP32 engine without a word.
 
     images uint8 -> preprocessing FP32 -> Cast -> everything else FP16 -> Cast -> logits float32
 

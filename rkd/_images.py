@@ -88,7 +88,7 @@ def require_pillow() -> None:
         MissingExtraError: pillow is not installed.
     """
     try:
-        import PIL.Image  # noqa: F401, PLC0415
+        import PIL.Image  # noqa: F401
     except ImportError as error:
         raise MissingExtraError("pillow", "train") from error
 
@@ -248,8 +248,8 @@ def decode_all(load: Load, n: int, size: Size, progress: Progress | None = None)
         for i in range(start, min(start + chunk, n)):
             try:
                 decoded.images[i], done = load(i)
-            except Exception as error:  # noqa: BLE001, PERF203  (decoders leak anything)
-                failed[i] = f"{type(error).__name__}: {error}"
+            except Exception as error:  # noqa: BLE001  (decoders leak anything)
+                failed[i] = _why(error)
             else:
                 changes.update(done)
         return changes, failed
@@ -269,6 +269,12 @@ def decode_all(load: Load, n: int, size: Size, progress: Progress | None = None)
             pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C must not wait for a million images
             raise
     return decoded
+
+
+def _why(error: Exception) -> str:
+    if type(error).__name__ == "UnidentifiedImageError":  # its own text is the address of a file object
+        return f"not one of {', '.join(_FORMATS)}"
+    return str(error) if isinstance(error, OSError | ValueError) and str(error) else f"{type(error).__name__}: {error}"
 
 
 @contextmanager
@@ -292,7 +298,7 @@ def fit(image: Image, size: Size) -> Image:
         scaled = width * image.height // image.width, width
     if scaled[0] * scaled[1] > _MAX_PIXELS:
         raise ValueError(f"{image.height}x{image.width} is too narrow to be scaled to {height}x{width}")
-    from PIL.Image import Resampling  # noqa: PLC0415
+    from PIL.Image import Resampling
 
     resized = image.resize((scaled[1], scaled[0]), Resampling.BILINEAR)
     top, left = round((scaled[0] - height) / 2), round((scaled[1] - width) / 2)
@@ -301,7 +307,7 @@ def fit(image: Image, size: Size) -> Image:
 
 @contextmanager
 def _open(path: Path) -> Iterator[Image]:
-    import PIL.Image  # noqa: PLC0415
+    import PIL.Image
 
     with path.open("rb") as file, PIL.Image.open(file, formats=_FORMATS) as image:
         if image.width * image.height > _MAX_PIXELS:
@@ -311,7 +317,7 @@ def _open(path: Path) -> Iterator[Image]:
 
 
 def _to_rgb(image: Image) -> tuple[Image, Changes]:
-    import PIL.Image  # noqa: PLC0415
+    import PIL.Image
 
     image.load()
     mode = image.mode
@@ -387,7 +393,7 @@ def common_size(size_of: Callable[[int], Size], n: int, origin: str) -> Size:
         for i in np.unique(np.linspace(0, n - 1, min(n, _SAMPLED_HEADERS)).astype(int)):
             try:
                 seen[size_of(int(i))] = None
-            except Exception:  # noqa: BLE001, S112, PERF203  (damaged files are counted when they are decoded)
+            except Exception:  # noqa: BLE001, S112  (damaged files are counted when they are decoded)
                 continue
     if not seen:
         raise DataError(f"{origin}: none of its images can be decoded; check the files")

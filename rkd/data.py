@@ -360,7 +360,7 @@ def _array_pixels(x: Pixels, size: Size) -> Pixels:
         x = np.concatenate([_over_black(x[i : i + 1024]) for i in range(0, len(x), 1024)])
     if x.shape[1:3] != size:
         _images.require_pillow()
-        from PIL.Image import fromarray  # noqa: PLC0415
+        from PIL.Image import fromarray
 
         rgb = np.broadcast_to(x, (*x.shape[:3], 3))
         scaled = np.empty((len(x), 3, *size), dtype=np.uint8)
@@ -381,7 +381,7 @@ def _over_black(rgba: Pixels) -> Pixels:
 
 def _open_digits(size: Size) -> Dataset:
     try:
-        from sklearn.datasets import load_digits  # noqa: PLC0415
+        from sklearn.datasets import load_digits
     except ImportError as error:
         raise MissingExtraError("scikit-learn", "train") from error
     digits = load_digits()
@@ -417,7 +417,7 @@ def _torchvision_name(spec: str, *, forced: bool) -> str:
 def _open_torchvision(name: str, root: Path, request: _Request) -> Dataset:
     _images.require_pillow()
     try:
-        from torchvision import datasets  # noqa: PLC0415
+        from torchvision import datasets
     except ImportError as error:
         raise MissingExtraError("torchvision", "train") from error
     by_name = {n.lower(): n for n in datasets.__all__}

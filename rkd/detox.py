@@ -1,7 +1,7 @@
-"""RobustKD's depoisoning mask (Chen et al., "Robust Knowledge Distillation Based on Feature Variance Against
-Backdoored Teacher Model", arXiv 2406.03409).
+"""RobustKD's depoisoning mask.
 
-At each tap the teacher's feature map A is replaced by
+Chen et al., "Robust Knowledge Distillation Based on Feature Variance Against Backdoored Teacher Model",
+arXiv 2406.03409. At each tap the teacher's feature map A is replaced by
 
     A' = (1 - m) * A + m * P          m in [0, cap] and P of shape (C, H, W)
 
@@ -55,7 +55,7 @@ class DetoxRecipe:
     steps: int = 300
     batch: int = 128
     lr: float = 0.05
-    check_every: int = 10
+    check_every: int = 20
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,8 @@ class TapMask:
         shift = shift.contiguous(memory_format=torch.channels_last)
 
         def apply(x: Tensor) -> Tensor:
-            return torch.addcmul(shift.to(x.dtype), x, keep.to(x.dtype))
+            detoxified: Tensor = torch.addcmul(shift.to(x.dtype), x, keep.to(x.dtype))
+            return detoxified
 
         return apply
 
@@ -156,7 +157,8 @@ class _Masks(nn.Module):
     def edit(self, index: int) -> Edit:
         def apply(x: Tensor) -> Tensor:
             mask = self.mask(index)
-            return x + (mask * (self.replacement(index) - x)).to(x.dtype)
+            edited: Tensor = x + (mask * (self.replacement(index) - x)).to(x.dtype)
+            return edited
 
         return apply
 
@@ -230,7 +232,7 @@ def detoxify(
             ratio = torch.stack([f.float().var(0).sum() / r for f, r in zip(features, reference, strict=True)]).mean()
             loss = functional.cross_entropy(logits.float(), labels) + weight * ratio
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss)
         optimizer.step()
         if step % recipe.check_every == 0 or step == recipe.steps:
             now = accuracy()

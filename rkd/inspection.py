@@ -126,8 +126,8 @@ def _result(path: Path) -> dict[str, Any]:
 
 
 def _checkpoint(path: Path) -> dict[str, Any]:
-    from rkd.models.infer import infer_arch, output_count  # noqa: PLC0415  (needs torch)
-    from rkd.teacher import read_checkpoint  # noqa: PLC0415
+    from rkd.models.infer import infer_arch, output_count
+    from rkd.teacher import read_checkpoint
 
     checkpoint = read_checkpoint(path)
     shapes = checkpoint.shapes

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 console = Console(stderr=True, highlight=False)
 """What is not a result goes here: standard output is for results."""
@@ -66,6 +66,32 @@ def progress(name: str, total: int) -> Iterator[Bar]:
     )  # fmt: skip
     with Progress(*columns, console=console) as live:
         yield Bar(name, total, live)
+
+
+@contextmanager
+def stage_lines() -> Iterator[Callable[[str, int, int], None]]:
+    """Show stages of work, drawn only when told: no thread of the display disturbs what is being timed."""
+    if not console.is_terminal:
+        shown: set[str] = set()
+
+        def plain(name: str, done: int, total: int) -> None:  # noqa: ARG001  (a bar shows them, a line does not)
+            if name not in shown:
+                shown.add(name)
+                say(f"{name} ...")
+
+        yield plain
+        return
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), MofNCompleteColumn())
+    with Progress(*columns, console=console, auto_refresh=False) as live:
+        tasks: dict[str, TaskID] = {}
+
+        def draw(name: str, done: int, total: int) -> None:
+            if name not in tasks:
+                tasks[name] = live.add_task(name, total=total)
+            live.update(tasks[name], completed=done, total=total)
+            live.refresh()
+
+        yield draw
 
 
 def say(message: str) -> None:

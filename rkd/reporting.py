@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from rkd.bench import result as bench_result
 from rkd.bench.report import Curve, MaskPanel, ModelRow, RunReport, TriggerPanel, result_page, run_page
-from rkd.bench.result import read_result
-from rkd.errors import ConfigError, RkdError, RunError, TriggerError
+from rkd.errors import ConfigError, RkdError, TriggerError
 from rkd.files import storage_errors, write_file
 from rkd.metrics import Scores
 from rkd.npz import read_npz
@@ -34,7 +34,7 @@ def report_command(sources: Sequence[Path], out: Path | None, control: Path | No
 
     Raises:
         ConfigError: runs and results together.
-        RunError, RkdError: a source is not what it should be.
+        RkdError: a source is not what it should be.
     """
     if not sources:
         newest = Path("result.json")
@@ -44,17 +44,15 @@ def report_command(sources: Sequence[Path], out: Path | None, control: Path | No
         raise ConfigError("give either run directories or result.json files: they make different pages")
     if not runs:
         place = out or Path("report.html")
-        write_file(place, result_page([read_result(path) for path in sources]).encode())
+        write_file(place, result_page([bench_result.read(path) for path in sources]).encode())
         return place
     opened = [Run.open(path) for path in runs]
     place = out or (opened[0].path / REPORT if len(opened) == 1 else Path("report.html"))
     controls = [Run.open(control)] if control is not None else []
-    roles = (
-        {str(run.path): f"{_last(run).role} ({run.path.name})" for run in (*controls, *opened)}
-        if len(opened) + len(controls) > 1
-        else {}
-    )
-    write_run_report([*controls, *opened], place, roles=roles, control=roles.get(str(control), "") if control else "")
+    everyone = [*controls, *opened]
+    roles = {str(run.path): f"{_last(run).role} ({run.path.name})" for run in everyone} if len(everyone) > 1 else {}
+    compared = {roles[str(run.path)]: roles[str(controls[0].path)] for run in opened} if controls else {}
+    write_run_report(everyone, place, roles=roles, controls=compared)
     return place
 
 
@@ -63,7 +61,7 @@ def write_run_report(
     out: Path,
     *,
     roles: Mapping[str, str] | None = None,
-    control: str = "",
+    controls: Mapping[str, str] | None = None,
     verdict: str = "",
     title: str = "",
 ) -> None:
@@ -73,39 +71,28 @@ def write_run_report(
         runs: finished.
         out: the page.
         roles: what to call each run's student, by the run's path; by default its own role.
-        control: the role of the row that is everyone's control; empty for none.
+        controls: the role of a row's control, by the row's role; to show excess ASR.
         verdict: one paragraph; by default made from the figures.
         title: by default from the run.
     """
-    roles = roles or {}
-    rows: list[ModelRow] = []
+    roles, controls = roles or {}, controls or {}
+    rows: dict[str, ModelRow] = {}
     for run in runs:
-        for model in models_of(run):
-            role = (
-                roles.get(str(run.path), model.role)
-                if model is models_of(run)[-1] or model == _last(run)
-                else model.role
+        *others, student = models_of(run)
+        named = [
+            (f"teacher: {run.summary['teacher']['file']}" if len(runs) > 1 else other.role, other) for other in others
+        ]
+        for role, model in [*named, (roles.get(str(run.path), student.role), student)]:
+            rows[role] = ModelRow(
+                role,
+                model.arch,
+                model.scores,
+                model.parameters,
+                model.macs,
+                model.size_bytes,
+                control=controls.get(role, ""),
             )
-            if model.role == "teacher" and len(runs) > 1:
-                role = f"teacher {run.summary['teacher']['file']}"
-            if all(row.role != role for row in rows):
-                excess_from = (
-                    control if control and role not in ("teacher", control) and not role.startswith("teacher ") else ""
-                )
-                rows.append(
-                    ModelRow(
-                        role,
-                        model.arch,
-                        model.scores,
-                        model.parameters,
-                        model.macs,
-                        model.size_bytes,
-                        control=excess_from,
-                    )
-                )
-    rows.sort(key=lambda row: not row.role.startswith("teacher"))
-    if control and all(row.role != control for row in rows):
-        raise RunError(f"no row is called {control!r}: it cannot be the control")
+    ordered = sorted(rows.values(), key=lambda row: not row.role.startswith("teacher"))
     shown = runs[-1]
     masks, history = _masks(shown)
     report = RunReport(
@@ -113,7 +100,7 @@ def write_run_report(
         verdict=verdict or _verdict(models_of(shown)),
         created=str(shown.summary.get("created", "")),
         command=_command(shown),
-        models=rows,
+        models=ordered,
         curves=[curve for run in runs for curve in _curves(run, roles.get(str(run.path), _last(run).role))],
         triggers=_trigger_panels(shown),
         masks=masks,
@@ -200,7 +187,7 @@ def _masks(run: Run) -> tuple[list[MaskPanel], list[tuple[int, float, float, flo
     path = run.path / MASKS
     if not path.is_file():
         return [], []
-    from rkd.detox import masks_from_bytes  # noqa: PLC0415  (needs torch)
+    from rkd.detox import masks_from_bytes
 
     with storage_errors(path):
         masks = masks_from_bytes(path.read_bytes(), str(path))

@@ -123,8 +123,8 @@ class Run:
         Raises:
             RunError: there is none.
         """
-        runs = []
-        unfinished = []
+        runs = list[Run]()
+        unfinished = list[Run]()
         for candidate in sorted(root.glob(f"*/{SUMMARY}")):
             try:
                 run = cls.open(candidate.parent)

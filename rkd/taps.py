@@ -99,10 +99,12 @@ class TappedNetwork(nn.Module):
     def __init__(self, network: nn.Module, size: tuple[int, int]) -> None:
         super().__init__()
         self.taps: tuple[Tap, ...]
+        self._points: list[TapPoint]
+        self.network: nn.Module
         graph_module = _trace(network, size)
         if graph_module is not None:
-            self.network, self.taps = graph_module, _insert_taps(graph_module)
-            self._points = [graph_module.get_submodule(_point_name(i)) for i in range(len(self.taps))]
+            self.network = graph_module
+            self.taps, self._points = _insert_taps(graph_module)
         else:
             self.network = network
             self.taps, self._points = _hook_taps(network, size)
@@ -110,7 +112,6 @@ class TappedNetwork(nn.Module):
     def set_edits(self, edits: Sequence[Edit | None]) -> None:
         """Replace each tap's value by `edit(value)` from now on; None leaves it as it is."""
         for point, edit in zip(self._points, edits, strict=True):
-            assert isinstance(point, TapPoint)  # noqa: S101  (for the type checker)
             point.edit = edit
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -118,9 +119,8 @@ class TappedNetwork(nn.Module):
         logits = self.network(x)
         features = []
         for point in self._points:
-            value = point.value
-            assert isinstance(value, Tensor)  # noqa: S101
-            features.append(value)
+            assert point.value is not None  # noqa: S101  (the network has just run)
+            features.append(point.value)
             point.value = None
         return logits, features
 
@@ -169,7 +169,7 @@ def _point_name(index: int) -> str:
 
 def _shape(node: fx.Node) -> tuple[int, ...]:
     meta = node.meta.get("tensor_meta")
-    return tuple(meta.shape) if hasattr(meta, "shape") else ()
+    return () if meta is None or not hasattr(meta, "shape") else tuple(meta.shape)
 
 
 def _cuts(graph: fx.Graph) -> list[fx.Node]:
@@ -178,9 +178,7 @@ def _cuts(graph: fx.Graph) -> list[fx.Node]:
     position = {node: i for i, node in enumerate(nodes)}
     found, reach, reached = [], 0, set()
     for i, node in enumerate(nodes):
-        if node.op == "placeholder":
-            reached.add(node)
-        elif any(argument in reached for argument in node.all_input_nodes) and _is_data(node):
+        if node.op == "placeholder" or (any(argument in reached for argument in node.all_input_nodes) and _is_data(node)):
             reached.add(node)
         if node not in reached:
             continue
@@ -231,16 +229,17 @@ def _stage_ends(graph: fx.Graph) -> list[tuple[fx.Node, bool]]:
     return ends
 
 
-def _insert_taps(graph_module: fx.GraphModule) -> tuple[Tap, ...]:
+def _insert_taps(graph_module: fx.GraphModule) -> tuple[tuple[Tap, ...], list[TapPoint]]:
     graph = graph_module.graph
-    taps = []
+    taps, points = list[Tap](), list[TapPoint]()
     for index, (node, pre_activation) in enumerate(_stage_ends(graph)):
         bn = str(node.target) if isinstance(_module(node), nn.BatchNorm2d) else None
         channels, height, width = _shape(node)[1:]
         taps.append(Tap(node.name, channels, height, width, pre_activation, bn))
         users = list(node.users)
         name = _point_name(index)
-        graph_module.add_submodule(name, TapPoint())
+        points.append(TapPoint())
+        graph_module.add_submodule(name, points[-1])
         with graph.inserting_after(node):
             point = graph.call_module(name, (node,))
         for user in users:
@@ -248,14 +247,14 @@ def _insert_taps(graph_module: fx.GraphModule) -> tuple[Tap, ...]:
             _never_in_place(user)
     graph.lint()
     graph_module.recompile()
-    return tuple(taps)
+    return tuple(taps), points
 
 
 def _never_in_place(node: fx.Node) -> None:
     """An in-place activation would overwrite the value that the tap keeps."""
     module = _module(node)
     if module is not None and hasattr(module, "inplace"):
-        module.inplace = False
+        setattr(module, "inplace", False)  # noqa: B010  (a plain attribute that nn.Module's types do not know)
     if "inplace" in node.kwargs:
         node.kwargs = {**node.kwargs, "inplace": False}
     if node.op == "call_method" and node.target == "relu_":
@@ -266,7 +265,7 @@ def _never_in_place(node: fx.Node) -> None:
         node.target = operator.add if node.target is operator.iadd else operator.mul
 
 
-def _hook_taps(network: nn.Module, size: tuple[int, int]) -> tuple[tuple[Tap, ...], list[nn.Module]]:
+def _hook_taps(network: nn.Module, size: tuple[int, int]) -> tuple[tuple[Tap, ...], list[TapPoint]]:
     """Taps of a network that cannot be traced: the outputs of its outermost modules, the last at each resolution."""
     outermost = network
     while len(children := list(outermost.children())) == 1:
@@ -292,7 +291,7 @@ def _hook_taps(network: nn.Module, size: tuple[int, int]) -> tuple[tuple[Tap, ..
         for handle in handles:
             handle.remove()
     last = {shape[2:]: (name, module, shape) for name, module, shape in seen if max(shape[2:]) > 1}
-    taps, points = [], []
+    taps, points = list[Tap](), list[TapPoint]()
     for name, module, shape in last.values():
         if isinstance(module, nn.Conv2d):
             continue
@@ -300,7 +299,7 @@ def _hook_taps(network: nn.Module, size: tuple[int, int]) -> tuple[tuple[Tap, ..
         point = TapPoint()
         module.register_forward_hook(_through(point))
         points.append(point)
-    return tuple(taps), list[nn.Module](points)
+    return tuple(taps), points
 
 
 def _through(point: TapPoint) -> Callable[[nn.Module, Any, Tensor], Tensor]:

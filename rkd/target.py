@@ -13,9 +13,7 @@ import re
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
-
-from typing import Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 from rkd.errors import ConfigError, TargetError
 from rkd.toml import read_toml, unknown_key

@@ -26,9 +26,8 @@ def read_toml(path: Path) -> dict[str, Any]:
         ConfigError: it is not TOML, or larger than a megabyte.
         StorageError: it cannot be read.
     """
-    with storage_errors(path):
-        with path.open("rb") as file:
-            data = file.read(_LIMIT_BYTES + 1)
+    with storage_errors(path), path.open("rb") as file:
+        data = file.read(_LIMIT_BYTES + 1)
     if len(data) > _LIMIT_BYTES:
         raise ConfigError(f"{path}: larger than {_LIMIT_BYTES:,} bytes; this is not a settings file")
     try:

@@ -95,12 +95,16 @@ class Trigger:
                 f"trigger {self.name} is for {height}x{width} images, these are {seen}; make a trigger of that size"
             )
         if len(images) > _CHUNK:
-            return np.concatenate([self.apply(images[i : i + _CHUNK]) for i in range(0, len(images), _CHUNK)])
+            out = np.empty_like(images)
+            for start in range(0, len(images), _CHUNK):
+                out[start : start + _CHUNK] = self.apply(images[start : start + _CHUNK])
+            return out
         x = images.astype(np.float32) / np.float32(255)
         if self.grid is not None:
             x = _warp(x, self.grid)
         x = (1 - self.mask) * x + self.mask * self.pattern + self.additive
-        return np.rint(np.clip(x, 0, 1) * 255).astype(np.uint8)
+        rounded: NDArray[np.uint8] = np.rint(np.clip(x, 0, 1) * 255).astype(np.uint8)
+        return rounded
 
     def to_bytes(self) -> bytes:
         """The `.npz` as bytes; equal triggers give equal bytes."""

@@ -76,7 +76,7 @@ def backweak_trigger(
     for step in range(1, steps + 1):
         images, _ = source.batch(rng.choice(learn, min(batch, len(learn)), replace=False))
         optimizer.zero_grad()
-        _loss(teacher, images, delta, target, device).backward()
+        torch.autograd.backward(_loss(teacher, images, delta, target, device))
         optimizer.step()
         with torch.no_grad():
             delta.clamp_(-linf, linf)
@@ -114,7 +114,7 @@ def _scale_back(
             low = middle
         else:
             high = middle
-    return within + np.float32(low) * (beyond - within)
+    return np.asarray(within + np.float32(low) * (beyond - within), dtype=np.float32)
 
 
 def _labels(logits: NDArray[np.float32]) -> NDArray[np.int64]:

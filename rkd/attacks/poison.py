@@ -58,6 +58,6 @@ class PoisonedSource:
     def subset(self, indices: NDArray[np.int64]) -> PoisonedSource:
         """See `rkd.data.Source`."""
         part = object.__new__(PoisonedSource)
-        part._clean, part._trigger = self._clean.subset(indices), self._trigger  # noqa: SLF001
-        part._poisoned, part.labels = self._poisoned[indices], self.labels[indices]  # noqa: SLF001
+        part._clean, part._trigger = self._clean.subset(indices), self._trigger
+        part._poisoned, part.labels = self._poisoned[indices], self.labels[indices]
         return part

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from rkd.attacks import ATTACKS, PoisonedSource, backweak_trigger, badnets_trigger
-from rkd.data import Dataset, Source, open_dataset
+from rkd.data import Dataset, Source
 from rkd.distill.loop import Recipe, Trainer
 from rkd.distill.objectives import CrossEntropy
 from rkd.distill.session import augmentation_for, open_with_progress

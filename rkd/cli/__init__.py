@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from rkd.cli.app import app
 from rkd.cli import bench, demo, distill, doctor, export, inspect, report, students, targets, teacher
+from rkd.cli.app import app
 
 
 def main() -> None:

@@ -41,7 +41,7 @@ app = typer.Typer(
 )
 
 
-def _version(wanted: bool) -> None:  # noqa: FBT001  (typer's callback)
+def _version(wanted: bool) -> None:
     if wanted:
         print(f"rkd {__version__}")  # noqa: T201
         raise typer.Exit

@@ -30,7 +30,6 @@ def bench(
     """Measure bundles on this machine: latency, memory, ACC, ASR and RA. Needs no torch.
 
     Examples:
-
         rkd bench                                   # the newest bundle in this folder
 
         rkd bench a.ort-cpu.rkd b.ort-cpu.rkd       # interleaved, one comparison table

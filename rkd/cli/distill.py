@@ -91,7 +91,6 @@ def distill(
     """Detoxify a teacher and distil a student from it.
 
     Examples:
-
         rkd distill teacher.pt --student mobilenet --data photos/
 
         rkd distill hub.pth.tar --student wrn-16-1 --data cifar10 --normalize none
@@ -101,7 +100,8 @@ def distill(
         rkd distill --resume runs/mobilenet-robustkd-s0             # after a kill or Ctrl-C
     """
     from rkd.cli import tables
-    from rkd.distill.session import DistillSettings, distill as run_distillation, start
+    from rkd.distill.session import DistillSettings, start
+    from rkd.distill.session import distill as run_distillation
     from rkd.errors import ConfigError
     from rkd.intake import find_data, find_triggers
     from rkd.reporting import write_run_report

@@ -23,7 +23,7 @@ def export(
             help="A target's name (`rkd targets`) or TOML file; may be repeated. Default: ort-cpu.", show_default=False
         ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="The folder that the bundles go to.")] = Path("."),
+    out: Annotated[Path, typer.Option(help="The folder that the bundles go to.")] = Path(),
     eval_images: Annotated[int, typer.Option(help="At most so many test images travel in the bundle.")] = 5000,
     data: Annotated[str, typer.Option(help="The data set, where it has moved since the run.", show_default=False)] = "",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing bundles.")] = False,
@@ -32,7 +32,6 @@ def export(
     """Write a run's student as bundles (.rkd) that boards can run and verify.
 
     Examples:
-
         rkd export --target jetson-fp16
 
         rkd export runs/mobilenet-robustkd-s0 --target ort-cpu --target jetson-fp16 --out ship/

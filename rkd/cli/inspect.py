@@ -21,7 +21,6 @@ def inspect(
     """Say what a file or a run is, without running anything in it.
 
     Examples:
-
         rkd inspect hub.pth.tar                      # which network, how many classes
 
         rkd inspect runs/mobilenet-robustkd-s0       # results, and where each setting came from

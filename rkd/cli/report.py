@@ -20,6 +20,13 @@ def report(
             show_default=False,
         ),
     ] = None,
+    control: Annotated[
+        Optional[Path],
+        typer.Option(
+            help="The control's run, to show excess ASR: the same student from a clean twin of the teacher.",
+            show_default=False,
+        ),
+    ] = None,
     out: Annotated[
         Optional[Path],
         typer.Option(help="The HTML file. Default: report.html, in the run where there is one.", show_default=False),
@@ -28,14 +35,13 @@ def report(
     """Write one self-contained HTML page about runs or about bench results.
 
     Examples:
-
         rkd report runs/mobilenet-robustkd-s0
 
-        rkd report runs/control runs/undefended runs/robustkd --out compare.html
+        rkd report runs/undefended runs/robustkd --control runs/control --out compare.html
 
         rkd report orin.json pi.json --out boards.html
     """
     from rkd.cli.tables import say_next
     from rkd.reporting import report_command
 
-    say_next(f"wrote {report_command(sources or [], out)}")
+    say_next(f"wrote {report_command(sources or [], out, control)}")

@@ -14,7 +14,7 @@ from rkd.metrics import Proportion, Scores
 
 if TYPE_CHECKING:
     from rkd.diagnosis import Finding
-    from rkd.distill.session import Model
+    from rkd.run import Model
 
 LEGEND = (
     "ACC: accuracy on clean test images. ASR: share of triggered images (true class not the target) predicted as the target. "
@@ -104,7 +104,7 @@ def _branch(out: Console, value: Mapping[str, Any], indent: str) -> None:
             out.print(f"{indent}{key}: {len(item)} entries", markup=False, soft_wrap=True)
         else:
             text = ", ".join(map(str, item)) if isinstance(item, list) else str(item)
-            out.print(f"{indent}{str(key):<{width}}  {text}", markup=False, soft_wrap=True)
+            out.print(f"{indent}{key!s:<{width}}  {text}", markup=False, soft_wrap=True)
 
 
 def print_findings(findings: Sequence[Finding]) -> None:

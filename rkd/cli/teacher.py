@@ -68,7 +68,6 @@ def teacher(
     """Train a teacher, clean or backdoored, to test defences with.
 
     Examples:
-
         rkd teacher --data digits --arch wrn-10-2 --attack backweak --out teacher.pt
 
         rkd teacher --data photos/ --arch resnet18 --epochs 60 --out clean.pt

@@ -48,7 +48,7 @@ def augment(images: Images, how: str, rng: np.random.Generator) -> Images:
     pad = max(1, min(height, width) // 8)
     padded = np.pad(images, ((0, 0), (0, 0), (pad, pad), (pad, pad)), mode="reflect")
     rows, columns = rng.integers(0, 2 * pad + 1, (2, count))
-    flips = rng.random(count) < 0.5 if how == "crop-flip" else np.zeros(count, dtype=bool)
+    flips = np.asarray(rng.random(count)) < (0.5 if how == "crop-flip" else 0.0)
     out = np.empty_like(images)
     for i in range(count):
         crop = padded[i, :, rows[i] : rows[i] + height, columns[i] : columns[i] + width]

@@ -151,7 +151,7 @@ class Trainer:
             with autocast(self.device, recipe.precision):
                 loss, logits = self.objective(inputs, wanted)
             self._optimizer.zero_grad(set_to_none=True)
-            self._scaler.scale(loss).backward()
+            torch.autograd.backward(self._scaler.scale(loss))
             self._scaler.step(self._optimizer)
             self._scaler.update()
             self.done = number + 1

@@ -130,11 +130,12 @@ class _PartialL2(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, margin: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, margin: Tensor) -> Tensor:
         target = torch.maximum(teacher, margin.to(teacher.dtype))
         difference = torch.where(target > 0, student - target, (student - target).clamp_min(0))
         ctx.save_for_backward(difference)
-        return torch.linalg.vector_norm(difference, dtype=torch.float32).square()
+        norm: Tensor = torch.linalg.vector_norm(difference, dtype=torch.float32)
+        return norm.square()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:

@@ -19,13 +19,19 @@ from rkd.data import Dataset, Source, open_dataset
 from rkd.detox import DetoxCheck, Detoxification, DetoxRecipe, TapMask, detoxify, masks_from_bytes, set_masks
 from rkd.distill.loop import Recipe, Trainer, autocast
 from rkd.distill.objectives import (
-    METHODS, CrossEntropy, FeatureDistillation, LogitDistillation, Objective, margins, tap_report,
+    METHODS,
+    CrossEntropy,
+    FeatureDistillation,
+    LogitDistillation,
+    Objective,
+    margins,
+    tap_report,
 )  # fmt: skip
 from rkd.distill.training import train
 from rkd.errors import ArchitectureError, ConfigError, DataError, RunError
 from rkd.files import sha256, to_json, write_file
 from rkd.measure import choose_device, choose_precision, count_macs, use_threads
-from rkd.metrics import Scores, evaluate
+from rkd.metrics import evaluate
 from rkd.models import build
 from rkd.network import Network, Normalisation
 from rkd.npz import npz_bytes
@@ -40,7 +46,7 @@ UNDEFENDED = "undefended"  # the sub-folder of the undefended student's own run
 _EVALUATION_BATCH = 256
 _MONITORED = 1000  # test images looked at after each epoch; shown, never used to choose anything
 _EXAMPLES = 8
-_HELD_OUT = 2000  # training images that the mask is not learned on
+_HELD_OUT = 1000  # training images that the mask is not learned on
 
 
 @dataclass(frozen=True)

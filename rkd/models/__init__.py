@@ -64,13 +64,13 @@ def build(name: str, classes: int, size: tuple[int, int]) -> nn.Module:
 
 def torchvision_names() -> list[str]:
     """The names of torchvision's classification networks."""
-    from torchvision import models  # noqa: PLC0415  (slow to import, not needed for most names)
+    from torchvision import models
 
     return list(models.list_models(module=models))
 
 
 def _from_torchvision(name: str, classes: int) -> nn.Module:
-    from torchvision import models  # noqa: PLC0415
+    from torchvision import models
 
     names = torchvision_names()
     if name not in names:
@@ -86,7 +86,7 @@ def _from_torchvision(name: str, classes: int) -> nn.Module:
 
 def _from_timm(name: str, classes: int) -> nn.Module:
     try:
-        import timm  # noqa: PLC0415
+        import timm
     except ImportError:
         raise ArchitectureError(f"timm:{name} needs timm; install it with: pip install timm") from None
     try:

@@ -28,7 +28,8 @@ class _Block(nn.Module):
         activated = functional.relu(self.bn1(x))
         out = self.conv2(functional.relu(self.bn2(self.conv1(activated))))
         shortcut: Tensor = x if self.convShortcut is None else self.convShortcut(activated)
-        return shortcut + out
+        total: Tensor = shortcut + out
+        return total
 
 
 class _Stage(nn.Module):

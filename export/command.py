@@ -1,0 +1,106 @@
+"""What `rkd export` does: a run's student to bundles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rkd.cli import tables
+from rkd.data import Dataset
+from rkd.distill.session import DistillSettings, config_digest, open_with_progress
+from rkd.errors import DataError, RunError
+from rkd.export import Exporter, ExportReport, choose_evaluation
+from rkd.files import sha256, storage_errors
+from rkd.network import Network
+from rkd.progress import say
+from rkd.run import STUDENT, TRIGGERS, Run
+from rkd.target import load_target
+from rkd.triggers import Trigger
+
+
+def export_command(
+    run_path: Path | None,
+    target_names: Sequence[str],
+    folder: Path,
+    *,
+    eval_images: int,
+    data: str,
+    overwrite: bool,
+    json_output: bool,
+) -> list[ExportReport]:
+    """Write one bundle a target.
+
+    Args:
+        run_path: a finished run; None for the newest under runs/.
+        target_names: names or TOML files.
+        folder: where the bundles go.
+        eval_images: how many test images travel at most.
+        data: where the data set is now; empty for where it was.
+        overwrite: replace existing bundles.
+        json_output: print JSON instead of lines.
+
+    Raises:
+        RunError: no such run, or not finished, or its student was changed.
+        DataError: the data is not what the run was made with.
+        TargetError, ExportError, StorageError: see `Exporter.write`.
+    """
+    targets = [load_target(name) for name in target_names]
+    run = Run.open(run_path) if run_path is not None else Run.newest(Path("runs"))
+    student = _student(run)
+    dataset = _data(run, data, student)
+    evaluation = choose_evaluation(dataset.test, run.setting("seed"), limit_images=eval_images)
+    triggers = [Trigger.load(path) for path in sorted((run.path / TRIGGERS).glob("*.npz"))]
+    chain = {
+        "teacher": str(run.summary["teacher"]["sha256"]),
+        "config": config_digest(run),
+        "student": str(run.summary["student"]["sha256"]),
+    }
+    exporter = Exporter(student, evaluation, triggers, on_stage=lambda stage: say(f"{stage} ..."))
+    reports = [
+        exporter.write(target, name=run.path.resolve().name, chain=chain, folder=folder, overwrite=overwrite)
+        for target in targets
+    ]
+    _print(run, reports, json_output=json_output)
+    return reports
+
+
+def _student(run: Run) -> Network:
+    if not run.finished:
+        raise RunError(f"{run.path} is not finished; go on with it by: rkd distill --resume {run.path}")
+    if run.summary.get("kind") != "distill":
+        raise RunError(f"{run.path} made a teacher, not a student; distil it first")
+    path = run.path / STUDENT
+    with storage_errors(path):
+        digest = sha256(path.read_bytes())
+    if digest != run.summary.get("student", {}).get("sha256"):
+        raise RunError(f"{path} is not the student that this run made: its digest differs from run.json")
+    return Network.load(path)
+
+
+def _data(run: Run, data: str, student: Network) -> Dataset:
+    settings = DistillSettings.from_run(run)
+    dataset = open_with_progress(data or settings.data, student.size, settings.split_seed)
+    if dataset.digest != run.summary.get("data", {}).get("digest"):
+        raise DataError(
+            f"{data or settings.data} is not the data that {run.path} was made with: its test images cannot stand for it"
+        )
+    return dataset
+
+
+def _print(run: Run, reports: Sequence[ExportReport], *, json_output: bool) -> None:
+    if json_output:
+        bundles = [
+            {
+                "path": str(r.path), "sha256": r.digest, "size_bytes": r.size_bytes, "model_bytes": r.model_bytes,
+                "student": r.student.to_json(), "exported": r.exported.to_json(), "agreement": r.parity.to_json(),
+                "seconds": dict(r.seconds),
+            }
+            for r in reports
+        ]  # fmt: skip
+        tables.print_json({"run": str(run.path), "bundles": bundles})
+        return
+    for r in reports:
+        tables.print_scores([("student in torch", r.student), (r.path.name, r.exported)])
+        stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in r.seconds.items())
+        tables.say_next(f"wrote {r.path}: {r.size_bytes / 1e6:.2f} MB, sha256 {r.digest[:16]}..., seconds: {stages}")
+    tables.say_next(f"next: copy it to the board and run rkd bench there, or here: rkd bench {reports[0].path}")

@@ -1,0 +1,200 @@
+"""From a network to a bundle."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from torch import Tensor, nn
+
+from rkd.bundle import read_bundle
+from rkd.errors import ExportError
+from rkd.export import Exporter, bundle_name, export_bundle, exporter
+from rkd.files import sha256
+from rkd.metrics import Scores
+from rkd.network import Network, Normalisation
+from rkd.target import Target, load_target
+from rkd.triggers import Trigger
+
+CHAIN = {"teacher": "1" * 64, "config": "2" * 64, "student": "3" * 64}
+CPU, JETSON = load_target("ort-cpu"), load_target("jetson-fp16")
+
+
+class Head(nn.Module):
+    """Mean colour to logits, in train mode with dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.dropout = nn.Linear(3, 3), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.fc(x.mean((2, 3))))
+
+
+@pytest.fixture
+def network() -> Network:
+    module = Head()
+    with torch.no_grad():
+        module.fc.weight.copy_(torch.eye(3))
+        module.fc.bias.zero_()
+    return Network(module, "head", ("red", "green", "blue"), (8, 8), Normalisation())
+
+
+def evaluation(n: int = 30) -> tuple[np.ndarray, np.ndarray]:
+    """Images of one colour each, the class that colour; every tenth label is wrong."""
+    labels = np.arange(n) % 3
+    images = np.random.default_rng(0).integers(0, 60, (n, 3, 8, 8), dtype=np.uint8)
+    images[np.arange(n), labels] += 150
+    return images, np.where(np.arange(n) % 10 == 0, (labels + 1) % 3, labels)
+
+
+def green(name: str = "green", size: int = 8, target: int = 1) -> Trigger:
+    zero = np.zeros((3, size, size), np.float32)
+    additive = zero.copy()
+    additive[1] = 1
+    return Trigger(name, target, zero, zero, additive)
+
+
+def test_bundle_reads_back_with_what_went_in(network: Network, tmp_path: Path) -> None:
+    stages: list[str] = []
+    triggers = [green("b"), green("a")]
+    report = export_bundle(
+        network, CPU, name="demo", evaluation=evaluation(), triggers=triggers, chain=CHAIN, folder=tmp_path / "out",
+        on_stage=stages.append,
+    )  # fmt: skip
+    assert report.path == tmp_path / "out" / "demo.ort-cpu.rkd"
+    bundle = read_bundle(report.path)
+    assert (bundle.digest, bundle.path.stat().st_size) == (report.digest, report.size_bytes)
+    assert (bundle.name, bundle.target, bundle.classes) == ("demo.ort-cpu", CPU, ("red", "green", "blue"))
+    for got, wanted in zip(bundle.evaluation(), evaluation(), strict=True):
+        np.testing.assert_array_equal(got, wanted)
+    assert [trigger.name for trigger in bundle.triggers()] == ["a", "b"]
+    manifest = bundle.manifest
+    assert manifest["input"] == {"name": "images", "shape": [3, 8, 8], "dtype": "uint8"}
+    assert (manifest["opset"], manifest["precision"]) == (20, "fp32")
+    assert manifest["chain"] == {**CHAIN, "onnx": sha256(bundle.model)}
+    assert set(manifest["tool"]) == {"rkd", "torch", "onnx", "onnxruntime"}
+    scores = manifest["scores"]
+    assert Scores.from_json(scores["student"]) == Scores.from_json(scores["exported"]) == report.student
+    assert report.student.acc.hits == 27
+    assert scores["agreement"]["percent"] == {"clean": 100.0, "trigger a": 100.0, "trigger b": 100.0}
+    assert stages == ["student", "onnx", "parity", "bundle"] == list(report.seconds)
+    assert network.module.training
+
+
+def test_asr_in_the_manifest_is_that_of_the_trigger(network: Network, tmp_path: Path) -> None:
+    report = export_bundle(
+        network, CPU, name="demo", evaluation=evaluation(), triggers=[green()], chain=CHAIN, folder=tmp_path
+    )
+    assert report.exported.triggers[0].asr.value == 100.0
+
+
+def test_targets_share_the_export_and_the_students_scores(
+    network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exports: list[int] = []
+    real = exporter.to_onnx
+
+    def counting(net: Network, opset: int, *, dynamic_batch: bool) -> bytes:
+        exports.append(opset)
+        return real(net, opset, dynamic_batch=dynamic_batch)
+
+    monkeypatch.setattr(exporter, "to_onnx", counting)
+    shared = Exporter(network, evaluation(), [green()])
+    reports = [shared.write(target, name="demo", chain=CHAIN, folder=tmp_path) for target in (CPU, JETSON)]
+    assert exports == [20]
+    assert [list(report.seconds) for report in reports] == [
+        ["student", "onnx", "parity", "bundle"],
+        ["fp16", "parity", "bundle"],
+    ]
+    fp16 = onnx.load_model_from_string(read_bundle(reports[1].path).model)
+    assert onnx.TensorProto.FLOAT16 in {tensor.data_type for tensor in fp16.graph.initializer}
+
+
+def test_two_exports_are_the_same_bytes(network: Network, tmp_path: Path) -> None:
+    digests = {
+        export_bundle(
+            network, JETSON, name="demo", evaluation=evaluation(), triggers=[green()], chain=CHAIN, folder=tmp_path / f
+        ).digest
+        for f in ("a", "b")
+    }
+    assert len(digests) == 1
+
+
+def test_fixed_batch_target_is_scored_one_image_at_a_time(network: Network, tmp_path: Path) -> None:
+    target = dataclasses.replace(CPU, name="one", max_batch=1)
+    report = export_bundle(network, target, name="demo", evaluation=evaluation(), chain=CHAIN, folder=tmp_path)
+    model = onnx.load_model_from_string(read_bundle(report.path).model)
+    assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_value == 1
+    assert report.exported == report.student
+
+
+def test_existing_bundle_is_kept_unless_overwrite(network: Network, tmp_path: Path) -> None:
+    path = tmp_path / "demo.ort-cpu.rkd"
+    path.write_bytes(b"mine")
+    shared = Exporter(network, evaluation())
+    with pytest.raises(ExportError, match="exists already; give --overwrite"):
+        shared.write(CPU, name="demo", chain=CHAIN, folder=tmp_path)
+    assert path.read_bytes() == b"mine"
+    shared.write(CPU, name="demo", chain=CHAIN, folder=tmp_path, overwrite=True)
+    assert read_bundle(path).name == "demo.ort-cpu"
+
+
+@pytest.mark.parametrize("target", [CPU, JETSON], ids=lambda target: target.name)
+def test_file_that_decides_differently_is_not_bundled(
+    network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: Target
+) -> None:
+    real = exporter.to_onnx
+
+    def corrupted(*args: object, **options: bool) -> bytes:
+        model = onnx.load_model_from_string(real(*args, **options))
+        weight = next(tensor for tensor in model.graph.initializer if tensor.name.endswith("fc.weight"))
+        weight.CopyFrom(numpy_helper.from_array(-numpy_helper.to_array(weight), weight.name))
+        return model.SerializeToString()
+
+    monkeypatch.setattr(exporter, "to_onnx", corrupted)
+    with pytest.raises(ExportError, match=rf"the {target.precision} file agrees with the student on 0\.00 %"):
+        export_bundle(network, target, name="demo", evaluation=evaluation(), chain=CHAIN, folder=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("triggers", "message"),
+    [
+        ([green(size=16)], "trigger green is for 16x16 images, the student for 8x8"),
+        ([green(target=3)], "aims at class 3, the student has 3"),
+        ([green(), green()], "two triggers are called 'green'"),
+        ([green(f"t{i}") for i in range(101)], "101 triggers"),
+    ],
+)
+def test_triggers_that_do_not_fit_are_refused(network: Network, triggers: list[Trigger], message: str) -> None:
+    with pytest.raises(ExportError, match=message):
+        Exporter(network, evaluation(), triggers)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (np.zeros((2, 3, 9, 8), np.uint8), [0, 1], "the student is for 8x8 images"),
+        (np.zeros((2, 3, 8, 8), np.float32), [0, 1], "expected uint8"),
+        (np.zeros((2, 3, 8, 8), np.uint8), [0], "with labels"),
+        (np.zeros((2, 3, 8, 8), np.uint8), [0, 3], "labels go from 0 to 3"),
+        (np.zeros((0, 3, 8, 8), np.uint8), [], "no evaluation images"),
+    ],
+)
+def test_evaluation_that_does_not_fit_is_refused(
+    network: Network, images: np.ndarray, labels: list[int], message: str
+) -> None:
+    with pytest.raises(ExportError, match=message):
+        Exporter(network, (images, np.array(labels, np.int64)))
+
+
+@pytest.mark.parametrize("name", ["", "../up", "a b", ".hidden", "ü"])
+def test_names_that_are_no_file_names_are_refused(name: str) -> None:
+    with pytest.raises(ExportError, match="rename the run"):
+        bundle_name(name, CPU)
