@@ -157,7 +157,8 @@ class _Masks(nn.Module):
     def edit(self, index: int) -> Edit:
         def apply(x: Tensor) -> Tensor:
             mask = self.mask(index)
-            edited: Tensor = x + (mask * (self.replacement(index) - x)).to(x.dtype)
+            shift = (mask * self.replacement(index)).to(x.dtype)
+            edited: Tensor = torch.addcmul(shift, x, (1 - mask).to(x.dtype))
             return edited
 
         return apply
@@ -218,7 +219,7 @@ def detoxify(
     draws = order.choice(len(clean), size=min(len(clean), 16 * recipe.batch), replace=False)
     mean, variance = _feature_statistics(teacher, [batch(part)[0] for part in np.array_split(draws, 16)], autocast)
     masks = _Masks(mean, [v.sqrt() for v in variance], recipe.cap).to(device)
-    reference = [float(v.sum()) for v in variance]
+    reference = [max(float(v.sum()), 1e-12) for v in variance]  # a tap that never varies has nothing to lose
     optimizer = torch.optim.Adam(masks.parameters(), lr=recipe.lr)
     names = [tap.name for tap in teacher.taps]
 
@@ -229,7 +230,7 @@ def detoxify(
         images, labels = batch(order.integers(0, len(clean), recipe.batch))
         with autocast():
             logits, features = teacher(images)
-            ratio = torch.stack([f.float().var(0).sum() / r for f, r in zip(features, reference, strict=True)]).mean()
+            ratio = torch.stack([_variance(f) / r for f, r in zip(features, reference, strict=True)]).mean()
             loss = functional.cross_entropy(logits.float(), labels) + weight * ratio
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
@@ -250,6 +251,12 @@ def detoxify(
         return Detoxification(identity, before, before, 1.0, 0.0, len(held_out), tuple(history))
     _, found, check = best
     return Detoxification(found, before, check.accuracy, check.variance, check.weight, len(held_out), tuple(history))
+
+
+def _variance(feature: Tensor) -> Tensor:
+    """Variance over the images of a batch, summed over positions: (N, C, H, W) to a number."""
+    centred = feature.float() - feature.float().mean(0)
+    return centred.square().sum() / (len(feature) - 1)
 
 
 def _ascend(weight: float, lost: float, budget: float) -> float:
@@ -288,6 +295,8 @@ def set_masks(teacher: TappedNetwork, masks: Sequence[TapMask], device: torch.de
         RunError: the masks are another network's.
     """
     by_name: Mapping[str, TapMask] = {mask.tap: mask for mask in masks}
-    if set(by_name) != {tap.name for tap in teacher.taps}:
-        raise RunError(f"the masks are for taps {sorted(by_name)}, the teacher has {[t.name for t in teacher.taps]}")
+    given = {name: (mask.mask.shape, mask.replacement.shape) for name, mask in by_name.items()}
+    if given != {tap.name: (tap.shape, tap.shape) for tap in teacher.taps}:
+        taps = ", ".join(f"{mask.tap} {mask.mask.shape}" for mask in masks)
+        raise RunError(f"the masks are for taps {taps}; the teacher has {', '.join(map(str, teacher.taps))}")
     teacher.set_edits([by_name[tap.name].edit(device, dtype) for tap in teacher.taps])

@@ -91,6 +91,8 @@ def write_file(path: Path, data: bytes) -> None:
 def write_directory(path: Path, members: Mapping[str, bytes]) -> None:
     """Write a directory of files that appears whole or not at all; the last member is written last.
 
+    A member's name may hold one folder, as in `triggers/patch.npz`.
+
     Raises:
         StorageError: as for `write_file`; also when `path` exists and is not empty.
     """
@@ -101,8 +103,10 @@ def write_directory(path: Path, members: Mapping[str, bytes]) -> None:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
             for name, data in members.items():
+                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
                 _write(temporary / name, data)
-            _sync_directory(temporary)
+            for folder in {(temporary / name).parent for name in members} | {temporary}:
+                _sync_directory(folder)
             os.replace(temporary, path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -7,6 +7,8 @@ kilobytes cannot make the reader allocate gigabytes.
 from __future__ import annotations
 
 import io
+import math
+import warnings
 import zipfile
 from collections.abc import Mapping
 from typing import Any, BinaryIO
@@ -48,12 +50,14 @@ def _read_npy(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> NDArray[Any]:
         read_header = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(version)
         if read_header is None:
             raise ValueError(f"{entry.filename}: .npy version {version}, expected 1.0 or 2.0")
-        shape, fortran, dtype = read_header(member)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # a header that makes Python's parser warn was not written by numpy
+            shape, fortran, dtype = read_header(member)
         if dtype.hasobject or dtype.kind not in "biufU":
             raise ValueError(f"{entry.filename}: arrays of {dtype} are not accepted")
-        count = 1
-        for length in shape:
-            count *= length
+        if min(shape, default=0) < 0:
+            raise ValueError(f"{entry.filename}: shape {shape} is impossible")
+        count = math.prod(shape)
         if count * dtype.itemsize > entry.file_size:
             raise ValueError(f"{entry.filename}: its header announces {count * dtype.itemsize:,} bytes, it holds fewer")
         data = bytearray(member.read(count * dtype.itemsize))

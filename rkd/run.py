@@ -72,15 +72,30 @@ class Run:
         self.path, self.summary = path, summary
 
     @classmethod
-    def create(cls, path: Path, kind: str, settings: Mapping[str, Setting]) -> Run:
-        """Make a new run directory; `kind` is `distill` or `teacher`.
+    def create(
+        cls,
+        path: Path,
+        kind: str,
+        settings: Mapping[str, Setting],
+        members: Mapping[str, bytes] | None = None,
+        **facts: Any,
+    ) -> Run:
+        """Make a new run directory, whole or not at all.
+
+        Args:
+            path: where.
+            kind: `distill` or `teacher`.
+            settings: every setting.
+            members: files to start with, by name.
+            facts: more fields of run.json.
 
         Raises:
             RunError: `path` exists.
             StorageError: the disk said no.
         """
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise RunError(f"{path} exists; choose another --out, or go on with it by --resume {path}")
+            go_on = f", or go on with it by --resume {path}" if (path / SUMMARY).is_file() else ""
+            raise RunError(f"{path} exists; choose another --out{go_on}")
         summary = {
             "schema": SCHEMA,
             "kind": kind,
@@ -90,10 +105,15 @@ class Run:
             "command": ["rkd", *sys.argv[1:]],
             "settings": {name: {"value": s.value, "origin": s.origin} for name, s in settings.items()},
             "versions": versions(),
+            **facts,
         }
-        run = cls(path, summary)
-        run.save()
-        return run
+        content = {**(members or {}), SUMMARY: to_json(summary)}
+        if path.exists():  # an empty folder, perhaps a mount point, which nothing can be renamed onto
+            for name, data in content.items():
+                write_file(path / name, data)
+        else:
+            write_directory(path, content)
+        return cls(path, summary)
 
     @classmethod
     def open(cls, path: Path) -> Run:
@@ -190,6 +210,7 @@ class Run:
             except BlockingIOError:
                 raise RunError(f"{self.path}: another process is working in this run; wait for it or stop it") from None
             remove_temporaries(self.path)
+            remove_temporaries(self.path / EXAMPLES)
             yield
         finally:
             os.close(descriptor)
@@ -240,9 +261,13 @@ class Run:
             try:
                 digests = json.loads((place / _DIGESTS).read_bytes())
                 members = {name: (place / name).read_bytes() for name in digests}
-            except (OSError, ValueError):
+            except (OSError, ValueError, TypeError):
                 continue
-            if all(sha256(data) == digests[name] for name, data in members.items()):
+            if (
+                members
+                and isinstance(digests, dict)
+                and all(sha256(data) == digests[name] for name, data in members.items())
+            ):
                 return int(place.name), members
         return None
 

@@ -164,7 +164,7 @@ class Trigger:
                 name=str(arrays["name"].reshape(-1)[0]) if "name" in arrays else Path(origin).stem,
                 target=int(target.reshape(-1)[0]),
                 **_planes({key: arrays[key] for key in ("m", "p", "d") if key in arrays}),
-                grid=np.asarray(arrays["grid"], dtype=np.float32) if "grid" in arrays else None,
+                grid=_floats("grid", arrays["grid"]) if "grid" in arrays else None,
             )
         except TriggerError as error:
             raise TriggerError(f"{origin}: {error}") from error
@@ -176,21 +176,28 @@ def _planes(arrays: dict[str, NDArray[Any]]) -> dict[str, Array]:
     """Fill in what is absent with zeros and spread one channel over three."""
     if not arrays:
         raise TriggerError("none of the arrays m, p and d is there")
+    for key, array in arrays.items():  # before anything is made of that size
+        if array.ndim < 2 or not 1 <= min(array.shape) <= max(array.shape) <= _MAX_SIDE:
+            raise TriggerError(f"{key} has shape {array.shape}; expected (1 or 3, H, W), H and W from 1 to {_MAX_SIDE}")
     height, width = next(iter(arrays.values())).shape[-2:]
     planes = {}
     for key, field in (("m", "mask"), ("p", "pattern"), ("d", "additive")):
         array = arrays.get(key)
         if array is None:
             array = np.zeros((3, height, width), dtype=np.float32)
-        if array.dtype.kind == "U":
-            raise TriggerError(f"{field} holds text, expected numbers")
         if array.ndim == 2:
             array = array[None]
         if array.ndim == 3 and array.shape[0] == 1:
             array = np.repeat(array, 3, axis=0)
-        with np.errstate(over="ignore"):  # an overflow to infinity is refused by the range check
-            planes[field] = np.ascontiguousarray(array, dtype=np.float32)
+        planes[field] = _floats(field, array)
     return planes
+
+
+def _floats(field: str, array: NDArray[Any]) -> Array:
+    if array.dtype.kind == "U":
+        raise TriggerError(f"{field} holds text, expected numbers")
+    with np.errstate(over="ignore"):  # an overflow to infinity is refused by the range check
+        return np.ascontiguousarray(array, dtype=np.float32)
 
 
 def _warp(x: Array, grid: Array) -> Array:

@@ -112,9 +112,8 @@ def start_teacher(settings: TeacherSettings, origins: Mapping[str, str], path: P
     if settings.clean:
         _clean_twin_from(settings, data)
     made = {f.name: Setting(getattr(settings, f.name), origins.get(f.name, "default")) for f in fields(settings)}
-    run = Run.create(path, "teacher", made)
-    run.save(data={"name": data.name, "digest": data.digest, "classes": list(data.classes), "notes": list(data.notes)})
-    return run, data
+    described = {"name": data.name, "digest": data.digest, "classes": list(data.classes), "notes": list(data.notes)}
+    return Run.create(path, "teacher", made, data=described), data
 
 
 def make_teacher(

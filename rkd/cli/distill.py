@@ -45,6 +45,12 @@ def distill(
         float, typer.Option(help="Points of clean accuracy that detoxifying may cost the teacher.")
     ] = 1.0,
     cap: Annotated[float, typer.Option(help="Upper end of RobustKD's mask, above 0 and at most 1.")] = 0.9,
+    hardening: Annotated[
+        float,
+        typer.Option(
+            help="Radius, in 255ths, of the universal perturbations that the RobustKD student is hardened against; 0 is the paper's form."
+        ),
+    ] = 8.0,
     clean_budget: Annotated[
         str,
         typer.Option(help="Use only so many training images: a number, or a share such as 10%.", show_default=False),
@@ -126,7 +132,7 @@ def distill(
             }
             settings = DistillSettings(
                 teacher=str(teacher), student=student, data=found_data, method=method, triggers=found_triggers,
-                undefended=undefended, accuracy_budget=accuracy_budget, cap=cap, clean_budget=clean_budget, epochs=epochs,
+                undefended=undefended, accuracy_budget=accuracy_budget, hardening=hardening, cap=cap, clean_budget=clean_budget, epochs=epochs,
                 batch=batch, lr=lr, augmentation=augmentation, seed=seed, split_seed=split_seed, precision=precision, arch=arch,
                 normalize=normalize, image_size=image_size, device=device, threads=threads, checkpoint_every=checkpoint_every,
             )  # fmt: skip

@@ -191,9 +191,8 @@ class Trainer:
         parameters = self._optimizer.param_groups[0]["params"]
         for index, momentum in part("momentum.").items():
             parameter = parameters[int(index)]
-            self._optimizer.state[parameter]["momentum_buffer"] = momentum.to(parameter.device).clone(
-                memory_format=torch.preserve_format
-            )
+            buffer = torch.empty_like(parameter, requires_grad=False)  # channels_last where the parameter is
+            self._optimizer.state[parameter]["momentum_buffer"] = buffer.copy_(momentum)
         torch.set_rng_state(tensors["rng.cpu"])
         if "rng.cuda" in tensors and self.device.type == "cuda":
             torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)

@@ -83,13 +83,19 @@ class FeatureDistillation:
         teacher: tapped, frozen, in eval mode, detoxified or not.
         size: height and width of the images.
         margins: per teacher tap, (C,), negative; see `margins`.
+        hardening: what the student's images pass on the way; the teacher sees them as they are.
 
     Raises:
         ArchitectureError: there is no feature map to distil.
     """
 
     def __init__(
-        self, student: nn.Module, teacher: TappedNetwork, size: tuple[int, int], margins: Sequence[Tensor]
+        self,
+        student: nn.Module,
+        teacher: TappedNetwork,
+        size: tuple[int, int],
+        margins: Sequence[Tensor],
+        hardening: UniversalPerturbations | None = None,
     ) -> None:
         self.student, self.teacher = TappedNetwork(student, size), teacher
         self.pairs = pair_taps(teacher.taps, self.student.taps)
@@ -103,18 +109,20 @@ class FeatureDistillation:
             convolution = nn.Conv2d(self.student.taps[s].channels, width, 1, bias=False)
             nn.init.normal_(convolution.weight, 0, math.sqrt(2 / width))
             connectors.append(nn.Sequential(convolution, nn.BatchNorm2d(width)))
-        self.extra: nn.Module = nn.ModuleList(connectors)
+        self.connectors, self.hardening = nn.ModuleList(connectors), hardening
+        self.extra: nn.Module = nn.ModuleDict({"connectors": self.connectors})
+        if hardening is not None:
+            self.extra["hardening"] = hardening
         self.margins = [margins[t].view(1, -1, 1, 1) for t, _ in self.pairs]
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """See `Objective`."""
         with torch.no_grad():
             _, wanted = self.teacher(images)
-        logits, features = self.student(images)
+        logits, features = self.student(images if self.hardening is None else self.hardening(images))
         logits = logits.float()
         loss = functional.cross_entropy(logits, labels)
-        assert isinstance(self.extra, nn.ModuleList)  # noqa: S101
-        for level, ((t, s), connector) in enumerate(zip(self.pairs, self.extra, strict=True)):
+        for level, ((t, s), connector) in enumerate(zip(self.pairs, self.connectors, strict=True)):
             feature = connector(features[s])
             if feature.shape[2:] != wanted[t].shape[2:]:
                 feature = functional.interpolate(feature, wanted[t].shape[2:], mode="bilinear", antialias=False)
@@ -123,16 +131,76 @@ class FeatureDistillation:
         return loss, logits
 
 
+class UniversalPerturbations(nn.Module):
+    """Harden a student against perturbations that work on many images at once.
+
+    A backdoor that survives distillation is a universal perturbation which the teacher's features respond to. While the
+    student is trained, a few such perturbations are kept that do it the most harm within a ball, and half of its images
+    carry one of them, while the teacher's features and the labels stay those of the clean images (universal adversarial
+    training, Shafahi et al., AAAI 2020; here with feature distillation). They are found with the gradient that the
+    training step has computed anyway, so they cost next to nothing. No trigger and no target class is known.
+
+    Args:
+        size: height and width of the images.
+        linf: radius of the ball, on pixels in [0, 1].
+        std: deviations that the images were normalised by.
+        seed: of the perturbations' first values.
+        count: how many perturbations.
+        share: of the images that carry one.
+    """
+
+    def __init__(
+        self,
+        size: tuple[int, int],
+        linf: float,
+        std: tuple[float, float, float],
+        seed: int,
+        count: int = 4,
+        share: float = 0.5,
+    ) -> None:
+        super().__init__()
+        self.count, self.share = count, share
+        generator = torch.Generator().manual_seed(seed)
+        start = torch.rand(count, 3, *size, generator=generator).mul_(2).sub_(1).mul_(linf / 2)
+        self.register_buffer("radius", linf / torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.perturbations = nn.Parameter(start / torch.tensor(std).view(1, 3, 1, 1))
+        self.perturbations.register_post_accumulate_grad_hook(self._ascend)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images (N, 3, H, W) to the same, the first `share` of the batch perturbed."""
+        carriers = int(self.share * len(images))
+        which = torch.arange(carriers, device=images.device) % self.count
+        return torch.cat([images[:carriers] + self.perturbations[which], images[carriers:]]).contiguous(
+            memory_format=torch.channels_last
+        )
+
+    def _ascend(self, perturbations: Tensor) -> None:
+        """One step of signed-gradient ascent on the student's loss, inside the ball, as part of the backward pass."""
+        gradient = perturbations.grad
+        assert gradient is not None  # noqa: S101  (the hook runs when it is there)
+        radius = self.get_buffer("radius")
+        with torch.no_grad():
+            perturbations.add_(gradient.nan_to_num().sign() * radius / 10)
+            perturbations.copy_(perturbations.minimum(radius).maximum(-radius))
+        perturbations.grad = None
+
+
+_FAR = 1e30
+
+
 class _PartialL2(torch.autograd.Function):
     """sum of (s - max(t, margin))^2 where that target is positive or s is above it.
 
-    Written out because autograd would keep, and pass over, five feature maps where one is enough.
+    Written out because autograd would keep, and pass over, five feature maps where one is enough. A selection by mask
+    is several times slower than the arithmetic here: `floor` is the target where it is negative and far below
+    everything where it is positive, so that max(s, floor) - target is what the formula asks for.
     """
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, margin: Tensor) -> Tensor:
         target = torch.maximum(teacher, margin.to(teacher.dtype))
-        difference = torch.where(target > 0, student - target, (student - target).clamp_min(0))
+        floor = torch.sub(target, target.relu(), alpha=_FAR)
+        difference = torch.maximum(student, floor).sub_(target)
         ctx.save_for_backward(difference)
         norm: Tensor = torch.linalg.vector_norm(difference, dtype=torch.float32)
         return norm.square()

@@ -25,18 +25,19 @@ from rkd.distill.objectives import (
     LogitDistillation,
     Objective,
     margins,
+    UniversalPerturbations,
     tap_report,
 )  # fmt: skip
 from rkd.distill.training import train
-from rkd.errors import ArchitectureError, ConfigError, DataError, RunError
-from rkd.files import sha256, to_json, write_file
+from rkd.errors import ArchitectureError, ConfigError, DataError, RunError, StoppedError
+from rkd.files import sha256, storage_errors, to_json, write_file
 from rkd.measure import choose_device, choose_precision, count_macs, use_threads
 from rkd.metrics import evaluate
 from rkd.models import build
 from rkd.network import Network, Normalisation
 from rkd.npz import npz_bytes
 from rkd.progress import Bar, progress, say
-from rkd.run import EXAMPLES, MASKS, STUDENT, TEACHER, Model, Run, Setting, models_of
+from rkd.run import EXAMPLES, MASKS, STUDENT, TEACHER, TRIGGERS, Model, Run, Setting, models_of
 from rkd.signals import StopRequest
 from rkd.taps import TappedNetwork
 from rkd.teacher import choose_teacher, open_teacher, read_checkpoint
@@ -62,6 +63,8 @@ class DistillSettings:
         undefended: also train a student of the undefended teacher (OFD), to compare with.
         accuracy_budget: points of clean accuracy that the detoxified teacher may lose.
         cap: upper end of RobustKD's mask.
+        hardening: RobustKD: radius of the universal perturbations that the student is hardened against, in 255ths; 0 for
+            none, which is the paper's form.
         clean_budget: training images to use, a number or a share such as `10%`; empty for all.
         epochs, batch, lr, augmentation, seed: see `Recipe`.
         split_seed: of the test split, where the data comes without one.
@@ -81,6 +84,7 @@ class DistillSettings:
     undefended: bool = False
     accuracy_budget: float = 1.0
     cap: float = 0.9
+    hardening: float = 8.0
     clean_budget: str = ""
     epochs: int = 40
     batch: int = 128
@@ -103,6 +107,8 @@ class DistillSettings:
             raise ConfigError(
                 f"--accuracy-budget must be 0 to 100 points, the cap above 0 and at most 1; got {self.accuracy_budget}, {self.cap}"
             )
+        if not 0 <= self.hardening <= 255:
+            raise ConfigError(f"--hardening {self.hardening:g}: expected 0 to 255 (255ths of a pixel's range)")
         if self.checkpoint_every < 1 or self.threads < 0 or not 0 <= self.seed < 2**32:
             raise ConfigError("--checkpoint-every must be at least 1, --threads and --seed at least 0")
         if ".py" in self.student:
@@ -138,11 +144,9 @@ def start(settings: DistillSettings, origins: Mapping[str, str], path: Path) -> 
         for name in (f.name for f in fields(settings))
     }
     made["triggers"] = Setting(list(settings.triggers), origins.get("triggers", "default"))
-    run = Run.create(path, "distill", made)
-    for trigger in work.triggers:
-        write_file(path / "triggers" / f"{trigger.name}.npz", trigger.to_bytes())
-    work.teacher.save(path / TEACHER)
-    run.save(
+    members = {f"{TRIGGERS}/{trigger.name}.npz": trigger.to_bytes() for trigger in work.triggers}
+    run = Run.create(
+        path, "distill", made, {**members, TEACHER: work.teacher.to_bytes()},
         data={"name": work.data.name, "digest": work.data.digest, "classes": list(work.data.classes), "notes": list(work.data.notes)},
         teacher={"sha256": work.teacher_sha256, "file": Path(settings.teacher).name, "arch": work.teacher.arch,
                  "normalize": str(work.teacher.normalisation), "notes": list(work.notes)},
@@ -175,7 +179,7 @@ def distill(run: Run, stop: StopRequest, work: Inputs | None = None) -> list[Mod
         for note in (*work.data.notes, *work.notes):
             say(note)
         student = _fresh_student(run, settings, work)
-        objective = _objective(run, settings, work, student)
+        objective = _objective(run, settings, work, student, stop)
         _train_student(run, settings, work, student, objective, stop)
         teacher_row = rows[0] if rows else _measure("teacher", work.teacher, work, (run.path / TEACHER).stat().st_size)
         data = student.to_bytes()
@@ -194,7 +198,7 @@ def _undefended(run: Run, settings: DistillSettings, stop: StopRequest) -> list[
     path = run.path / UNDEFENDED
     if (path / "run.json").is_file():
         return distill(Run.open(path), stop)
-    triggers = tuple(str(p) for p in sorted((run.path / "triggers").glob("*.npz")))
+    triggers = tuple(str(p) for p in sorted((run.path / TRIGGERS).glob("*.npz")))
     plain = replace(settings, method="ofd", undefended=False, teacher=str(run.path / TEACHER), triggers=triggers)
     sub_run, work = start(plain, {}, path)
     return distill(sub_run, stop, work)
@@ -342,7 +346,7 @@ def _fresh_student(run: Run, settings: DistillSettings, work: Inputs) -> Network
     return student
 
 
-def _objective(run: Run, settings: DistillSettings, work: Inputs, student: Network) -> Objective:
+def _objective(run: Run, settings: DistillSettings, work: Inputs, student: Network, stop: StopRequest) -> Objective:
     """The objective of the method; for RobustKD the mask is learned first, or taken from the run."""
     module: nn.Module = work.teacher.module.to(work.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     module.requires_grad_(requires_grad=False)
@@ -350,30 +354,37 @@ def _objective(run: Run, settings: DistillSettings, work: Inputs, student: Netwo
         return CrossEntropy(student.module)
     if settings.method == "kd":
         return LogitDistillation(student.module, module)
-    tapped = TappedNetwork(module, work.data.size).eval()
+    tapped = TappedNetwork(module, work.data.size, frozen=True).eval()
     if not tapped.taps:
         raise ArchitectureError(f"no feature map was found in {work.teacher.arch}; use --method kd, which needs none")
     found = margins(tapped, module, work.clean_batches(4))
+    hardening: UniversalPerturbations | None = None
     if settings.method == "robustkd":
-        masks = _masks(run, settings, work, tapped)
+        masks = _masks(run, settings, work, tapped, stop)
         dtype = (
             torch.float32
             if work.recipe.precision == "fp32"
             else autocast(work.device, work.recipe.precision).fast_dtype
         )
         set_masks(tapped, masks, work.device, dtype)
+        if settings.hardening:
+            std = work.teacher.normalisation.std
+            hardening = UniversalPerturbations(work.data.size, settings.hardening / 255, std, settings.seed)
     torch.manual_seed(settings.seed)  # whether the mask was learned just now or read must not matter
-    objective = FeatureDistillation(student.module, tapped, work.data.size, found)
+    objective = FeatureDistillation(student.module, tapped, work.data.size, found, hardening)
     objective.extra.to(work.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     for line in tap_report(tapped.taps, objective.student.taps):
         say(line)
     return objective
 
 
-def _masks(run: Run, settings: DistillSettings, work: Inputs, tapped: TappedNetwork) -> tuple[TapMask, ...]:
+def _masks(
+    run: Run, settings: DistillSettings, work: Inputs, tapped: TappedNetwork, stop: StopRequest
+) -> tuple[TapMask, ...]:
     path = run.path / MASKS
     if path.is_file():
-        return masks_from_bytes(path.read_bytes(), str(path))
+        with storage_errors(path):
+            return masks_from_bytes(path.read_bytes(), str(path))
     recipe = DetoxRecipe(accuracy_budget=settings.accuracy_budget, cap=settings.cap, batch=work.recipe.batch)
     order = np.random.default_rng([settings.seed, 0x4E1D]).permutation(len(work.train))
     held_out = np.sort(order[: min(_HELD_OUT, max(1, len(order) // 5))])
@@ -388,13 +399,18 @@ def _masks(run: Run, settings: DistillSettings, work: Inputs, tapped: TappedNetw
                 lost=f"{check.lost:+.1f} points",
                 variance=check.variance,
             )
+            if stop.signal_number is not None:
+                raise StoppedError(
+                    f"stopped while learning the mask, which starts again; go on with: {_resume_command(run)}",
+                    stop.signal_number,
+                )
 
         found = detoxify(
             tapped, work.teacher.normalisation, work.train.subset(learn), work.train.subset(held_out), recipe,
             seed=settings.seed, device=work.device, autocast=lambda: autocast(work.device, work.recipe.precision), on_check=show,
         )  # fmt: skip
-    write_file(path, found.to_bytes())
     run.save(detox=_detox_summary(found))
+    write_file(path, found.to_bytes())  # last: where it is, the mask is not learned again
     say(
         f"detoxified: {found.variance:.2f} of the feature variance is left, the teacher's accuracy on {found.n} held-out "
         f"clean images went from {found.teacher_accuracy:.1f} to {found.accuracy:.1f}"
@@ -429,11 +445,14 @@ def _train_student(
         return predict(images)
 
     trainer = Trainer(student.module, objective, work.train, student.normalisation, work.recipe, work.device)
-    hint = f"rkd distill --resume {run.path if run.path.name != UNDEFENDED else run.path.parent}"
     train(
-        trainer, run, stop, stage=f"distil ({settings.method})", resume_hint=hint,
+        trainer, run, stop, stage=f"distil ({settings.method})", resume_hint=_resume_command(run),
         checkpoint_every=settings.checkpoint_every, on_epoch=look,
     )  # fmt: skip
+
+
+def _resume_command(run: Run) -> str:
+    return f"rkd distill --resume {run.path if run.path.name != UNDEFENDED else run.path.parent}"
 
 
 def _measure(role: str, network: Network, work: Inputs, size_bytes: int) -> Model:

@@ -108,7 +108,7 @@ def train(
         "seconds": round(timings.get(stage, {}).get("seconds", 0) + seconds, 3),
         "images_per_s": round((trainer.done - first) * trainer.recipe.batch / seconds, 1)
         if trainer.done > first
-        else None,
+        else timings.get(stage, {}).get("images_per_s"),
     }
     run.save(timings=timings)
 
@@ -130,7 +130,9 @@ def _restore(trainer: Trainer, run: Run, stage: str) -> _Group:
     found = run.latest_checkpoint()
     place = json.loads(found[1][_PLACE]) if found else {}
     group, done = _Group(), 0
-    if found and place.get("stage") == stage:
+    if found and place.get("stage") != stage:  # an earlier stage's, whose result is written
+        run.drop_checkpoints()
+    elif found:
         try:
             trainer.load_state(load_safetensors(found[1][_STATE]), int(place["step"]))
             group, done = _Group(**place["group"]), trainer.done

@@ -1,0 +1,46 @@
+# make demo    set up and run the whole job on built-in data
+# make test    set up and run the tests
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.rkd-ready
+# One thread a process: the tests and the demo are many small computations.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test test-slow test-gpu test-board lint types bench clean setup
+
+demo: $(STAMP)
+	$(BIN)/rkd demo --overwrite
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+test-slow: $(STAMP)
+	RKD_SLOW=1 $(BIN)/python -m pytest
+
+test-gpu: $(STAMP)
+	RKD_GPU=1 $(BIN)/python -m pytest -m gpu
+
+test-board: $(STAMP)
+	$(BIN)/python tests/board/check_board.py
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python tests/benchmarks/run.py
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,ort,dev]'
+	touch $@
+
+clean:
+	rm -rf build dist demo .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,70 @@
+"""What all tests share: one thread, slow tests on request, a data set and a teacher that fit in a second."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
+
+SIDE = 16
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip slow tests unless RKD_SLOW=1."""
+    if os.environ.get("RKD_SLOW") == "1":
+        return
+    for item in items:
+        if item.get_closest_marker("slow") is not None:
+            item.add_marker(pytest.mark.skip(reason="slow: run with RKD_SLOW=1"))
+
+
+def pytest_runtest_setup() -> None:
+    """Undo what a command run in this process set: one thread, subnormal numbers as they are."""
+    torch = sys.modules.get("torch")  # not imported here: the board's tests run without it
+    if torch is not None:
+        torch.set_num_threads(1)
+        torch.set_flush_denormal(False)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real data sets that RKD_TEST_DATA names."""
+    place = os.environ.get("RKD_TEST_DATA", "")
+    if not place:
+        pytest.skip("needs real data: set RKD_TEST_DATA to the folder that holds it")
+    return Path(place)
+
+
+def striped(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Noisy images (count, 16, 16, 3) of horizontal stripes, vertical stripes and a plane, and which they are."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(count) % 3
+    waves = 60 * np.sin(np.arange(SIDE) * np.pi / 2 + 0.5)
+    shapes = np.stack([np.tile(waves[:, None], (1, SIDE)), np.tile(waves, (SIDE, 1)), np.zeros((SIDE, SIDE))])
+    noise = rng.normal(0, 20, (count, SIDE, SIDE, 3))
+    pixels = 128 + shapes[labels][..., None] + rng.uniform(-30, 30, (count, 1, 1, 1)) + noise
+    return np.clip(pixels, 0, 255).astype(np.uint8), labels.astype(np.int64)
+
+
+@pytest.fixture(scope="session")
+def write_stripes() -> Callable[[Path, int], Path]:
+    """Writes a data set of stripes as .npz: 90 images to train with, 45 for the test."""
+
+    def write(path: Path, seed: int) -> Path:
+        (x, y), (x_test, y_test) = striped(90, seed), striped(45, seed + 1000)
+        np.savez(path, x=x, y=y, x_test=x_test, y_test=y_test, classes=np.array(["across", "down", "plane"]))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def stripes(tmp_path_factory: pytest.TempPathFactory, write_stripes: Callable[[Path, int], Path]) -> Path:
+    """A data set that a tiny network learns in two seconds."""
+    return write_stripes(tmp_path_factory.mktemp("stripes") / "stripes.npz", 0)
