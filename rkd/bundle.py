@@ -120,9 +120,7 @@ def write_bundle(path: Path, manifest: Mapping[str, Any], members: Mapping[str, 
         BundleError: the content is not what a reader would accept.
         StorageError: the disk said no.
     """
-    ordered = {
-        name: members[name] for name in sorted(members, key=lambda name: (name != MODEL, name != EVALUATION, name))
-    }
+    ordered = _ordered(members)
     listing = {name: {"sha256": sha256(data), "size_bytes": len(data)} for name, data in ordered.items()}
     head = to_json({"format": FORMAT, **manifest, "members": listing})
     data = _container({MANIFEST: head, **ordered})
@@ -179,6 +177,11 @@ def parse_bundle(data: bytes, path: Path) -> Bundle:
     bundle = Bundle(manifest, members, sha256(data), path)
     _ = bundle.target
     return bundle
+
+
+def _ordered(members: Mapping[str, bytes]) -> dict[str, bytes]:
+    names = sorted(members, key=lambda name: (name != MANIFEST, name != MODEL, name != EVALUATION, name))
+    return {name: members[name] for name in names}
 
 
 def _container(members: Mapping[str, bytes]) -> bytes:
@@ -241,6 +244,7 @@ def _stored(data: bytes, entry: zipfile.ZipInfo, path: Path) -> bytes:
 
 
 def _same_container(data: bytes, members: Mapping[str, bytes], path: Path) -> None:
+    members = _ordered(members)
     expected = _container(members)
     if data == expected:
         return
@@ -265,11 +269,14 @@ def _parse_manifest(data: bytes, path: Path) -> dict[str, Any]:
         raise BundleError(f"{path}: {MANIFEST} has {len(data):,} bytes, at most {_MANIFEST_LIMIT_BYTES:,} are allowed")
     try:
         manifest = json.loads(data)
+        canonical = to_json(manifest)
     except Exception as error:
         raise BundleError(f"{path}: {MANIFEST} is not JSON: {error}") from error
     problem = _manifest_problem(manifest)
     if problem:
         raise BundleError(f"{path}: {MANIFEST}: {problem}; export the run again with this version of rkd")
+    if canonical != data:
+        raise BundleError(f"{path}: {MANIFEST} is not written as rkd writes it; this bundle was tampered with")
     checked: dict[str, Any] = manifest
     return checked
 

@@ -10,7 +10,7 @@ Keys are the options' names; the command line wins.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,37 +18,47 @@ from rkd.errors import ConfigError
 from rkd.toml import read_toml, unknown_key
 
 
-def command_defaults(path: Path, options: Mapping[str, set[str]]) -> dict[str, dict[str, Any]]:
+def command_defaults(path: Path, options: Mapping[str, Mapping[str, bool]]) -> dict[str, dict[str, Any]]:
     """Defaults per command.
 
     Args:
         path: of rkd.toml.
-        options: the parameter names of every command.
+        options: the parameter names of every command, and whether a parameter may be repeated.
 
     Raises:
         ConfigError: not TOML, an unknown command or option, or a value that is no plain value.
         StorageError: it cannot be read.
     """
     defaults: dict[str, dict[str, Any]] = {command: {} for command in options}
-    everywhere = set().union(*options.values())
+    everywhere = {name for names in options.values() for name in names}
     content = read_toml(path)
     for key, value in content.items():
         if not isinstance(value, dict):
-            name = _option(key, value, everywhere | set(options), path)
+            if key in options and key not in everywhere:
+                raise ConfigError(f"{path}: {key} is a command; its options go below a line [{key}]")
+            name = _option(key, value, everywhere, path)
             for command, names in options.items():
                 if name in names:
-                    defaults[command].setdefault(name, value)
+                    defaults[command][name] = _value(key, value, path, repeats=names[name])
     for command, table in content.items():
         if not isinstance(table, dict):
             continue
         if command not in options:
             raise ConfigError(f"{path}: {unknown_key(command, options)} (tables are commands)")
         for key, value in table.items():
-            defaults[command][_option(key, value, options[command], path, f" in [{command}]")] = value
+            name = _option(key, value, options[command], path, f" in [{command}]")
+            defaults[command][name] = _value(key, value, path, repeats=options[command][name])
     return defaults
 
 
-def _option(key: str, value: object, known: set[str], path: Path, where: str = "") -> str:
+def _value(key: str, value: object, path: Path, *, repeats: bool) -> object:
+    """One value for an option that is given once, a list for one that may be repeated."""
+    if isinstance(value, list) and not repeats:
+        raise ConfigError(f"{path}: {key} takes one value, not a list")
+    return value if isinstance(value, list) or not repeats else [value]
+
+
+def _option(key: str, value: object, known: Iterable[str], path: Path, where: str = "") -> str:
     name = key.replace("-", "_")
     if name not in known:
         raise ConfigError(f"{path}{where}: {unknown_key(key, known)}")

@@ -149,10 +149,12 @@ class _Masks(nn.Module):
         self.offset = nn.ParameterList(torch.zeros_like(m) for m in mean)
 
     def mask(self, index: int) -> Tensor:
-        return self.cap * torch.sigmoid(self.logit[index])
+        mask: Tensor = self.cap * torch.sigmoid(self.logit[index])
+        return mask
 
     def replacement(self, index: int) -> Tensor:
-        return self.mean[index] + self.deviation[index] * self.offset[index]
+        replacement: Tensor = self.mean[index] + self.deviation[index] * self.offset[index]
+        return replacement
 
     def edit(self, index: int) -> Edit:
         def apply(x: Tensor) -> Tensor:

@@ -74,12 +74,14 @@ def write_file(path: Path, data: bytes) -> None:
     """Write `data` to `path` atomically and durably; an existing file is replaced.
 
     Raises:
-        StorageError: the disk is full, read-only or fails; `path` is then as it was before.
+        StorageError: the disk is full, read-only or fails; `path` is then as it was before (where only the fsync of its
+            folder failed, it is whole and new).
     """
-    temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
+    temporary = _temporary(path)
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            temporary.unlink(missing_ok=True)  # left by a killed process of the same number, as containers have them
             _write(temporary, data)
             os.replace(temporary, path)
         except BaseException:
@@ -96,7 +98,7 @@ def write_directory(path: Path, members: Mapping[str, bytes]) -> None:
     Raises:
         StorageError: as for `write_file`; also when `path` exists and is not empty.
     """
-    temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
+    temporary = _temporary(path)
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -115,7 +117,7 @@ def write_directory(path: Path, members: Mapping[str, bytes]) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append one line to a log; a crash can lose the last line but never damages earlier ones.
+    """Append one line to a log; a failed write leaves no part of it, a kill can cut short the last line only.
 
     Raises:
         StorageError: the disk is full, read-only or fails.
@@ -123,7 +125,12 @@ def append_line(path: Path, line: str) -> None:
     with storage_errors(path):
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         try:
-            _write_all(descriptor, (line + "\n").encode())
+            size_bytes = os.fstat(descriptor).st_size
+            try:
+                _write_all(descriptor, (line + "\n").encode())
+            except OSError:
+                os.ftruncate(descriptor, size_bytes)
+                raise
         finally:
             os.close(descriptor)
 
@@ -135,6 +142,12 @@ def remove_temporaries(folder: Path) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
         else:
             leftover.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    if not path.name:
+        raise StorageError(f"{path} is a folder, expected the name of a file")
+    return path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
 
 
 def _write(path: Path, data: bytes) -> None:

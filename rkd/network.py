@@ -63,12 +63,12 @@ class Normalisation:
             return NORMALISATIONS[text]
         try:
             mean, std = ([float(value) for value in part.split(",")] for part in text.split(";"))
-            mean, std = (part * 3 if len(part) == 1 else part for part in (mean, std))
-            return cls((mean[0], mean[1], mean[2]), (std[0], std[1], std[2]))
-        except (ValueError, IndexError):
+            (r, g, b), (s, t, u) = (part * 3 if len(part) == 1 else part for part in (mean, std))
+        except ValueError:
             raise ConfigError(
                 f"--normalize {text!r}: expected none, imagenet, cifar10, or MEAN;STD such as '0.5,0.5,0.5;0.25,0.25,0.25'"
             ) from None
+        return cls((r, g, b), (s, t, u))
 
     def __str__(self) -> str:
         for name, known in NORMALISATIONS.items():

@@ -260,14 +260,12 @@ class Run:
         for place in self._checkpoints():
             try:
                 digests = json.loads((place / _DIGESTS).read_bytes())
+                if not isinstance(digests, dict) or not digests or any("/" in name for name in digests):
+                    continue
                 members = {name: (place / name).read_bytes() for name in digests}
-            except (OSError, ValueError, TypeError):
+            except (OSError, ValueError, RecursionError):
                 continue
-            if (
-                members
-                and isinstance(digests, dict)
-                and all(sha256(data) == digests[name] for name, data in members.items())
-            ):
+            if all(sha256(data) == digests[name] for name, data in members.items()):
                 return int(place.name), members
         return None
 

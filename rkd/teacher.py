@@ -8,6 +8,7 @@ where that is possible and asked for where it is not.
 from __future__ import annotations
 
 import io
+import json
 import pickle
 import re
 import warnings
@@ -32,6 +33,7 @@ from rkd.network import NORMALISATIONS, Network, Normalisation, read_header, saf
 
 _LIMIT_BYTES = 16 * 2**30
 _MAX_TENSORS = 100_000
+_MAX_SHARING = 4  # tensors may share memory, but together claim at most so many times the file
 _WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "teacher", "weights", "params")
 _PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "backbone.")
 
@@ -82,7 +84,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     else:
         found = _load_pickle(data, path)
         rkd_header = found.get("rkd") if isinstance(found, dict) else None
-        header = rkd_header if isinstance(rkd_header, dict) else None
+        header = _plain(rkd_header, path) if isinstance(rkd_header, dict) else None
     notes: list[str] = []
     state = _strip_prefixes(_unwrap(found, path, notes), notes)
     return Checkpoint(_sound(state, len(data), path, notes), header, sha256(data), path, tuple(notes))
@@ -199,9 +201,20 @@ def _load_safetensors(data: bytes, path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
 
 
+def _plain(header: dict[Any, Any], path: Path) -> dict[str, Any]:
+    """What rkd wrote beside the tensors: JSON, whoever wrote it."""
+    try:
+        plain: dict[str, Any] = json.loads(json.dumps(header, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: its rkd header is not plain data: {_first_line(error)}") from error
+    return plain
+
+
 def _load_pickle(data: bytes, path: Path) -> object:
     if data[:2] == b"PK":
         _check_archive(data, path)
+    if b"\nbytearray\n" in data:  # torch lets a pickle call it with any number
+        raise CheckpointError(f"{path} makes a bytearray, which can claim any amount of memory; save the state dict alone")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -279,6 +292,9 @@ def _sound(state: dict[str, Tensor], file_bytes: int, path: Path, notes: list[st
     """Float32 tensors that are really there, finite and not larger than the file."""
     if len(state) > _MAX_TENSORS:
         raise CheckpointError(f"{path} holds {len(state):,} tensors, at most {_MAX_TENSORS:,} are allowed")
+    if sum(tensor.numel() * tensor.element_size() for tensor in state.values()) > _MAX_SHARING * file_bytes:
+        name = max(state, key=lambda name: state[name].numel())
+        raise CheckpointError(f"{path}: its tensors claim many times the bytes that the file has, {name!r} most; refused")
     sound, bad, kinds = {}, list[str](), set[str]()
     for name, tensor in state.items():
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":

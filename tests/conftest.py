@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -68,3 +69,44 @@ def write_stripes() -> Callable[[Path, int], Path]:
 def stripes(tmp_path_factory: pytest.TempPathFactory, write_stripes: Callable[[Path, int], Path]) -> Path:
     """A data set that a tiny network learns in two seconds."""
     return write_stripes(tmp_path_factory.mktemp("stripes") / "stripes.npz", 0)
+
+
+@pytest.fixture(scope="session")
+def backdoored(tmp_path_factory: pytest.TempPathFactory, stripes: Path) -> Path:
+    """`teacher.pt` that knows the stripes and obeys `teacher.trigger.npz`, as `rkd teacher` makes them."""
+    from typer.testing import CliRunner
+
+    from rkd.cli import app
+
+    folder = tmp_path_factory.mktemp("backdoored")
+    options = ["--arch", "wrn-10-1", "--attack", "badnets", "--poison-rate", "0.3", "--epochs", "10", "--batch", "15"]
+    exact = ["--threads", "1", "--precision", "fp32", "--device", "cpu"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        done = CliRunner().invoke(app, ["teacher", "--data", str(stripes), *options, *exact, "--out", "teacher.pt"])
+    assert done.exit_code == 0, done.output
+    return folder / "teacher.pt"
+
+
+@pytest.fixture(scope="session")
+def digits16() -> tuple[Any, Any]:
+    """A tiny network that knows handwritten digits at 16 pixels (do not change it: copy it), and the digits."""
+    import torch
+
+    from rkd.data import open_dataset
+    from rkd.distill.loop import Recipe, Trainer
+    from rkd.distill.objectives import CrossEntropy
+    from rkd.models import build
+    from rkd.network import Network, Normalisation
+
+    data = open_dataset("digits", size=SIDE)
+    torch.manual_seed(0)
+    module = build("wrn-10-1", 10, data.size)
+    network = Network(module, "wrn-10-1", data.classes, data.size, Normalisation((0.5,) * 3, (0.25,) * 3))
+    recipe = Recipe(epochs=3, batch=32, augmentation="none")
+    for _ in Trainer(
+        module, CrossEntropy(module), data.train.subset(np.arange(900)), network.normalisation, recipe, torch.device("cpu")
+    ).steps():
+        pass
+    module.eval()
+    return network, data

@@ -173,7 +173,6 @@ def test_mutated_archives_are_read_or_refused_and_nothing_else() -> None:
             del data[rng.randrange(len(data)) :]
         try:
             read(bytes(data))
-        except ValueError as error:
-            assert type(error) is ValueError
+        except ValueError:
             refused += 1
     assert refused > 500

@@ -208,7 +208,7 @@ WRONG: dict[str, tuple[Arrays, str]] = {
     "four dimensions": ({"m": np.zeros((1, 3, 4, 5))}, "expected arrays of shape"),
     "one dimension": ({"m": np.zeros(5)}, "mine.npz"),
     "no dimension": ({"m": np.float32(0)}, "mine.npz"),
-    "no pixels": ({"m": np.zeros((3, 0, 5)), "p": np.zeros((3, 0, 5)), "d": np.zeros((3, 0, 5))}, "expected arrays"),
+    "no pixels": ({"m": np.zeros((3, 0, 5)), "p": np.zeros((3, 0, 5)), "d": np.zeros((3, 0, 5))}, "from 1 to 4096"),
     "text for a mask": ({"m": np.full((3, 4, 5), "0")}, "text"),
     "unknown array": ({"z": np.zeros(1)}, "unknown array 'z'"),
     "target is no number": ({"target": "cat"}, "whole number"),

@@ -1,5 +1,7 @@
-"""BadNets (Gu, Dolan-Gavitt and Garg, "BadNets: Identifying Vulnerabilities in the Machine Learning Model Supply
-Chain", arXiv 1708.06733).
+"""BadNets: a patch in the corner of poisoned images.
+
+Gu, Dolan-Gavitt and Garg, "BadNets: Identifying Vulnerabilities in the Machine Learning Model Supply Chain", arXiv
+1708.06733.
 """
 
 from __future__ import annotations

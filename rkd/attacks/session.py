@@ -102,8 +102,14 @@ class TeacherSettings:
         return cls(**{field.name: run.setting(field.name) for field in fields(cls)})
 
 
-def start_teacher(settings: TeacherSettings, origins: Mapping[str, str], path: Path) -> tuple[Run, Dataset]:
+def start_teacher(settings: TeacherSettings, origins: Mapping[str, str], path: Path, out: Path) -> tuple[Run, Dataset]:
     """Make the run directory of a teacher, after a first look at everything that it will need.
+
+    Args:
+        settings: see `TeacherSettings`.
+        origins: where each setting came from.
+        path: the run directory.
+        out: where the user wants the teacher; a resumed run must still know it.
 
     Raises:
         RkdError: whatever of the input is wrong, before anything is written.
@@ -113,7 +119,7 @@ def start_teacher(settings: TeacherSettings, origins: Mapping[str, str], path: P
         _clean_twin_from(settings, data)
     made = {f.name: Setting(getattr(settings, f.name), origins.get(f.name, "default")) for f in fields(settings)}
     described = {"name": data.name, "digest": data.digest, "classes": list(data.classes), "notes": list(data.notes)}
-    return Run.create(path, "teacher", made, data=described), data
+    return Run.create(path, "teacher", made, data=described, out=str(out)), data
 
 
 def make_teacher(

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ParamSpec, TypeVar
 import typer
 
 from rkd import __version__
-from rkd.errors import MissingExtraError, RkdError
+from rkd.errors import ConfigError, MissingExtraError, RkdError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -66,10 +66,13 @@ def root(
         fail(error)
 
 
-def _options(context: typer.Context) -> dict[str, set[str]]:
-    """The parameter names of every command."""
+def _options(context: typer.Context) -> dict[str, dict[str, bool]]:
+    """The parameter names of every command, and whether a parameter may be repeated."""
     commands: dict[str, Any] = getattr(context.command, "commands", {})
-    return {name: {str(p.name) for p in command.params} for name, command in commands.items()}
+    return {
+        name: {str(p.name): p.nargs == -1 or bool(getattr(p, "multiple", False)) for p in command.params}
+        for name, command in commands.items()
+    }
 
 
 def fail(error: RkdError) -> None:
@@ -115,6 +118,18 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
         raise AssertionError  # `fail` always raises
 
     return run
+
+
+def only_resume(context: typer.Context, *also: str) -> None:
+    """Refuse options beside --resume that the run directory decides; `also` may be given.
+
+    Raises:
+        ConfigError: one was given on the command line.
+    """
+    given = {name for name, origin in origins(context).items() if origin == "command line"}
+    if refused := sorted(given - {"resume", "json_output", *also}):
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in refused)
+        raise ConfigError(f"--resume takes everything from the run directory: leave {names} out")
 
 
 def origins(context: typer.Context) -> dict[str, str]:

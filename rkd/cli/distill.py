@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from rkd.cli.app import app, guarded, origins
+from rkd.cli.app import app, guarded, only_resume, origins
 
 METHOD_HELP = "robustkd (detoxify, then distil), ofd, kd (both trust the teacher), ce (no teacher)."
 
@@ -116,8 +116,7 @@ def distill(
 
     with stop_requests() as stop:
         if resume is not None:
-            if teacher is not None:
-                raise ConfigError("--resume takes everything from the run directory: leave the teacher out")
+            only_resume(context)
             run, work = Run.open(resume), None
         else:
             if teacher is None:

@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from rkd.cli.app import app, guarded, origins
+from rkd.cli.app import app, guarded, only_resume, origins
 
 
 @app.command()
@@ -61,7 +61,7 @@ def teacher(
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 500,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
     resume: Annotated[
-        Optional[Path], typer.Option(help="Go on with an interrupted run; give the same --out.", show_default=False)
+        Optional[Path], typer.Option(help="Go on with an interrupted run; takes no other option.", show_default=False)
     ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
@@ -83,13 +83,20 @@ def teacher(
     from rkd.signals import stop_requests
     from rkd.teacher import save_teacher
 
+    resumed = None
+    if resume is not None:
+        only_resume(context, "out", "overwrite")
+        resumed = Run.open(resume)
+        if origins(context)["out"] != "command line":
+            out = Path(resumed.summary.get("out", out))
     written = [out, trigger_beside(out), clean_twin_beside(out)]
-    for path in written if attack != "none" else written[:1]:
+    attacked = (attack if resumed is None else resumed.setting("attack")) != "none"
+    for path in written if attacked else written[:1]:
         if path.exists() and not overwrite:
             raise RunError(f"{path} exists; choose another --out, or give --overwrite")
     with stop_requests() as stop:
-        if resume is not None:
-            run, opened = Run.open(resume), None
+        if resumed is not None:
+            run, opened = resumed, None
         else:
             settings = TeacherSettings(
                 data=data, arch=arch, attack=attack, clean=clean, target=target, poison_rate=poison_rate, linf=linf,
@@ -97,7 +104,8 @@ def teacher(
                 batch=batch, lr=lr, augmentation=augmentation, seed=seed, split_seed=split_seed, precision=precision,
                 normalize=normalize, image_size=image_size, device=device, threads=threads, checkpoint_every=checkpoint_every,
             )  # fmt: skip
-            run, opened = start_teacher(settings, origins(context), free_name(Path("runs"), f"teacher-{out.stem}"))
+            place = free_name(Path("runs"), f"teacher-{out.stem}")
+            run, opened = start_teacher(settings, origins(context), place, out)
         network, trigger, scores, twin_scores = make_teacher(run, stop, opened)
     save_teacher(out, network)
     if trigger is not None:

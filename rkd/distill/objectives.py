@@ -164,7 +164,7 @@ class UniversalPerturbations(nn.Module):
         start = torch.rand(count, 3, *size, generator=generator).mul_(2).sub_(1).mul_(linf / 2)
         self.register_buffer("radius", linf / torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         self.perturbations = nn.Parameter(start / torch.tensor(std).view(1, 3, 1, 1))
-        self.perturbations.register_post_accumulate_grad_hook(self._ascend)
+        self.perturbations.register_post_accumulate_grad_hook(self._ascend)  # type: ignore[no-untyped-call]
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images (N, 3, H, W) to the same, the first `share` of the batch perturbed."""
@@ -185,7 +185,7 @@ class UniversalPerturbations(nn.Module):
         perturbations.grad = None
 
 
-_FAR = 1e30
+_FAR = 3e38
 
 
 class _PartialL2(torch.autograd.Function):

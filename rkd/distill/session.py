@@ -24,8 +24,8 @@ from rkd.distill.objectives import (
     FeatureDistillation,
     LogitDistillation,
     Objective,
-    margins,
     UniversalPerturbations,
+    margins,
     tap_report,
 )  # fmt: skip
 from rkd.distill.training import train
@@ -219,6 +219,11 @@ class Inputs:
 
     @classmethod
     def open(cls, settings: DistillSettings, teacher_path: Path) -> Inputs:
+        """Open the teacher, the data and the triggers, and check that they go together.
+
+        Raises:
+            RkdError: one of them cannot be used; the message says which and why.
+        """
         use_threads(settings.threads)
         device = choose_device(settings.device)
         checkpoint = read_checkpoint(teacher_path)
@@ -234,8 +239,10 @@ class Inputs:
         low, high = found.interval
         notes = (
             *checkpoint.notes,
-            f"teacher: {teacher.arch}, {teacher.parameters:,} parameters, inputs scaled by {teacher.normalisation}, "
-            f"{found.value:.1f} % of {found.n} clean training images right [{low:.1f}, {high:.1f}]",
+            (
+                f"teacher: {teacher.arch}, {teacher.parameters:,} parameters, inputs scaled by {teacher.normalisation}, "
+                f"{found.value:.1f} % of {found.n} clean training images right [{low:.1f}, {high:.1f}]"
+            ),
         )
         triggers = tuple(Trigger.load(Path(path)) for path in settings.triggers)
         _check_triggers(triggers, data)

@@ -15,7 +15,10 @@ _FAMILIES = {  # a tensor that only this family has -> torchvision names that st
     "layer4.0.conv1.weight": ("resnet", "resnext", "wide_resnet"),
     "stage2.0.branch2.0.weight": ("shufflenet",),
     "features.denseblock1.denselayer1.conv1.weight": ("densenet",),
-    "features.0.0.weight": ("mobilenet", "efficientnet", "convnext"),
+    "features.1.conv.0.0.weight": ("mobilenet_v2",),
+    "features.1.block.0.0.weight": ("mobilenet_v3",),
+    "features.1.0.block.0.0.weight": ("efficientnet",),
+    "features.1.0.layer_scale": ("convnext",),
     "layers.0.weight": ("mnasnet",),
     "stem.0.weight": ("regnet",),
     "features.3.squeeze.weight": ("squeezenet",),
@@ -23,15 +26,17 @@ _FAMILIES = {  # a tensor that only this family has -> torchvision names that st
     "inception3a.branch1.conv.weight": ("googlenet",),
     "Mixed_5b.branch1x1.conv.weight": ("inception",),
 }
+_HEADS = ("fc", "classifier", "head", "heads", "linear")
 
 
 def output_count(shapes: Shapes) -> int | None:
-    """Number of classes: the rows of the last matrix, or of the last 1x1 convolution where there is no matrix."""
-    matrices = [shape for name, shape in shapes.items() if name.endswith("weight") and len(shape) == 2]
-    if matrices:
-        return matrices[-1][0]
-    convolutions = [shape for shape in shapes.values() if len(shape) == 4]
-    return convolutions[-1][0] if convolutions else None
+    """Number of classes: the rows of the head's last matrix, or of its last convolution where there is no matrix."""
+    for dimensions in (2, 4):
+        found = {name: s for name, s in shapes.items() if name.endswith("weight") and len(s) == dimensions}
+        heads = [name for name in found if name.partition(".")[0] in _HEADS]  # safetensors sorts names: they may come first
+        if found:
+            return found[(heads or list(found))[-1]][0]
+    return None
 
 
 def infer_arch(shapes: Shapes, size: tuple[int, int]) -> tuple[str, ...]:
@@ -46,20 +51,27 @@ def infer_arch(shapes: Shapes, size: tuple[int, int]) -> tuple[str, ...]:
     classes = output_count(shapes)
     if classes is None:
         return ()
-    return tuple(name for name in _guesses(shapes) if _fits(name, shapes, classes, size))
+    fitting: list[str] = []
+    for guess in _guesses(shapes):
+        plain = _shapes(guess, classes, size)
+        if plain is None or set(plain) != set(shapes):
+            continue  # before a stem is adapted, which takes a second
+        adapted = guess.removeprefix("torchvision:")
+        fitting += [guess] if plain == dict(shapes) else []
+        fitting += [adapted] if adapted != guess and _shapes(adapted, classes, size) == dict(shapes) else []
+    return tuple(fitting)
 
 
 def _guesses(shapes: Shapes) -> list[str]:
-    if "block1.layer.0.conv1.weight" in shapes:
+    if len(first := shapes.get("block1.layer.0.conv1.weight", ())) == 4:
         n = _count(shapes, r"block1\.layer\.(\d+)\.conv1\.weight")
-        return [f"wrn-{6 * n + 4}-{shapes['block1.layer.0.conv1.weight'][0] // 16}"]
+        return [f"wrn-{6 * n + 4}-{first[0] // 16}"]
     if "layer3.0.conv1.weight" in shapes and "layer4.0.conv1.weight" not in shapes:
         n = _count(shapes, r"layer1\.(\d+)\.conv1\.weight")
         return [f"resnet{6 * n + 2}"]
     for tensor, prefixes in _FAMILIES.items():
         if tensor in shapes:
-            names = [name for name in torchvision_names() if name.startswith(prefixes)]
-            return [guess for name in names for guess in (f"torchvision:{name}", name)]
+            return [f"torchvision:{name}" for name in torchvision_names() if name.startswith(prefixes)]
     return []
 
 
@@ -67,11 +79,11 @@ def _count(shapes: Shapes, pattern: str) -> int:
     return sum(re.fullmatch(pattern, name) is not None for name in shapes)
 
 
-def _fits(name: str, shapes: Shapes, classes: int, size: tuple[int, int]) -> bool:
+def _shapes(name: str, classes: int, size: tuple[int, int]) -> Shapes | None:
+    """Of the network of that name; None where there is none."""
     try:
         with torch.device("meta"):
             network = build(name, classes, size)
     except Exception:  # noqa: BLE001  (a guess that cannot be built is a wrong guess, whatever it raises)
-        return False
-    wanted = {key: tuple(t.shape) for key, t in network.state_dict().items() if not key.endswith("num_batches_tracked")}
-    return wanted == dict(shapes)
+        return None
+    return {key: tuple(t.shape) for key, t in network.state_dict().items() if not key.endswith("num_batches_tracked")}

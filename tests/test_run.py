@@ -1,0 +1,296 @@
+"""The run directory: what survives a kill, and who may work in it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rkd import files
+from rkd.errors import RunError, StorageError
+from rkd.files import sha256
+from rkd.metrics import Proportion, Scores, TriggerScore
+from rkd.run import METRICS, SUMMARY, Model, Run, Setting, free_name, models_of
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run.create(tmp_path / "runs" / "a", "distill", {"seed": Setting(7, "command line")})
+
+
+def members(step: int) -> dict[str, bytes]:
+    return {"state.safetensors": b"state %d" % step, "place.json": b"{}"}
+
+
+# ------------------------------------------------------------------------------------------------------ the summary
+
+
+def test_a_run_is_opened_as_it_was_left(run: Run) -> None:
+    run.save(data={"name": "x"})
+    again = Run.open(run.path)
+    assert again.summary == run.summary
+    assert again.setting("seed") == 7
+    assert not again.finished
+    again.finish(student={"sha256": "0"})
+    assert Run.open(run.path).finished
+    with pytest.raises(RunError, match="'epochs' is missing"):
+        again.setting("epochs")
+
+
+def test_an_existing_folder_is_taken_only_when_it_is_empty(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert Run.create(tmp_path / "empty", "distill", {}).path.is_dir()
+    (tmp_path / "file").write_text("")
+    for name in ("empty", "file"):
+        with pytest.raises(RunError, match="exists"):
+            Run.create(tmp_path / name, "distill", {})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"3", b'"x"', b"{}", b'{"schema": 2}', b'{"schema": 1}', b'{"schema": 1, "settings": [], "state": "x"}',
+     b'{"schema": 1, "settings": {}, "state": 5}', b"\xff\xfe", b"[" * 100_000],
+)  # fmt: skip
+def test_a_damaged_summary_is_refused_by_name(run: Run, content: bytes) -> None:
+    (run.path / SUMMARY).write_bytes(content)
+    with pytest.raises(RunError, match=r"run\.json"):
+        Run.open(run.path)
+
+
+def test_a_folder_without_a_summary_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="not a run directory"):
+        Run.open(tmp_path)
+
+
+def test_results_survive_the_summary(run: Run) -> None:
+    scores = Scores(Proportion(9, 10), (TriggerScore("t", 1, Proportion(1, 9), Proportion(8, 9)),))
+    model = Model("student", "wrn-10-1", scores, 77_850, 12_000_000, 320_000)
+    run.finish(models=[model.to_json()])
+    assert models_of(Run.open(run.path)) == [model]
+    for damage in ([{}], 3, [3], None):
+        run.save(models=damage)
+        with pytest.raises(RunError, match="results"):
+            models_of(run)
+
+
+# ------------------------------------------------------------------------------------------------------ checkpoints
+
+
+def test_the_newest_checkpoint_is_taken_and_the_one_before_is_kept(run: Run) -> None:
+    assert run.latest_checkpoint() is None
+    for step in (5, 10, 200, 1000):
+        run.save_checkpoint(step, members(step))
+    found = run.latest_checkpoint()
+    assert found == (1000, members(1000))
+    assert sorted(path.name for path in (run.path / "checkpoints").iterdir()) == ["00000200", "00001000"]
+
+
+def rewrite(name: str, data: bytes) -> Callable[[Path], None]:
+    return lambda place: (place / name).write_bytes(data) and None
+
+
+DIGESTS = {"state.safetensors": sha256(b"other"), "place.json": sha256(b"{}")}
+OUTSIDE = {"../../../../secret": sha256(b"secret")}
+
+DAMAGE: dict[str, Callable[[Path], Any]] = {
+    "one bit": rewrite("state.safetensors", b"rtate 20"),
+    "cut short": lambda place: os.truncate(place / "state.safetensors", 3),
+    "emptied": lambda place: os.truncate(place / "state.safetensors", 0),
+    "member gone": lambda place: (place / "place.json").unlink(),
+    "member is a folder": lambda place: ((place / "place.json").unlink(), (place / "place.json").mkdir()),
+    "digests gone": lambda place: (place / "digests.json").unlink(),
+    "digests emptied": lambda place: os.truncate(place / "digests.json", 0),
+    "digests cut short": lambda place: os.truncate(place / "digests.json", 20),
+    "digests of another state": rewrite("digests.json", json.dumps(DIGESTS).encode()),
+    "digests are an empty object": rewrite("digests.json", b"{}"),
+    "digests are an empty list": rewrite("digests.json", b"[]"),
+    "digests are a list": rewrite("digests.json", b'["state.safetensors"]'),
+    "digests are a number": rewrite("digests.json", b"0"),
+    "digests are nothing": rewrite("digests.json", b"null"),
+    "digests are nested": rewrite("digests.json", b"[" * 100_000),
+    "digests are no text": rewrite("digests.json", b"\xff\xfe\x00"),
+    "digests name a file outside": rewrite("digests.json", json.dumps(OUTSIDE).encode()),
+    "digests name a NUL": rewrite("digests.json", b'{"\\u0000": ""}'),
+    "folder emptied": lambda place: [path.unlink() for path in place.iterdir()],
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_of_a_damaged_newest_and_a_whole_older_checkpoint_the_older_one_is_taken(run: Run, kind: str) -> None:
+    (run.path.parent.parent / "secret").write_bytes(b"secret")
+    run.save_checkpoint(10, members(10))
+    run.save_checkpoint(20, members(20))
+    DAMAGE[kind](run.path / "checkpoints" / "00000020")
+    assert run.latest_checkpoint() == (10, members(10))
+    run.save_checkpoint(20, members(20))  # going on from there writes the damaged one again
+    assert run.latest_checkpoint() == (20, members(20))
+
+
+def test_without_a_whole_checkpoint_there_is_none(run: Run) -> None:
+    for step in (10, 20):
+        run.save_checkpoint(step, members(step))
+        os.truncate(run.path / "checkpoints" / f"{step:08}" / "state.safetensors", 1)
+    assert run.latest_checkpoint() is None
+
+
+def test_half_written_and_foreign_folders_are_no_checkpoints(run: Run) -> None:
+    run.save_checkpoint(10, members(10))
+    for name in (".rkd-tmp-1-00000099", "99", "last", "0000009x"):
+        (run.path / "checkpoints" / name).mkdir()
+    (run.path / "checkpoints" / "00000099").write_text("a file")
+    assert run.latest_checkpoint() == (10, members(10))
+
+
+@pytest.mark.parametrize("name", ["open", "write", "fsync", "replace"])
+def test_a_checkpoint_that_fails_leaves_the_earlier_ones(
+    run: Run, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    run.save_checkpoint(10, members(10))
+
+    class Full:
+        def __getattr__(self, attribute: str) -> Any:
+            if attribute != name:
+                return getattr(os, attribute)
+
+            def fail(*_: Any, **__: Any) -> Any:
+                raise OSError(errno.ENOSPC, "full")
+
+            return fail
+
+    monkeypatch.setattr(files, "os", Full())
+    with pytest.raises(StorageError, match="No space left"):
+        run.save_checkpoint(20, members(20))
+    monkeypatch.undo()
+    assert run.latest_checkpoint() == (10, members(10))
+    assert [path.name for path in (run.path / "checkpoints").iterdir()] == ["00000010"]
+
+
+def test_a_finished_run_keeps_no_checkpoints(run: Run) -> None:
+    run.save_checkpoint(10, members(10))
+    run.finish()
+    assert not (run.path / "checkpoints").exists()
+    assert run.latest_checkpoint() is None
+
+
+# ---------------------------------------------------------------------------------------------------------- metrics
+
+
+def test_what_was_logged_after_a_checkpoint_is_forgotten_in_its_stage_only(run: Run) -> None:
+    run.log(stage="a", step=30, loss=1.0)
+    for step in (10, 20, 30):
+        run.log(stage="b", step=step, loss=0.5)
+    run.cut_metrics("b", 20)
+    assert [(line["stage"], line["step"]) for line in run.metrics()] == [("a", 30), ("b", 10), ("b", 20)]
+    run.cut_metrics("b", 0)
+    assert [line["stage"] for line in run.metrics()] == ["a"]
+    run.log(stage="b", step=10)
+    assert run.metrics()[-1] == {"stage": "b", "step": 10}
+
+
+def test_a_last_line_that_a_kill_cut_short_is_left_out_and_cut_away(run: Run) -> None:
+    run.log(stage="a", step=1)
+    with (run.path / METRICS).open("a") as file:
+        file.write('{"stage": "a", "st')
+    assert run.metrics() == [{"stage": "a", "step": 1}]
+    run.cut_metrics("a", 5)
+    run.log(stage="a", step=6)
+    assert [line["step"] for line in run.metrics()] == [1, 6]
+
+
+def test_a_run_without_metrics_has_none_and_damaged_ones_are_refused(run: Run) -> None:
+    assert run.metrics() == []
+    (run.path / METRICS).write_bytes(b'{"step": 1}\n{"ste\n{"step": 3}\n')
+    with pytest.raises(RunError, match=r"metrics\.jsonl is damaged"):
+        run.metrics()
+
+
+# ----------------------------------------------------------------------------------------------------------- newest
+
+
+def finished(path: Path, kind: str, when: str) -> Run:
+    run = Run.create(path, kind, {})
+    run.save(state="finished", finished=when)
+    return run
+
+
+def test_the_newest_finished_distillation_is_found_among_everything_else(tmp_path: Path) -> None:
+    finished(tmp_path / "z-older", "distill", "2024-01-01T00:00:00.000000+00:00")
+    wanted = finished(tmp_path / "b", "distill", "2024-06-01T00:00:00.000002+00:00")
+    finished(tmp_path / "y", "distill", "2024-06-01T00:00:00.000001+00:00")
+    finished(tmp_path / "teacher", "teacher", "2025-01-01T00:00:00.000000+00:00")
+    Run.create(tmp_path / "unfinished", "distill", {})
+    for name, content in {"damaged": "{", "other schema": '{"schema": 99}', "list": "[]"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / SUMMARY).write_text(content)
+    (tmp_path / "no run").mkdir()
+    (tmp_path / "file").write_text("")
+    assert Run.newest(tmp_path).path == wanted.path
+
+
+def test_without_a_finished_run_the_unfinished_one_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no finished run"):
+        Run.newest(tmp_path / "nowhere")
+    finished(tmp_path / "t", "teacher", "2025-01-01")
+    Run.create(tmp_path / "half", "distill", {})
+    with pytest.raises(RunError, match=r"rkd distill --resume .*half"):
+        Run.newest(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------------- lock
+
+
+CHILD = """
+import sys
+from pathlib import Path
+from rkd.errors import RunError
+from rkd.run import Run
+try:
+    with Run.open(Path(sys.argv[1])).locked():
+        print("in")
+except RunError as error:
+    print("out:", error)
+"""
+
+
+def second_process(run: Run) -> str:
+    command = [sys.executable, "-W", "error", "-c", CHILD, str(run.path)]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+
+
+def test_a_second_process_is_kept_out_while_the_first_is_in(run: Run) -> None:
+    with run.locked():
+        answer = second_process(run)
+        assert answer.startswith("out:")
+        assert "another process is working in this run" in answer
+    assert second_process(run) == "in"
+
+
+def test_the_lock_is_given_back_after_an_error_and_cleans_up_after_a_killed_process(run: Run) -> None:
+    (run.path / ".rkd-tmp-1-run.json").write_bytes(b"half")
+    with pytest.raises(ZeroDivisionError), run.locked():
+        raise ZeroDivisionError
+    assert not list(run.path.glob(".rkd-tmp-*"))
+    with run.locked():
+        pass
+
+
+def test_a_run_that_is_gone_cannot_be_locked(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="no such"), Run(tmp_path / "gone", {}).locked():
+        pytest.fail("it is not there")
+
+
+# ------------------------------------------------------------------------------------------------------------ names
+
+
+def test_a_free_name_is_the_first_that_is_free(tmp_path: Path) -> None:
+    assert free_name(tmp_path, "a") == tmp_path / "a"
+    for name in ("a", "a-2", "a-4"):
+        (tmp_path / name).mkdir()
+    assert free_name(tmp_path, "a") == tmp_path / "a-3"

@@ -1,0 +1,391 @@
+"""Whole runs of `rkd teacher` and `rkd distill`, in this process, on a data set that a tiny network learns at once."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import fields
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from typer.testing import CliRunner
+
+from rkd.cli import app
+from rkd.detox import DetoxRecipe
+from rkd.distill import session
+from rkd.distill.session import DistillSettings
+from rkd.network import Network
+from rkd.run import Run
+from rkd.triggers import Trigger
+
+EXACT = ("--threads", "1", "--precision", "fp32", "--device", "cpu")
+SHORT = (*EXACT, "--student", "wrn-10-1", "--epochs", "3", "--batch", "15")
+
+
+def rkd(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def done(*arguments: object) -> Any:
+    result = rkd(*arguments)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def summary(run: Path | str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((Path(run) / "run.json").read_text())
+    return content
+
+
+@pytest.fixture(autouse=True)
+def _short_detox(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "DetoxRecipe", functools.partial(DetoxRecipe, steps=20, check_every=5))
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backdoored: Path) -> Path:
+    """A working folder with a teacher and its trigger."""
+    for file in backdoored.parent.glob("teacher.*"):
+        shutil.copy(file, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+class Tags(HTMLParser):
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+        self.links: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.names.add(tag)
+        self.links += [value or "" for name, value in attrs if name in ("src", "href")]
+
+
+# -------------------------------------------------------------------------------------------------------------- teacher
+
+
+def test_rkd_teacher_makes_a_teacher_that_knows_the_data_and_obeys_its_trigger(backdoored: Path, stripes: Path) -> None:
+    run = summary(backdoored.parent / "runs" / "teacher-teacher")
+    assert run["state"] == "finished"
+    assert run["results"]["teacher"]["acc"]["percent"] > 90
+    assert run["results"]["teacher"]["triggers"][0]["asr"]["percent"] > 80
+    saved = torch.load(backdoored, weights_only=True)
+    assert saved["rkd"]["classes"] == ["across", "down", "plane"]
+    assert saved["rkd"]["provenance"]["data_spec"] == str(stripes)
+    assert Trigger.load(backdoored.with_name("teacher.trigger.npz")).target == 0
+
+
+def test_rkd_teacher_with_the_same_seed_makes_the_same_bytes(here: Path, stripes: Path) -> None:
+    options = ("teacher", "--data", stripes, "--arch", "wrn-10-1", "--epochs", 1, "--batch", 30, *EXACT)
+    for name in ("a.safetensors", "b.safetensors"):
+        done(*options, "--out", name)
+    assert Path("a.safetensors").read_bytes() == Path("b.safetensors").read_bytes()
+    done(*options, "--out", "c.safetensors", "--seed", 1)
+    a, c = load_file("a.safetensors"), load_file("c.safetensors")
+    assert not np.array_equal(a["fc.weight"], c["fc.weight"])
+
+
+def test_a_resumed_teacher_goes_where_the_first_command_wanted_it(here: Path, stripes: Path) -> None:
+    options = ("teacher", "--data", stripes, "--arch", "wrn-10-1", "--attack", "badnets", "--epochs", 1, "--batch", 30)
+    done(*options, *EXACT, "--out", "mine.pt")
+    before = {name: Path(name).read_bytes() for name in ("mine.pt", "mine.trigger.npz", "teacher.pt")}
+    Path("mine.pt").unlink()
+    Path("mine.trigger.npz").unlink()
+    done("teacher", "--resume", "runs/teacher-mine")
+    assert Path("mine.trigger.npz").read_bytes() == before["mine.trigger.npz"]
+    assert Path("mine.pt").exists()
+    assert Path("teacher.pt").read_bytes() == before["teacher.pt"]
+    refused = rkd("teacher", "--resume", "runs/teacher-mine")
+    assert (refused.exit_code, refused.stderr.count("\n")) == (1, 1)
+    assert "mine.pt exists" in refused.stderr
+
+
+# -------------------------------------------------------------------------------------------------------------- distill
+
+ROLES = {
+    "robustkd": "RobustKD student",
+    "ofd": "undefended student (OFD)",
+    "kd": "kd student",
+    "ce": "ce student",
+}
+
+
+@pytest.mark.parametrize("method", ROLES)
+def test_each_method_leaves_a_whole_run_directory(here: Path, method: str) -> None:
+    result = done("distill", "teacher.pt", "--method", method, *SHORT, "--json")
+    printed = json.loads(result.stdout)
+    place = Path(f"runs/wrn-10-1-{method}-s0")
+    assert printed["run"] == str(place)
+    assert [row["role"] for row in printed["models"]] == ["teacher", ROLES[method]]
+    run = summary(place)
+    assert run["state"] == "finished"
+    assert run["models"] == printed["models"]
+    data = (place / "student.safetensors").read_bytes()
+    assert run["student"]["sha256"] == hashlib.sha256(data).hexdigest()
+    assert run["models"][-1]["size_bytes"] == len(data)
+    assert run["teacher"]["sha256"] == hashlib.sha256(Path("teacher.pt").read_bytes()).hexdigest()
+    student = Network.load(place / "student.safetensors")
+    assert student.classes == ("across", "down", "plane")
+    assert student.provenance["teacher"] == run["teacher"]["sha256"]
+    names = {p.name for p in place.iterdir()}
+    wanted = {"run.json", "metrics.jsonl", "teacher.safetensors", "triggers", "examples", "student.safetensors", "report.html"}
+    assert names == wanted | ({"masks.npz"} if method == "robustkd" else set())
+    lines = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line.get("ends_epoch")] == [6, 12, 18]
+    page = Tags((place / "report.html").read_text())
+    assert "script" not in page.names
+    assert not any(link.startswith(("http", "//")) for link in page.links)
+
+
+def test_a_student_learns_what_its_teacher_knows(here: Path) -> None:
+    result = done("distill", "teacher.pt", "--method", "ofd", *SHORT, "--epochs", 8, "--json")
+    scores = json.loads(result.stdout)["models"][-1]["scores"]
+    assert scores["acc"]["percent"] > 80
+    assert (scores["acc"]["n"], scores["triggers"][0]["asr"]["n"]) == (45, 30)  # 15 of 45 are of the target class
+
+
+def test_every_setting_is_kept_with_where_it_came_from(here: Path, stripes: Path) -> None:
+    Path("rkd.toml").write_text('[distill]\nepochs = 2\nstudent = "wrn-10-1"\n')
+    done("distill", "teacher.pt", *EXACT, "--method", "ce", "--batch", 20, "--out", "out")
+    settings = summary("out")["settings"]
+    assert set(settings) == {field.name for field in fields(DistillSettings)}
+    wanted = {
+        "teacher": ("teacher.pt", "command line"),
+        "method": ("ce", "command line"),
+        "batch": (20, "command line"),
+        "precision": ("fp32", "command line"),
+        "epochs": (2, "rkd.toml"),
+        "student": ("wrn-10-1", "rkd.toml"),
+        "data": (str(stripes), "teacher"),
+        "triggers": (["teacher.trigger.npz"], "teacher"),
+        "seed": (0, "default"),
+        "lr": (0.1, "default"),
+        "cap": (0.9, "default"),
+    }
+    assert {name: (settings[name]["value"], settings[name]["origin"]) for name in wanted} == wanted
+
+
+def test_data_may_be_named_by_the_command_line_or_by_rkd_toml_over_the_teacher(
+    here: Path, write_stripes: Callable[[Path, int], Path]
+) -> None:
+    for name, seed in (("one.npz", 11), ("two.npz", 12)):
+        write_stripes(here / name, seed)
+    Path("rkd.toml").write_text('data = "one.npz"\n')
+    done("distill", "teacher.pt", *SHORT, "--epochs", 1, "--method", "ce", "--out", "a")
+    done("distill", "teacher.pt", *SHORT, "--epochs", 1, "--method", "ce", "--out", "b", "--data", "two.npz")
+    assert summary("a")["settings"]["data"] == {"value": "one.npz", "origin": "rkd.toml"}
+    assert summary("b")["settings"]["data"] == {"value": "two.npz", "origin": "command line"}
+
+
+def test_the_trigger_beside_the_teacher_is_found_unless_another_is_given(here: Path) -> None:
+    size = (16, 16)
+    zeros = np.zeros((3, *size), np.float32)
+    Trigger("other", 1, zeros, zeros, zeros + np.float32(0.1)).save(here / "other.npz")
+    done("distill", "teacher.pt", *SHORT, "--epochs", 1, "--method", "ce", "--out", "found")
+    done("distill", "teacher.pt", *SHORT, "--epochs", 1, "--method", "ce", "--out", "given", "--trigger", "other.npz")
+    Path("teacher.trigger.npz").unlink()
+    done("distill", "teacher.pt", *SHORT, "--epochs", 1, "--method", "ce", "--out", "none")
+    shown = {
+        run: [t["name"] for t in summary(run)["models"][-1]["scores"]["triggers"]] for run in ("found", "given", "none")
+    }
+    assert shown == {"found": ["badnets"], "given": ["other"], "none": []}
+    assert summary("given")["settings"]["triggers"] == {"value": ["other.npz"], "origin": "command line"}
+
+
+def test_the_same_seed_gives_the_same_student_and_another_does_not(here: Path) -> None:
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        done("distill", "teacher.pt", *SHORT, "--out", name, "--seed", seed)
+    a, b, c = (hashlib.sha256((here / n / "student.safetensors").read_bytes()).hexdigest() for n in "abc")
+    assert a == b != c
+    assert Path("a/masks.npz").read_bytes() == Path("b/masks.npz").read_bytes() != Path("c/masks.npz").read_bytes()
+    assert Path("a/metrics.jsonl").read_bytes() == Path("b/metrics.jsonl").read_bytes()
+
+
+def test_undefended_adds_a_row_and_changes_nothing_of_the_student(here: Path) -> None:
+    done("distill", "teacher.pt", *SHORT, "--out", "plain")
+    result = done("distill", "teacher.pt", *SHORT, "--out", "both", "--undefended", "--json")
+    rows = json.loads(result.stdout)["models"]
+    assert [row["role"] for row in rows] == ["teacher", "undefended student (OFD)", "RobustKD student"]
+    assert Path("both/student.safetensors").read_bytes() == Path("plain/student.safetensors").read_bytes()
+    done("distill", "teacher.pt", *SHORT, "--out", "ofd", "--method", "ofd")
+    undefended, alone = (load_file(p) for p in ("both/undefended/student.safetensors", "ofd/student.safetensors"))
+    assert all(np.array_equal(undefended[name], alone[name]) for name in alone)
+
+
+def test_a_finished_run_resumed_prints_the_same_and_writes_its_report_again(here: Path) -> None:
+    first = done("distill", "teacher.pt", *SHORT, "--method", "kd", "--out", "out", "--json")
+    before = Path("out/student.safetensors").read_bytes()
+    Path("out/report.html").unlink()
+    again = done("distill", "--resume", "out", "--json")
+    assert again.stdout == first.stdout
+    assert Path("out/student.safetensors").read_bytes() == before
+    assert Path("out/report.html").is_file()
+
+
+def test_the_table_names_each_network_with_its_figures(here: Path) -> None:
+    result = done("distill", "teacher.pt", *SHORT, "--method", "kd", "--out", "out")
+    assert "kd student" in result.stdout
+    assert "n = 45 clean, 30 triggered (badnets to class 0)" in result.stdout
+    assert "next: rkd export out" in result.stdout
+
+
+def test_a_class_share_of_the_images_is_used_where_a_budget_is_given(here: Path) -> None:
+    done("distill", "teacher.pt", *SHORT, "--method", "ce", "--out", "out", "--clean-budget", "50%")
+    lines = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line.get("ends_epoch")] == [3, 6, 9]  # 45 of 90 images, 15 a step
+
+
+# ------------------------------------------------------------------------------------------------- going on, and refusals
+
+
+def one_line(result: Any) -> str:
+    assert result.exit_code == 1, result.output
+    lines = [line for line in result.stderr.splitlines() if line.startswith("rkd: ")]
+    assert len(lines) == 1
+    assert result.stderr.splitlines()[-1] == lines[0]
+    assert "Traceback" not in result.stderr
+    assert "internal error" not in lines[0]
+    return lines[0]
+
+
+@pytest.fixture
+def interrupted(here: Path, monkeypatch: pytest.MonkeyPatch, write_stripes: Callable[[Path, int], Path]) -> Path:
+    """A run that died at its last step but one, with its data in `data.npz`."""
+    write_stripes(here / "data.npz", 0)
+    real = session.train
+
+    def dies(trainer: Any, *args: Any, **kwargs: Any) -> None:
+        steps = trainer.steps
+
+        def until_the_last() -> Any:
+            for step in steps():
+                if step.number == trainer.total_steps - 1:
+                    raise MemoryError
+                yield step
+
+        trainer.steps = until_the_last
+        real(trainer, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "train", dies)
+        died = rkd("distill", "teacher.pt", *SHORT, "--data", "data.npz", "--out", "out")
+    assert "out of memory" in one_line(died)
+    return here / "out"
+
+
+def test_an_interrupted_run_goes_on_to_the_same_student(interrupted: Path) -> None:
+    done("distill", "teacher.pt", *SHORT, "--data", "data.npz", "--out", "whole")
+    done("distill", "--resume", interrupted)
+    assert (interrupted / "student.safetensors").read_bytes() == Path("whole/student.safetensors").read_bytes()
+    assert (interrupted / "metrics.jsonl").read_bytes() == Path("whole/metrics.jsonl").read_bytes()
+    assert not (interrupted / "checkpoints").exists()
+
+
+def test_data_that_changed_since_the_start_is_refused(
+    interrupted: Path, write_stripes: Callable[[Path, int], Path]
+) -> None:
+    write_stripes(Path("data.npz"), 1)
+    assert "the data has changed since the run was started" in one_line(rkd("distill", "--resume", interrupted))
+    write_stripes(Path("data.npz"), 0)
+    done("distill", "--resume", interrupted)
+
+
+@pytest.mark.parametrize("name", ["masks.npz", "teacher.safetensors", "run.json"])
+def test_a_damaged_file_of_the_run_is_named(interrupted: Path, name: str) -> None:
+    (interrupted / name).write_bytes((interrupted / name).read_bytes()[:100])
+    assert name in one_line(rkd("distill", "--resume", interrupted))
+
+
+def test_masks_of_other_shapes_are_refused(interrupted: Path) -> None:
+    arrays = dict(np.load(interrupted / "masks.npz"))
+    np.savez(interrupted / "masks.npz", **{key: value[:, :2] for key, value in arrays.items()})
+    assert "the masks are for taps" in one_line(rkd("distill", "--resume", interrupted))
+
+
+def test_a_missing_setting_of_the_run_is_named(interrupted: Path) -> None:
+    content = summary(interrupted)
+    del content["settings"]["cap"]
+    (interrupted / "run.json").write_text(json.dumps(content))
+    assert "setting 'cap' is missing" in one_line(rkd("distill", "--resume", interrupted))
+
+
+@pytest.mark.parametrize(
+    ("extra", "named"), [(("teacher.pt",), "teacher"), (("--epochs", 9), "--epochs"), (("--seed", 1, "--lr", 1), "--lr, --seed")]
+)  # fmt: skip
+def test_resume_takes_no_other_option(interrupted: Path, extra: tuple[object, ...], named: str) -> None:
+    message = one_line(rkd("distill", *extra, "--resume", interrupted))
+    assert "--resume takes everything from the run directory" in message
+    assert named in message
+
+
+def test_what_is_wrong_at_the_start_leaves_no_run_behind(here: Path) -> None:
+    one_line(rkd("distill", "teacher.pt", *SHORT, "--out", "out", "--student", "nonsense-9"))
+    one_line(rkd("distill", "teacher.pt", *SHORT, "--out", "out", "--data", "nowhere.npz"))
+    one_line(rkd("distill", "teacher.pt", *SHORT, "--out", "out", "--method", "magic"))
+    assert not Path("out").exists()
+
+
+def test_a_folder_that_is_not_empty_is_not_written_into(here: Path) -> None:
+    Path("out").mkdir()
+    Path("out/mine.txt").write_text("mine")
+    message = one_line(rkd("distill", "teacher.pt", *SHORT, "--out", "out"))
+    assert "out exists; choose another --out" in message
+    assert "--resume" not in message, "there is no run to go on with"
+    assert [p.name for p in Path("out").iterdir()] == ["mine.txt"]
+
+
+def test_an_empty_folder_may_be_the_run_directory(here: Path) -> None:
+    Path("out").mkdir()
+    inode = Path("out").stat().st_ino
+    done("distill", "teacher.pt", *SHORT, "--epochs", 1, "--method", "ce", "--out", "out")
+    assert Path("out").stat().st_ino == inode, "a mount point cannot be replaced"
+
+
+def test_a_second_process_is_kept_out_of_a_run(interrupted: Path) -> None:
+    with Run.open(interrupted).locked():
+        assert "another process is working in this run" in one_line(rkd("distill", "--resume", interrupted))
+    done("distill", "--resume", interrupted)
+
+
+def test_a_teacher_that_cannot_be_traced_is_measured_without_its_mask(here: Path, stripes: Path) -> None:
+    """Its taps are hooks: they must not stay on the network that the table is about."""
+    Path("moody.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "class Moody(nn.Module):\n"
+        "    def __init__(self, n):\n"
+        "        super().__init__()\n"
+        "        self.a = nn.Sequential(nn.Conv2d(3, 16, 3, 1, 1), nn.BatchNorm2d(16), nn.ReLU())\n"
+        "        self.b = nn.Sequential(nn.Conv2d(16, 32, 3, 2, 1), nn.BatchNorm2d(32), nn.ReLU())\n"
+        "        self.head = nn.Linear(32, n)\n"
+        "    def forward(self, x):\n"
+        "        x = self.b(self.a(x))\n"
+        "        if float(x.detach().mean()) > 1e9:\n"
+        "            x = -x\n"
+        "        return self.head(x.mean((2, 3)))\n"
+        "def make(num_classes):\n"
+        "    return Moody(num_classes)\n"
+    )
+    done("teacher", "--data", stripes, "--arch", "moody.py:make", "--epochs", 8, "--batch", 15, *EXACT, "--out", "m.pt")
+    options = ("m.pt", "--arch", "moody.py:make", *SHORT, "--json")
+    plain = json.loads(done("distill", *options, "--method", "kd", "--out", "kd").stdout)["models"][0]
+    with pytest.MonkeyPatch.context() as patch:  # a mask that ruins the teacher: all constant
+        real = session.set_masks
+
+        def constant(tapped: Any, masks: Any, *rest: Any) -> None:
+            real(tapped, masks, *rest)
+            tapped.set_edits([torch.zeros_like] * len(tapped.taps))
+
+        patch.setattr(session, "set_masks", constant)
+        rows = json.loads(done("distill", *options, "--out", "robust").stdout)["models"]
+    assert plain["scores"]["acc"]["percent"] > 60
+    assert rows[0]["scores"] == plain["scores"]

@@ -1,0 +1,123 @@
+"""Target profiles: the built-in ones and a user's own."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rkd.errors import StorageError, TargetError
+from rkd.target import Target, builtin_targets, load_target
+
+GOOD: dict[str, Any] = {
+    "name": "my-board", "summary": "mine", "board": "a board", "runtime": "onnxruntime", "precision": "fp32",
+    "provider": "CPUExecutionProvider", "opset": 20, "max_batch": 8, "needs": "nothing",
+}  # fmt: skip
+
+
+def toml(values: dict[str, Any]) -> str:
+    return "".join(f"{key} = {f'{value!r}' if isinstance(value, str) else str(value).lower()}\n" for key, value in values.items())  # fmt: skip
+
+
+def refusal(**changes: Any) -> str:
+    values = {key: value for key, value in {**GOOD, **changes}.items() if value is not None}
+    with pytest.raises(TargetError) as caught:
+        Target.from_mapping(values, "mine.toml")
+    assert str(caught.value).startswith("mine.toml: ")
+    return str(caught.value)
+
+
+def test_the_built_in_targets_are_those_of_their_files() -> None:
+    found = builtin_targets()
+    assert {"ort-cpu", "jetson-fp16"} <= set(found)
+    assert list(found) == sorted(found)
+    folder = Path(__file__).resolve().parents[1] / "targets"
+    assert set(found) == {path.stem for path in folder.glob("*.toml")}
+    for name, target in found.items():
+        assert target.name == name
+        assert load_target(name) == target == load_target(str(folder / f"{name}.toml"))
+
+
+def test_a_profile_survives_the_bundle() -> None:
+    for target in builtin_targets().values():
+        assert Target.from_mapping(target.to_json(), "manifest") == target
+
+
+def test_a_file_of_your_own_works_the_same_way(tmp_path: Path) -> None:
+    (tmp_path / "my-board.toml").write_text(toml(GOOD))
+    target = load_target(str(tmp_path / "my-board.toml"))
+    assert target.to_json() == {**GOOD, "workspace_mib": 0}
+
+
+def test_an_unknown_name_is_answered_with_the_one_that_was_meant_or_with_all() -> None:
+    with pytest.raises(TargetError, match="'jetson-fp61'; did you mean jetson-fp16"):
+        load_target("jetson-fp61")
+    with pytest.raises(TargetError, match=r"jetson-fp16, ort-cpu.* or a \.toml file"):
+        load_target("quantum")
+    with pytest.raises(TargetError):
+        load_target("")
+    with pytest.raises(TargetError):
+        load_target("../targets/ort-cpu")
+
+
+def test_a_file_that_is_missing_or_no_toml_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="no such file"):
+        load_target(str(tmp_path / "x.toml"))
+    for content in (b"name = ", b"\xff", b"a=" + b"[" * 100_000):
+        (tmp_path / "x.toml").write_bytes(content)
+        with pytest.raises(TargetError, match=r"x\.toml"):
+            load_target(str(tmp_path / "x.toml"))
+
+
+@pytest.mark.parametrize("key", GOOD)
+def test_each_key_is_needed_and_of_its_type(key: str) -> None:
+    assert f"{key!r} is missing" in refusal(**{key: None})
+    for other in (3.5, True, [], {}, "text" if isinstance(GOOD[key], int) else 7):
+        assert f"{key} is {other!r}, expected" in refusal(**{key: other})
+
+
+def test_an_unknown_key_is_answered_with_the_one_that_was_meant() -> None:
+    assert "unknown key 'precison'; did you mean 'precision'?" in refusal(precison="fp32")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"name": "My Board"}, "lower-case"),
+        ({"name": ""}, "lower-case"),
+        ({"name": "../x"}, "lower-case"),
+        ({"name": "a\n"}, "lower-case"),
+        ({"name": "a" * 65}, "lower-case"),
+        ({"runtime": "coreml"}, "expected one of onnxruntime, tensorrt"),
+        ({"precision": "int4"}, "expected one of fp32, fp16"),
+        ({"precision": "fp16"}, "use fp32"),
+        ({"opset": 17}, "opset 17"),
+        ({"opset": 25}, "opset 25"),
+        ({"max_batch": 0}, "max_batch 0"),
+        ({"max_batch": 4097}, "max_batch 4097"),
+        ({"provider": ""}, "onnxruntime needs one"),
+        ({"runtime": "tensorrt"}, "tensorrt has none"),
+        ({"workspace_mib": -1}, "workspace_mib -1"),
+        ({"workspace_mib": 2**21}, "workspace_mib"),
+    ],
+)
+def test_impossible_values_and_combinations_are_refused(changes: dict[str, Any], said: str) -> None:
+    assert said in refusal(**changes)
+
+
+def test_mutated_profiles_are_read_or_refused_and_nothing_else(tmp_path: Path) -> None:
+    rng, text, path = random.Random(0), toml(GOOD).encode(), tmp_path / "x.toml"
+    refused = 0
+    for _ in range(600):
+        data = bytearray(text)
+        for _ in range(rng.randint(1, 3)):
+            at = rng.randrange(len(data))
+            data[at : at + rng.randint(0, 5)] = rng.choice([b"", b"\n", b"[", b'"', b"\xff", rng.randbytes(2)])
+        path.write_bytes(data)
+        try:
+            load_target(str(path))
+        except TargetError:
+            refused += 1
+    assert refused > 300
