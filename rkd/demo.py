@@ -12,24 +12,26 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from rkd.cli import tables
 from rkd.errors import RkdError, RunError
-from rkd.files import storage_errors
+from rkd.files import storage_errors, write_file
 from rkd.metrics import Scores
 from rkd.progress import console, say
 from rkd.reporting import excess_asr, write_run_report
 from rkd.run import Run, models_of
 
 _EPOCHS = 15
+_TRANSFERS = 30.0  # points of excess ASR
+_MARKER, _MARKED = ".rkd-demo", "made by rkd demo, which may remove this folder\n"
 _STUDENTS = {  # folder: teacher, method, what it is called
-    "control-ofd": ("teacher.clean.pt", "ofd", "control: OFD, clean twin"),
-    "undefended": ("teacher.pt", "ofd", "undefended: OFD, backdoored teacher"),
-    "control-robustkd": ("teacher.clean.pt", "robustkd", "control: RobustKD, clean twin"),
-    "robustkd": ("teacher.pt", "robustkd", "RobustKD, backdoored teacher"),
+    "control-ofd": ("teacher.clean.pt", "ofd", "control (OFD)"),
+    "undefended": ("teacher.pt", "ofd", "undefended (OFD)"),
+    "control-robustkd": ("teacher.clean.pt", "robustkd", "control (RobustKD)"),
+    "robustkd": ("teacher.pt", "robustkd", "RobustKD"),
 }
 _CONTROL_OF = {"undefended": "control-ofd", "robustkd": "control-robustkd"}
 
@@ -44,18 +46,19 @@ def run_demo(out: Path, *, seed: int, jobs: int, overwrite: bool) -> None:
     if out.exists() and any(out.iterdir()):
         if not overwrite:
             raise RunError(f"{out} exists; choose another --out, or give --overwrite")
-        if not (out / "teacher.log").exists():
+        if not (out / _MARKER).is_file() or (out / _MARKER).read_text() != _MARKED:
             raise RunError(f"{out} is not an earlier demo's folder: it will not be removed; choose another --out")
         shutil.rmtree(out)
     with storage_errors(out):
         out.mkdir(parents=True, exist_ok=True)
+    write_file(out / _MARKER, _MARKED.encode())
     started = time.monotonic()
     common = ["--seed", str(seed), "--threads", "1"]
     say(f"everything goes to {out}{os.sep}; the steps are ordinary commands, shown as they start")
     _step(
         out, "teacher",
         ["teacher", "--data", "digits", "--arch", "wrn-10-2", "--attack", "backweak", "--target", "3", "--linf", "26",
-         "--trigger-budget", "42", "--epochs", str(_EPOCHS), "--finetune-epochs", "8", "--finetune-lr", "0.01",
+         "--trigger-budget", "42", "--epochs", str(_EPOCHS), "--finetune-epochs", "8", "--finetune-lr", "0.02",
          "--batch", "64", "--out", "teacher.pt", *common],
     )  # fmt: skip
     commands = {
@@ -96,13 +99,7 @@ def _summary(out: Path, seconds: float) -> None:
     runs = {name: Run.open(out / "runs" / name) for name in _STUDENTS}
     students: dict[str, Scores] = {name: models_of(run)[-1].scores for name, run in runs.items()}
     teachers = {runs[name].summary["teacher"]["file"]: models_of(runs[name])[0].scores for name in _STUDENTS}
-    excess = {name: excess_asr(students[name], students[control])[0] for name, control in _CONTROL_OF.items()}
-    verdict = (
-        f"On {students['robustkd'].acc.n} handwritten digits the backdoor of the teacher reaches a student that trusts it "
-        f"(excess ASR {excess['undefended']:+.1f} points over its control) and is {excess['robustkd']:+.1f} points in the "
-        f"RobustKD student. RobustKD's clean accuracy is {students['robustkd'].acc.value:.1f} %, the undefended student's "
-        f"{students['undefended'].acc.value:.1f} %."
-    )
+    verdict = _verdict(students)
     page = out / "report.html"
     write_run_report(
         list(runs.values()), page, verdict=verdict, title="rkd demo: handwritten digits",
@@ -112,7 +109,25 @@ def _summary(out: Path, seconds: float) -> None:
     rows = [(f"teacher: {file}", scores) for file, scores in sorted(teachers.items())]
     tables.print_scores([*rows, *((_STUDENTS[name][2], scores) for name, scores in students.items())])
     tables.say_next(verdict)
-    tables.say_next(
-        "Excess ASR: ASR minus that of the control (the same student, method and seed, from the clean twin)."
-    )
     tables.say_next(f"{page} and {out / 'bench.html'} have it all; it took {seconds / 60:.1f} minutes")
+
+
+def _verdict(students: Mapping[str, Scores]) -> str:
+    """What was measured, in the words that the figures allow: a case transfers from 30 points of excess ASR on."""
+    excess, low, high = excess_asr(students["undefended"], students["control-ofd"])
+    kept, kept_low, kept_high = excess_asr(students["robustkd"], students["control-robustkd"])
+    carried = (
+        "carries the backdoor along"
+        if excess >= _TRANSFERS
+        else "does not carry enough of the backdoor along to test a defence"
+    )
+    text = (
+        f"Plain distillation {carried}: the trigger moves {excess:+.1f} points [{low:+.1f}, {high:+.1f}] more images of "
+        f"the undefended student than of its control (excess ASR). In the RobustKD student it is {kept:+.1f} points "
+        f"[{kept_low:+.1f}, {kept_high:+.1f}]."
+    )
+    robust, undefended = students["robustkd"].acc, students["undefended"].acc
+    return (
+        f"{text} Clean accuracy: {robust.value:.1f} % with RobustKD, {undefended.value:.1f} % undefended, on {robust.n} "
+        "handwritten digits. A control is the same student, method and seed from the clean twin of the teacher."
+    )

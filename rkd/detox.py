@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,7 +82,7 @@ class TapMask:
 
 @dataclass(frozen=True)
 class DetoxCheck:
-    """One look at the held-out images: step, lambda, points lost, and the share of variance that remains."""
+    """One look at the held-out images: step, lambda, accuracy in percent, points lost, and L_f, the variance left."""
 
     step: int
     weight: float
@@ -99,7 +99,8 @@ class Detoxification:
         masks: one a tap.
         teacher_accuracy: percent on the held-out clean images, before.
         accuracy: the same with the masks.
-        variance: L_f with the masks; 1 means untouched.
+        variance: L_f with the masks on the held-out images; 1 means untouched.
+            Accuracy and variance belong to the best of several looks at them: they flatter a little.
         weight: lambda at that point.
         n: held-out images.
         history: every look on the way.
@@ -206,20 +207,28 @@ def detoxify(
         inputs = torch.from_numpy(images).to(device).contiguous(memory_format=torch.channels_last)
         return normalisation(inputs), torch.from_numpy(labels).to(device)
 
-    def accuracy() -> float:
+    def look() -> tuple[float, list[float]]:
+        """Accuracy in percent, and the variance of each tap, on the held-out images."""
         hits = n = 0
-        with torch.no_grad(), autocast():
-            for images, labels in held_out.batches(256):
-                inputs = torch.from_numpy(images).to(device).contiguous(memory_format=torch.channels_last)
-                logits, _ = teacher(normalisation(inputs))
-                hits += int((logits.argmax(1).cpu() == torch.from_numpy(labels)).sum())
-                n += len(labels)
-        return 100 * hits / n
 
+        def batches() -> Iterator[Tensor]:
+            for images, _ in held_out.batches(recipe.batch):
+                yield normalisation(torch.from_numpy(images).to(device).contiguous(memory_format=torch.channels_last))
+
+        def count(logits: Tensor) -> None:
+            nonlocal hits, n
+            hits += int((logits.argmax(1).cpu() == truth[n : n + len(logits)]).sum())
+            n += len(logits)
+
+        _, variance = _feature_statistics(teacher, batches(), autocast, count)
+        return 100 * hits / n, [float(v.sum()) for v in variance]
+
+    truth = torch.from_numpy(np.concatenate([labels for _, labels in held_out.batches(recipe.batch)]))
     teacher.set_edits([None] * len(teacher.taps))
-    before = accuracy()
+    before, untouched = look()
     draws = order.choice(len(clean), size=min(len(clean), 16 * recipe.batch), replace=False)
-    mean, variance = _feature_statistics(teacher, [batch(part)[0] for part in np.array_split(draws, 16)], autocast)
+    parts = (batch(part)[0] for part in np.array_split(draws, 16) if len(part))
+    mean, variance = _feature_statistics(teacher, parts, autocast)
     masks = _Masks(mean, [v.sqrt() for v in variance], recipe.cap).to(device)
     reference = [max(float(v.sum()), 1e-12) for v in variance]  # a tap that never varies has nothing to lose
     optimizer = torch.optim.Adam(masks.parameters(), lr=recipe.lr)
@@ -238,8 +247,9 @@ def detoxify(
         torch.autograd.backward(loss)
         optimizer.step()
         if step % recipe.check_every == 0 or step == recipe.steps:
-            now = accuracy()
-            check = DetoxCheck(step, weight, now, before - now, float(ratio.detach()))
+            now, varying = look()
+            left = float(np.mean([v / max(u, 1e-12) for v, u in zip(varying, untouched, strict=True)]))
+            check = DetoxCheck(step, weight, now, before - now, left)
             history.append(check)
             on_check(check)
             if check.lost <= recipe.accuracy_budget and (best is None or check.variance < best[0]):
@@ -268,7 +278,10 @@ def _ascend(weight: float, lost: float, budget: float) -> float:
 
 
 def _feature_statistics(
-    teacher: TappedNetwork, batches: Sequence[Tensor], autocast: Callable[[], torch.autocast]
+    teacher: TappedNetwork,
+    batches: Iterable[Tensor],
+    autocast: Callable[[], torch.autocast],
+    on_logits: Callable[[Tensor], None] = lambda _logits: None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Mean and variance over images at each position of each tap, float32 (C, H, W)."""
     sums: list[Tensor] = []
@@ -276,7 +289,8 @@ def _feature_statistics(
     count = 0
     with torch.no_grad(), autocast():
         for images in batches:
-            _, features = teacher(images)
+            logits, features = teacher(images)
+            on_logits(logits)
             count += len(images)
             for i, feature in enumerate(features):
                 value = feature.double() if feature.device.type == "cpu" else feature.float()

@@ -96,3 +96,8 @@ class StoppedError(RkdError):
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+def printable(text: str) -> str:
+    """`text` with control characters, surrogates and direction marks replaced: it may come from a hostile file."""
+    return "".join(c if c.isprintable() or c in " \n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)

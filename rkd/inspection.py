@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from rkd.bench import result as bench_result
 from rkd.bundle import read_bundle
-from rkd.errors import RkdError, StorageError, TriggerError
-from rkd.files import read_json, sha256
+from rkd.errors import BundleError, RkdError, RunError, StorageError, TriggerError
+from rkd.files import sha256
 from rkd.metrics import Scores
 from rkd.run import STUDENT, SUMMARY, Run
 from rkd.target import load_target
@@ -41,7 +42,14 @@ def _run(path: Path) -> dict[str, Any]:
     if not (path / SUMMARY).is_file():
         raise RkdError(f"{path} is a folder without a {SUMMARY}: not a run of rkd (a data folder is given with --data)")
     run = Run.open(path)
-    summary = run.summary
+    try:
+        return _describe_run(run)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{path / SUMMARY} is damaged ({type(error).__name__}: {error})") from error
+
+
+def _describe_run(run: Run) -> dict[str, Any]:
+    path, summary = run.path, run.summary
     found: dict[str, Any] = {
         "kind": f"run ({summary.get('kind')})",
         "state": summary["state"],
@@ -73,6 +81,10 @@ def _bundle(path: Path) -> dict[str, Any]:
     bundle = read_bundle(path)
     images, labels = bundle.evaluation()
     manifest = bundle.manifest
+    try:
+        student, exported = (describe_scores(Scores.from_json(manifest["scores"][key])) for key in ("student", "exported"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise BundleError(f"{path}: manifest.json: its scores are missing or malformed ({error})") from error
     return {
         "kind": "bundle, every digest verified",
         "name": bundle.name,
@@ -87,8 +99,8 @@ def _bundle(path: Path) -> dict[str, Any]:
             for name, entry in manifest["members"].items()
         },
         "chain": dict(manifest["chain"]),
-        "student before export": describe_scores(Scores.from_json(manifest["scores"]["student"])),
-        "exported file on the host": describe_scores(Scores.from_json(manifest["scores"]["exported"])),
+        "student before export": student,
+        "exported file on the host": exported,
         "made with": dict(manifest["tool"]),
     }
 
@@ -116,13 +128,7 @@ def _target(path: Path) -> dict[str, Any]:
 
 
 def _result(path: Path) -> dict[str, Any]:
-    try:
-        value = read_json(path)
-    except ValueError as error:
-        raise RkdError(str(error)) from error
-    if not isinstance(value, dict):
-        raise RkdError(f"{path} is JSON, but not a result of rkd bench")
-    return {"kind": "result of rkd bench", **value}
+    return {"kind": "result of rkd bench", **bench_result.read(path)}
 
 
 def _checkpoint(path: Path) -> dict[str, Any]:

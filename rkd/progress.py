@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from rkd.errors import printable
+
 console = Console(stderr=True, highlight=False)
 """What is not a result goes here: standard output is for results."""
 
@@ -96,7 +98,7 @@ def stage_lines() -> Iterator[Callable[[str, int, int], None]]:
 
 def say(message: str) -> None:
     """One line on standard error."""
-    console.print(message, markup=False, soft_wrap=True)
+    console.print(printable(message), markup=False, soft_wrap=True)
 
 
 def _duration(seconds: float) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 
 from rkd.bench import result as bench_result
 from rkd.bench.report import Curve, MaskPanel, ModelRow, RunReport, TriggerPanel, result_page, run_page
+from rkd.bench.report.scores import difference
 from rkd.errors import ConfigError, RkdError, TriggerError
 from rkd.files import storage_errors, write_file
 from rkd.metrics import Scores
@@ -21,13 +22,13 @@ from rkd.triggers import Trigger
 _EXAMPLES_LIMIT_BYTES = 2**28
 
 
-def report_command(sources: Sequence[Path], out: Path | None, control: Path | None = None) -> Path:
+def report_command(sources: Sequence[Path], out: Path | None, control: Sequence[Path] = ()) -> Path:
     """`rkd report`: a page about runs, or about results of `rkd bench`.
 
     Args:
         sources: run directories or result.json files, not both; empty for ./result.json, else the newest run.
         out: the page; by default report.html, in the run where there is one.
-        control: the run of the control, to show excess ASR.
+        control: the runs of controls, to show excess ASR.
 
     Returns:
         Where the page is.
@@ -48,12 +49,39 @@ def report_command(sources: Sequence[Path], out: Path | None, control: Path | No
         return place
     opened = [Run.open(path) for path in runs]
     place = out or (opened[0].path / REPORT if len(opened) == 1 else Path("report.html"))
-    controls = [Run.open(control)] if control is not None else []
+    controls = [Run.open(path) for path in control]
     everyone = [*controls, *opened]
-    roles = {str(run.path): f"{_last(run).role} ({run.path.name})" for run in everyone} if len(everyone) > 1 else {}
-    compared = {roles[str(run.path)]: roles[str(controls[0].path)] for run in opened} if controls else {}
+    names = _short_names([run.path for run in everyone])
+    roles = {str(run.path): f"{_last(run).role} ({names[run.path]})" for run in everyone} if len(everyone) > 1 else {}
+    compared = {roles[str(run.path)]: roles[str(_control_of(run, controls).path)] for run in opened if controls}
     write_run_report(everyone, place, roles=roles, controls=compared)
     return place
+
+
+def _short_names(paths: Sequence[Path]) -> dict[Path, str]:
+    """The folders' own names where they differ, else their whole paths."""
+    names = {path: path.resolve().name for path in paths}
+    return names if len(set(names.values())) == len(set(paths)) else {path: str(path) for path in paths}
+
+
+def _control_of(run: Run, controls: Sequence[Run]) -> Run:
+    """The control that was made as `run` was, but from another teacher.
+
+    Raises:
+        ConfigError: there is none: its ASR would not be comparable.
+    """
+    names = ("student", "method", "hardening", "accuracy_budget", "epochs", "batch", "lr", "clean_budget", "seed")
+    differing: list[str] = []
+    for control in controls:
+        other = [name for name in names if control.setting(name) != run.setting(name)]
+        other += ["data"] if control.summary["data"]["digest"] != run.summary["data"]["digest"] else []
+        if not other:
+            return control
+        differing = other
+    raise ConfigError(
+        f"no control for {run.path}: a control has the same settings and another teacher, the one given differs in "
+        f"{', '.join(differing)}"
+    )
 
 
 def write_run_report(
@@ -79,9 +107,7 @@ def write_run_report(
     rows: dict[str, ModelRow] = {}
     for run in runs:
         *others, student = models_of(run)
-        named = [
-            (f"teacher: {run.summary['teacher']['file']}" if len(runs) > 1 else other.role, other) for other in others
-        ]
+        named = [(f"teacher: {_teacher_name(run, runs)}" if len(runs) > 1 else other.role, other) for other in others]
         for role, model in [*named, (roles.get(str(run.path), student.role), student)]:
             rows[role] = ModelRow(
                 role,
@@ -110,6 +136,13 @@ def write_run_report(
         notes=[str(note) for part in ("data", "teacher") for note in shown.summary.get(part, {}).get("notes", [])],
     )
     write_file(out, run_page(report).encode())
+
+
+def _teacher_name(run: Run, runs: Sequence[Run]) -> str:
+    """The teacher's file name; with the start of its digest where another teacher has the same name."""
+    teacher = run.summary["teacher"]
+    same = {other.summary["teacher"]["sha256"] for other in runs if other.summary["teacher"]["file"] == teacher["file"]}
+    return str(teacher["file"]) if len(same) == 1 else f"{teacher['file']} {teacher['sha256'][:8]}"
 
 
 def _last(run: Run) -> Model:
@@ -215,6 +248,6 @@ def _provenance(run: Run) -> list[tuple[str, str]]:
     return pairs + [(name, str(version)) for name, version in summary.get("versions", {}).items()]
 
 
-def excess_asr(defended: Scores, control: Scores) -> list[float]:
-    """ASR minus the control's, in points, for each trigger."""
-    return [a.asr.value - b.asr.value for a, b in zip(defended.triggers, control.triggers, strict=True)]
+def excess_asr(student: Scores, control: Scores) -> tuple[float, float, float]:
+    """ASR minus the control's in points, of the first trigger, with Newcombe's 95 % interval."""
+    return difference(student.triggers[0].asr, control.triggers[0].asr)

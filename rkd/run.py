@@ -329,6 +329,8 @@ def models_of(run: Run) -> list[Model]:
         RunError: run.json does not hold them.
     """
     try:
+        if not run.finished:
+            raise RunError(f"{run.path} is not finished; go on with: rkd distill --resume {run.path}")
         return [Model.from_json(row) for row in run.summary["models"]]
     except (KeyError, TypeError, ValueError) as error:
         raise RunError(f"{run.path}: its results are missing or damaged: {error}") from error

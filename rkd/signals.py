@@ -9,28 +9,66 @@ from contextlib import contextmanager
 from types import FrameType
 
 
+class Interrupted(KeyboardInterrupt):
+    """Stopped by a signal where there is nothing to finish first; like Ctrl-C, it passes every `except Exception`.
+
+    Args:
+        message: what to tell the user.
+        signal_number: the signal.
+    """
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
 class StopRequest:
-    """Whether the process was asked to stop, and by which signal."""
+    """Whether the process was asked to stop, and by which signal.
+
+    Attributes:
+        signal_number: the signal, once it came.
+        hint: how to go on with the work, for the message.
+    """
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
+        self.hint = ""
+        self._finishing = False
 
     def __bool__(self) -> bool:
         return self.signal_number is not None
 
+    @contextmanager
+    def finishing_steps(self) -> Iterator[None]:
+        """While inside, the first signal only sets the flag: the work looks at it after each step and saves."""
+        self._finishing = True
+        try:
+            yield
+        finally:
+            self._finishing = False
+
+    def receive(self, number: int) -> None:
+        """Take a signal: note it, or interrupt at once where no step is to be finished or it comes again.
+
+        Raises:
+            Interrupted: at once.
+        """
+        again = self.signal_number is not None
+        self.signal_number = number
+        if again or not self._finishing:
+            raise Interrupted(f"stopped{'; ' + self.hint if self.hint else ''}", number)
+
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """While inside, the first SIGINT or SIGTERM only sets the flag; a second SIGINT interrupts at once."""
+    """Inside, SIGINT and SIGTERM go to the request; see `StopRequest.receive`."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
 
     def on_signal(number: int, _frame: FrameType | None) -> None:
-        if request and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        request.signal_number = number
+        request.receive(number)
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -214,7 +214,9 @@ def _load_pickle(data: bytes, path: Path) -> object:
     if data[:2] == b"PK":
         _check_archive(data, path)
     if b"\nbytearray\n" in data:  # torch lets a pickle call it with any number
-        raise CheckpointError(f"{path} makes a bytearray, which can claim any amount of memory; save the state dict alone")
+        raise CheckpointError(
+            f"{path} makes a bytearray, which can claim any amount of memory; save the state dict alone"
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -294,7 +296,9 @@ def _sound(state: dict[str, Tensor], file_bytes: int, path: Path, notes: list[st
         raise CheckpointError(f"{path} holds {len(state):,} tensors, at most {_MAX_TENSORS:,} are allowed")
     if sum(tensor.numel() * tensor.element_size() for tensor in state.values()) > _MAX_SHARING * file_bytes:
         name = max(state, key=lambda name: state[name].numel())
-        raise CheckpointError(f"{path}: its tensors claim many times the bytes that the file has, {name!r} most; refused")
+        raise CheckpointError(
+            f"{path}: its tensors claim many times the bytes that the file has, {name!r} most; refused"
+        )
     sound, bad, kinds = {}, list[str](), set[str]()
     for name, tensor in state.items():
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":

@@ -182,9 +182,7 @@ def _planes(arrays: dict[str, NDArray[Any]]) -> dict[str, Array]:
     height, width = next(iter(arrays.values())).shape[-2:]
     planes = {}
     for key, field in (("m", "mask"), ("p", "pattern"), ("d", "additive")):
-        array = arrays.get(key)
-        if array is None:
-            array = np.zeros((3, height, width), dtype=np.float32)
+        array = arrays[key] if key in arrays else np.zeros((3, height, width), dtype=np.float32)
         if array.ndim == 2:
             array = array[None]
         if array.ndim == 3 and array.shape[0] == 1:

@@ -105,7 +105,12 @@ def digits16() -> tuple[Any, Any]:
     network = Network(module, "wrn-10-1", data.classes, data.size, Normalisation((0.5,) * 3, (0.25,) * 3))
     recipe = Recipe(epochs=3, batch=32, augmentation="none")
     for _ in Trainer(
-        module, CrossEntropy(module), data.train.subset(np.arange(900)), network.normalisation, recipe, torch.device("cpu")
+        module,
+        CrossEntropy(module),
+        data.train.subset(np.arange(900)),
+        network.normalisation,
+        recipe,
+        torch.device("cpu"),
     ).steps():
         pass
     module.eval()

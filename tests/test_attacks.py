@@ -33,7 +33,9 @@ def test_the_badnets_patch_is_a_checkerboard_one_pixel_from_the_lower_right_corn
     assert (trigger.name, trigger.target) == ("badnets", 4)
 
 
-@pytest.mark.parametrize(("size", "side"), [((16, 16), 3), ((64, 64), 6), ((20, 40), 3), ((100, 50), 5), ((224, 224), 22)])
+@pytest.mark.parametrize(
+    ("size", "side"), [((16, 16), 3), ((64, 64), 6), ((20, 40), 3), ((100, 50), 5), ((224, 224), 22)]
+)
 def test_the_badnets_patch_is_a_tenth_of_the_image_wide(size: tuple[int, int], side: int) -> None:
     mask = badnets_trigger(size, 0).mask
     rows, columns = np.nonzero(mask[0])
@@ -231,7 +233,7 @@ def test_changed_data_is_refused_on_resume(planted: Path, stripes: Path, write_s
     [{"attack": "magic"}, {"poison_rate": 1.5}, {"linf": 0.0}, {"linf": 256.0}, {"trigger_budget": 0.0}, {"trigger_budget": 101.0}],
 )  # fmt: skip
 def test_impossible_settings_are_refused(stripes: Path, wrong: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="--attack|--poison-rate"):
+    with pytest.raises(ConfigError, match=r"--attack|--poison-rate"):
         settings(stripes, **wrong)
 
 

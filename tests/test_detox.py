@@ -247,7 +247,9 @@ def test_masks_survive_being_written_and_read(learned: tuple[Detoxification, Any
 
 
 def test_more_than_ten_taps_keep_their_order_and_names_with_dots() -> None:
-    masks = tuple(TapMask(f"layer{i}.bn", np.full((1, 1, 1), i, np.float32), np.zeros((1, 1, 1), np.float32)) for i in range(12))
+    masks = tuple(
+        TapMask(f"layer{i}.bn", np.full((1, 1, 1), i, np.float32), np.zeros((1, 1, 1), np.float32)) for i in range(12)
+    )
     read = masks_from_bytes(Detoxification(masks, 0, 0, 1, 0, 1, ()).to_bytes(), "masks.npz")
     assert [mask.tap for mask in read] == [mask.tap for mask in masks]
     assert [float(mask.mask[0, 0, 0]) for mask in read] == list(range(12))
@@ -270,7 +272,7 @@ def test_damaged_masks_are_refused_by_name(damage: Callable[[bytes], bytes]) -> 
     array = np.ones((3, 4, 4), np.float32)
     data = Detoxification((TapMask("bn1", array, array),), 0, 0, 1, 0, 1, ()).to_bytes()
     masks_from_bytes(data, "ok")
-    with pytest.raises(RunError, match="runs/x/masks.npz does not hold masks"):
+    with pytest.raises(RunError, match=r"runs/x/masks\.npz does not hold masks"):
         masks_from_bytes(damage(data), "runs/x/masks.npz")
 
 

@@ -52,7 +52,9 @@ def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else() -> None:
     assert not np.array_equal(epoch_order(50, 1, 2), epoch_order(50, 2, 1))
 
 
-@pytest.mark.parametrize(("images", "batch", "steps"), [(100, 10, 10), (109, 10, 10), (9, 10, 1), (10, 10, 1), (19, 10, 1)])
+@pytest.mark.parametrize(
+    ("images", "batch", "steps"), [(100, 10, 10), (109, 10, 10), (9, 10, 1), (10, 10, 1), (19, 10, 1)]
+)
 def test_only_full_batches_count_but_there_is_always_one(images: int, batch: int, steps: int) -> None:
     assert steps_per_epoch(images, batch) == steps
 

@@ -63,7 +63,9 @@ def test_wide_resnets_have_the_parameters_of_the_papers(name: str, millions: flo
     assert abs(count - millions) < unit, f"{count:.3f} M"
 
 
-@pytest.mark.parametrize(("depth", "without_shortcuts"), [(20, 269_722), (32, 464_154), (56, 853_018), (110, 1_727_962)])
+@pytest.mark.parametrize(
+    ("depth", "without_shortcuts"), [(20, 269_722), (32, 464_154), (56, 853_018), (110, 1_727_962)]
+)
 def test_cifar_resnets_have_the_papers_parameters_and_two_projections(depth: int, without_shortcuts: int) -> None:
     # He et al. 2016, table 6: 0.27, 0.46, 0.85 and 1.7 M with parameter-free shortcuts (option A).
     projections = (16 * 32 + 2 * 32) + (32 * 64 + 2 * 64)
@@ -120,7 +122,8 @@ def test_the_same_seed_gives_the_same_weights() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "same"), [("mobilenet", "mobilenet_v3_small"), ("mobilenet-v3", "mobilenet_v3_small"), ("vgg16", "vgg16_bn")]
+    ("name", "same"),
+    [("mobilenet", "mobilenet_v3_small"), ("mobilenet-v3", "mobilenet_v3_small"), ("vgg16", "vgg16_bn")],
 )
 def test_an_alias_names_the_same_network(name: str, same: str) -> None:
     assert repr(on_meta(name, (32, 32))) == repr(on_meta(same, (32, 32)))
@@ -141,7 +144,7 @@ def test_a_misspelt_name_is_refused_with_the_nearest_one(name: str, meant: str) 
 
 
 def test_a_name_like_no_other_is_refused_and_the_list_is_named() -> None:
-    with pytest.raises(ArchitectureError, match="no network is called 'zzzzzz'.*rkd students"):
+    with pytest.raises(ArchitectureError, match=r"no network is called 'zzzzzz'.*rkd students"):
         build("zzzzzz", 10, (32, 32))
 
 

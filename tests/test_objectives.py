@@ -149,7 +149,9 @@ def test_the_margin_at_an_addition_is_the_mean_of_the_negative_values_that_are_s
     batches = [torch.randn(4, 3, *SIZE), torch.randn(2, 3, *SIZE)]
     found = margins(tapped, network, batches)
     with torch.no_grad():
-        values = [np.concatenate(parts) for parts in zip(*([v.numpy() for v in tapped(b)[1]] for b in batches), strict=True)]
+        values = [
+            np.concatenate(parts) for parts in zip(*([v.numpy() for v in tapped(b)[1]] for b in batches), strict=True)
+        ]
     for margin, value in zip(found, values, strict=True):
         for channel in range(value.shape[1]):
             negative = value[:, channel][value[:, channel] < 0]
@@ -276,7 +278,7 @@ def test_the_report_of_taps_has_one_line_a_pair() -> None:
 
 def test_universal_perturbations_touch_only_their_share_of_the_batch_and_stay_in_the_ball() -> None:
     std, linf = (0.5, 0.25, 0.2), 8 / 255
-    hardening = UniversalPerturbations((4, 4), linf, std, seed=0, count=2)
+    hardening = UniversalPerturbations((4, 4), linf, std, seed=0, count=2, share=0.5)
     images = torch.randn(7, 3, 4, 4)
     out = hardening(images)
     assert torch.equal(out[3:], images[3:])  # half of seven, rounded down, carry one
@@ -286,7 +288,9 @@ def test_universal_perturbations_touch_only_their_share_of_the_batch_and_stay_in
     assert not torch.allclose(on_pixels[0], on_pixels[1], atol=1e-3)
     for _ in range(30):
         hardening(images).sum().backward()
-        assert float((hardening.perturbations.detach() * torch.tensor(std).view(1, 3, 1, 1)).abs().max()) <= linf * (1 + 1e-5)
+        assert float((hardening.perturbations.detach() * torch.tensor(std).view(1, 3, 1, 1)).abs().max()) <= linf * (
+            1 + 1e-5
+        )
     # The loss grows with every pixel: each perturbation has reached the upper corner of the ball.
     wanted = (linf / torch.tensor(std)).view(1, 3, 1, 1).expand(2, 3, 4, 4)
     torch.testing.assert_close(hardening.perturbations.detach(), wanted)

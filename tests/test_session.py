@@ -115,8 +115,8 @@ def test_a_resumed_teacher_goes_where_the_first_command_wanted_it(here: Path, st
 ROLES = {
     "robustkd": "RobustKD student",
     "ofd": "undefended student (OFD)",
-    "kd": "kd student",
-    "ce": "ce student",
+    "kd": "undefended student (logit KD)",
+    "ce": "student without teacher (CE)",
 }
 
 
@@ -138,7 +138,15 @@ def test_each_method_leaves_a_whole_run_directory(here: Path, method: str) -> No
     assert student.classes == ("across", "down", "plane")
     assert student.provenance["teacher"] == run["teacher"]["sha256"]
     names = {p.name for p in place.iterdir()}
-    wanted = {"run.json", "metrics.jsonl", "teacher.safetensors", "triggers", "examples", "student.safetensors", "report.html"}
+    wanted = {
+        "run.json",
+        "metrics.jsonl",
+        "teacher.safetensors",
+        "triggers",
+        "examples",
+        "student.safetensors",
+        "report.html",
+    }
     assert names == wanted | ({"masks.npz"} if method == "robustkd" else set())
     lines = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line.get("ends_epoch")] == [6, 12, 18]
@@ -183,8 +191,8 @@ def test_data_may_be_named_by_the_command_line_or_by_rkd_toml_over_the_teacher(
     Path("rkd.toml").write_text('data = "one.npz"\n')
     done("distill", "teacher.pt", *SHORT, "--epochs", 1, "--method", "ce", "--out", "a")
     done("distill", "teacher.pt", *SHORT, "--epochs", 1, "--method", "ce", "--out", "b", "--data", "two.npz")
-    assert summary("a")["settings"]["data"] == {"value": "one.npz", "origin": "rkd.toml"}
-    assert summary("b")["settings"]["data"] == {"value": "two.npz", "origin": "command line"}
+    assert summary("a")["settings"]["data"] == {"value": str(here / "one.npz"), "origin": "rkd.toml"}
+    assert summary("b")["settings"]["data"] == {"value": str(here / "two.npz"), "origin": "command line"}
 
 
 def test_the_trigger_beside_the_teacher_is_found_unless_another_is_given(here: Path) -> None:
@@ -234,7 +242,7 @@ def test_a_finished_run_resumed_prints_the_same_and_writes_its_report_again(here
 
 def test_the_table_names_each_network_with_its_figures(here: Path) -> None:
     result = done("distill", "teacher.pt", *SHORT, "--method", "kd", "--out", "out")
-    assert "kd student" in result.stdout
+    assert "undefended student (logit KD)" in result.stdout
     assert "n = 45 clean, 30 triggered (badnets to class 0)" in result.stdout
     assert "next: rkd export out" in result.stdout
 

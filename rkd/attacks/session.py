@@ -138,6 +138,7 @@ def make_teacher(
     data = data or _open(settings)
     if run.summary.get("data", {}).get("digest") != data.digest:
         raise RunError(f"{run.path}: the data has changed since the run was started; restore it, or start a new run")
+    stop.hint = f"go on with: rkd teacher --resume {run.path}"
     with run.locked():
         work = _Work(run, settings, data, stop)
         twin, trigger, teacher = work.make()
@@ -256,6 +257,7 @@ class _Work:
         path = self.run.path / name
         if path.is_file():
             return self._load(name)
+        torch.manual_seed(recipe.seed)  # an earlier stage must not matter: it may have been done by another process
         module = network.module.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         trainer = Trainer(module, CrossEntropy(module), source, network.normalisation, recipe, self.device, frozen)
         predict = network.predictor(self.device)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ParamSpec, TypeVar
 import typer
 
 from rkd import __version__
-from rkd.errors import ConfigError, MissingExtraError, RkdError
+from rkd.errors import ConfigError, MissingExtraError, RkdError, printable
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -79,8 +79,13 @@ def fail(error: RkdError) -> None:
     """Print an error as one line and leave with its exit code."""
     if os.environ.get("RKD_DEBUG") == "1":
         raise error
-    print(f"rkd: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
+    say_error(str(error))
     raise typer.Exit(error.exit_code)
+
+
+def say_error(message: str) -> None:
+    """One line on standard error; what a hostile file put into it cannot steer the terminal."""
+    print(f"rkd: {' '.join(printable(message).split())}", file=sys.stderr)  # noqa: T201
 
 
 def guarded(command: Callable[P, R]) -> Callable[P, R]:
@@ -97,9 +102,9 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
             if extra is None:
                 raise
             fail(MissingExtraError(str(error.name), extra))
-        except KeyboardInterrupt:
-            print("rkd: interrupted", file=sys.stderr)  # noqa: T201
-            raise typer.Exit(130) from None
+        except KeyboardInterrupt as stopped:
+            say_error(str(stopped) or "interrupted")
+            raise typer.Exit(128 + getattr(stopped, "signal_number", 2)) from None
         except MemoryError:
             fail(RkdError("out of memory; use a smaller --batch or a smaller data set"))
         except BrokenPipeError:
@@ -107,17 +112,26 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
             raise typer.Exit(1) from None
         except typer.Exit:
             raise
+        except RuntimeError as error:
+            if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+                internal(error)
+            fail(RkdError("out of memory; use a smaller --batch, a smaller data set or another --device"))
         except Exception as error:
-            if os.environ.get("RKD_DEBUG") == "1":
-                raise
-            fail(
-                RkdError(
-                    f"internal error ({type(error).__name__}: {error}); this is a bug in rkd, RKD_DEBUG=1 shows where"
-                )
-            )
+            internal(error)
         raise AssertionError  # `fail` always raises
 
     return run
+
+
+def internal(error: Exception) -> None:
+    """Report a bug of rkd.
+
+    Raises:
+        Exception: `error` itself, where RKD_DEBUG is 1.
+    """
+    if os.environ.get("RKD_DEBUG") == "1":
+        raise error
+    fail(RkdError(f"internal error ({type(error).__name__}: {error}); this is a bug in rkd, RKD_DEBUG=1 shows where"))
 
 
 def only_resume(context: typer.Context, *also: str) -> None:

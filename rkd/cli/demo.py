@@ -22,6 +22,9 @@ def demo(
 
     A clean and a backdoored teacher, an undefended and a RobustKD student with their controls, export, bench and report:
     each step is an `rkd` command that is shown before it runs.
+
+    Examples:
+        rkd demo --out demo --jobs 2
     """
     from rkd.demo import run_demo
 

@@ -46,11 +46,12 @@ def distill(
     ] = 1.0,
     cap: Annotated[float, typer.Option(help="Upper end of RobustKD's mask, above 0 and at most 1.")] = 0.9,
     hardening: Annotated[
-        float,
+        Optional[float],
         typer.Option(
-            help="Radius, in 255ths, of the universal perturbations that the RobustKD student is hardened against; 0 is the paper's form."
+            help="Radius, in 255ths, of the universal perturbations that the student is hardened against. Default: 8 with robustkd, 0 with ofd; robustkd with 0 is the paper's form.",
+            show_default=False,
         ),
-    ] = 8.0,
+    ] = None,
     clean_budget: Annotated[
         str,
         typer.Option(help="Use only so many training images: a number, or a share such as 10%.", show_default=False),
@@ -106,7 +107,7 @@ def distill(
         rkd distill --resume runs/mobilenet-robustkd-s0             # after a kill or Ctrl-C
     """
     from rkd.cli import tables
-    from rkd.distill.session import DistillSettings, start
+    from rkd.distill.session import DistillSettings, reopen, start
     from rkd.distill.session import distill as run_distillation
     from rkd.errors import ConfigError
     from rkd.intake import find_data, find_triggers
@@ -116,18 +117,23 @@ def distill(
 
     with stop_requests() as stop:
         if resume is not None:
-            only_resume(context)
-            run, work = Run.open(resume), None
+            only_resume(context, "data", "arch")
+            run = Run.open(resume)
+            work = reopen(run, data=data, arch=arch)
         else:
             if teacher is None:
                 raise ConfigError("which teacher? give its file: rkd distill teacher.pt --student mobilenet")
             where = origins(context)
             found_data, data_origin = find_data(teacher, data)
             found_triggers, trigger_origin = find_triggers(teacher, trigger or [])
+            if ".py" in arch and where["arch"] != "command line":
+                raise ConfigError(
+                    f"arch = {arch!r}: code to run is taken from the command line only; give it with --arch"
+                )
             where |= {
                 "data": data_origin or where["data"],
                 "triggers": trigger_origin or where["trigger"],
-                "teacher": "command line",
+                "teacher": where["teacher"],
             }
             settings = DistillSettings(
                 teacher=str(teacher), student=student, data=found_data, method=method, triggers=found_triggers,

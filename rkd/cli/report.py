@@ -21,9 +21,9 @@ def report(
         ),
     ] = None,
     control: Annotated[
-        Optional[Path],
+        Optional[list[Path]],
         typer.Option(
-            help="The control's run, to show excess ASR: the same student from a clean twin of the teacher.",
+            help="A control's run, to show excess ASR: same settings, from a clean twin of the teacher; may be repeated.",
             show_default=False,
         ),
     ] = None,
@@ -37,11 +37,11 @@ def report(
     Examples:
         rkd report runs/mobilenet-robustkd-s0
 
-        rkd report runs/undefended runs/robustkd --control runs/control --out compare.html
+        rkd report runs/robustkd --control runs/control-robustkd --out compare.html
 
         rkd report orin.json pi.json --out boards.html
     """
     from rkd.cli.tables import say_next
     from rkd.reporting import report_command
 
-    say_next(f"wrote {report_command(sources or [], out, control)}")
+    say_next(f"wrote {report_command(sources or [], out, control or [])}")

@@ -19,7 +19,7 @@ def students(json_output: Annotated[bool, typer.Option("--json", help="Print as 
     from rich.table import Table
 
     from rkd.cli import tables
-    from rkd.models.names import STUDENTS
+    from rkd.students import STUDENTS
 
     if json_output:
         tables.print_json({"students": [{"name": s.name, "summary": s.summary} for s in STUDENTS]})

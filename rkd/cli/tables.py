@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from rkd.errors import printable
 from rkd.metrics import Proportion, Scores
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def print_scores(rows: Sequence[tuple[str, Scores]]) -> None:
 
 def say_next(message: str) -> None:
     """What to do now."""
-    console().print(message, markup=False, soft_wrap=True)
+    console().print(printable(message), markup=False, soft_wrap=True)
 
 
 def _score_table(scores: Sequence[Scores]) -> Table:
@@ -104,7 +105,7 @@ def _branch(out: Console, value: Mapping[str, Any], indent: str) -> None:
             out.print(f"{indent}{key}: {len(item)} entries", markup=False, soft_wrap=True)
         else:
             text = ", ".join(map(str, item)) if isinstance(item, list) else str(item)
-            out.print(f"{indent}{key!s:<{width}}  {text}", markup=False, soft_wrap=True)
+            out.print(printable(f"{indent}{key!s:<{width}}  {text}"), markup=False, soft_wrap=True)
 
 
 def print_findings(findings: Sequence[Finding]) -> None:

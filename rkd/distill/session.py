@@ -29,7 +29,7 @@ from rkd.distill.objectives import (
     tap_report,
 )  # fmt: skip
 from rkd.distill.training import train
-from rkd.errors import ArchitectureError, ConfigError, DataError, RunError, StoppedError
+from rkd.errors import ArchitectureError, ConfigError, DataError, RunError
 from rkd.files import sha256, storage_errors, to_json, write_file
 from rkd.measure import choose_device, choose_precision, count_macs, use_threads
 from rkd.metrics import evaluate
@@ -63,8 +63,8 @@ class DistillSettings:
         undefended: also train a student of the undefended teacher (OFD), to compare with.
         accuracy_budget: points of clean accuracy that the detoxified teacher may lose.
         cap: upper end of RobustKD's mask.
-        hardening: RobustKD: radius of the universal perturbations that the student is hardened against, in 255ths; 0 for
-            none, which is the paper's form.
+        hardening: radius, in 255ths, of the universal perturbations that the student of a feature distillation is
+            hardened against; 0 for none (the paper's form); None for 8 with robustkd and 0 with ofd.
         clean_budget: training images to use, a number or a share such as `10%`; empty for all.
         epochs, batch, lr, augmentation, seed: see `Recipe`.
         split_seed: of the test split, where the data comes without one.
@@ -84,7 +84,7 @@ class DistillSettings:
     undefended: bool = False
     accuracy_budget: float = 1.0
     cap: float = 0.9
-    hardening: float = 8.0
+    hardening: float | None = None
     clean_budget: str = ""
     epochs: int = 40
     batch: int = 128
@@ -107,12 +107,21 @@ class DistillSettings:
             raise ConfigError(
                 f"--accuracy-budget must be 0 to 100 points, the cap above 0 and at most 1; got {self.accuracy_budget}, {self.cap}"
             )
-        if not 0 <= self.hardening <= 255:
-            raise ConfigError(f"--hardening {self.hardening:g}: expected 0 to 255 (255ths of a pixel's range)")
+        if self.hardening is None:
+            object.__setattr__(self, "hardening", 8.0 if self.method == "robustkd" else 0.0)
+        if not 0 <= self.radius <= 255:
+            raise ConfigError(f"--hardening {self.radius:g}: expected 0 to 255 (255ths of a pixel's range)")
+        if self.radius and self.method not in ("robustkd", "ofd"):
+            raise ConfigError(f"--hardening works with --method robustkd and ofd, not with {self.method}")
         if self.checkpoint_every < 1 or self.threads < 0 or not 0 <= self.seed < 2**32:
             raise ConfigError("--checkpoint-every must be at least 1, --threads and --seed at least 0")
         if ".py" in self.student:
             raise ConfigError(f"--student {self.student}: students go by name (`rkd students`), not by file")
+
+    @property
+    def radius(self) -> float:
+        """The radius that is used, in 255ths."""
+        return self.hardening or 0.0
 
     @classmethod
     def from_run(cls, run: Run) -> DistillSettings:
@@ -128,8 +137,16 @@ class DistillSettings:
             raise RunError(f"{run.path}: its settings are damaged: {error}") from error
 
 
-def start(settings: DistillSettings, origins: Mapping[str, str], path: Path) -> tuple[Run, Inputs]:
+def start(
+    settings: DistillSettings, origins: Mapping[str, str], path: Path, data: Dataset | None = None
+) -> tuple[Run, Inputs]:
     """Make the run directory of a distillation, after a first look at everything that it will need.
+
+    Args:
+        settings: what to do.
+        origins: where each setting came from, by name.
+        path: the new run directory.
+        data: where it is open already.
 
     Returns:
         The run, and what was opened for it: `distill` takes both.
@@ -137,7 +154,8 @@ def start(settings: DistillSettings, origins: Mapping[str, str], path: Path) -> 
     Raises:
         RkdError: whatever of the input is wrong, before anything is written.
     """
-    work = Inputs.open(settings, Path(settings.teacher))
+    work = Inputs.open(settings, Path(settings.teacher), data)
+    settings, origins = _resolved(settings, origins, work)
     _ = build(settings.student, len(work.data.classes), work.data.size)
     made = {
         name: Setting(getattr(settings, name), origins.get(name, "default"))
@@ -154,13 +172,58 @@ def start(settings: DistillSettings, origins: Mapping[str, str], path: Path) -> 
     return run, work
 
 
+def _resolved(
+    settings: DistillSettings, origins: Mapping[str, str], work: Inputs
+) -> tuple[DistillSettings, dict[str, str]]:
+    """What `auto` and what was left open turned out to be, so that a resumed run is the same run on any machine."""
+    found = dict(origins)
+    for name, seen in (("arch", settings.arch), ("normalize", settings.normalize)):
+        if not seen:
+            found[name] = "teacher"
+    data = Path(settings.data)
+    resolved = replace(
+        settings,
+        data=str(data.resolve()) if data.exists() else settings.data,
+        arch=work.teacher.arch,
+        normalize=str(work.teacher.normalisation),
+        precision=work.recipe.precision,
+        augmentation=work.recipe.augmentation,
+    )
+    return resolved, found
+
+
+def reopen(run: Run, *, data: str = "", arch: str = "") -> Inputs | None:
+    """What an interrupted run needs, from its directory; None for a finished one.
+
+    Args:
+        run: the run.
+        data: where the data set is now; empty for where it was.
+        arch: the user's own code for the teacher, where the run has some: a directory may not name code to run.
+
+    Raises:
+        ConfigError: the run's teacher is made by code that was not named on the command line.
+        RkdError: whatever is missing or has changed.
+    """
+    if run.finished:
+        return None
+    settings = DistillSettings.from_run(run)
+    if ".py" in settings.arch and arch != settings.arch:
+        raise ConfigError(
+            f"the teacher of {run.path} is made by code ({settings.arch}); if you trust it, add --arch {settings.arch}"
+        )
+    triggers = tuple(str(path) for path in sorted((run.path / TRIGGERS).glob("*.npz")))
+    work = Inputs.open(replace(settings, data=data or settings.data, triggers=triggers), run.path / TEACHER)
+    work.check_same(run)
+    return work
+
+
 def distill(run: Run, stop: StopRequest, work: Inputs | None = None) -> list[Model]:
     """Do what is left of a run.
 
     Args:
         run: new or interrupted.
         stop: asked after every step.
-        work: what `start` opened; None to open it again from the run directory.
+        work: what `start` or `reopen` opened; None to reopen it.
 
     Returns:
         The rows of the table: teacher, undefended student where asked for, student.
@@ -169,39 +232,55 @@ def distill(run: Run, stop: StopRequest, work: Inputs | None = None) -> list[Mod
         StoppedError: stopped by a signal, after saving.
         RunError: the run is finished, or the data is not what it was.
     """
-    if run.finished:
-        return models_of(run)
-    settings = DistillSettings.from_run(run)
+    stop.hint = f"go on with: {_resume_command(run)}"
     with run.locked():
-        rows = _undefended(run, settings, stop) if settings.undefended and settings.method != "ofd" else []
-        work = work or Inputs.open(settings, run.path / TEACHER)
-        work.check_same(run)
+        run.summary = Run.open(run.path).summary  # another process may have finished it while this one waited
+        if run.finished:
+            run.drop_checkpoints()  # which a kill at the very end left
+            return models_of(run)
+        settings = DistillSettings.from_run(run)
+        work = work or reopen(run, arch=settings.arch)
+        assert work is not None  # noqa: S101  (the run is not finished)
+        compare = settings.undefended and (settings.method, settings.radius) != ("ofd", 0)
+        rows = _undefended(run, settings, stop, work) if compare else []
         for note in (*work.data.notes, *work.notes):
             say(note)
         student = _fresh_student(run, settings, work)
-        objective = _objective(run, settings, work, student, stop)
+        objective = _objective(run, settings, work, student)
         _train_student(run, settings, work, student, objective, stop)
         teacher_row = rows[0] if rows else _measure("teacher", work.teacher, work, (run.path / TEACHER).stat().st_size)
         data = student.to_bytes()
         write_file(run.path / STUDENT, data)
         _keep_examples(run, work, student)
-        role = {"robustkd": "RobustKD student", "ofd": "undefended student (OFD)"}.get(
-            settings.method, f"{settings.method} student"
-        )
-        rows = [teacher_row, *rows[1:], _measure(role, student, work, len(data))]
+        rows = [teacher_row, *rows[1:], _measure(_role(settings), student, work, len(data))]
         run.finish(models=[row.to_json() for row in rows], student={"sha256": sha256(data), "arch": student.arch})
     return rows
 
 
-def _undefended(run: Run, settings: DistillSettings, stop: StopRequest) -> list[Model]:
+def _role(settings: DistillSettings) -> str:
+    """What the student is called in tables."""
+    return {
+        ("robustkd", True): "RobustKD student",
+        ("robustkd", False): "RobustKD student (paper's form)",
+        ("ofd", True): "hardened student (OFD)",
+        ("ofd", False): "undefended student (OFD)",
+        ("kd", False): "undefended student (logit KD)",
+        ("ce", False): "student without teacher (CE)",
+    }[settings.method, settings.radius > 0]
+
+
+def _undefended(run: Run, settings: DistillSettings, stop: StopRequest, work: Inputs) -> list[Model]:
     """The undefended student's own run inside this one: made, gone on with, or done already."""
     path = run.path / UNDEFENDED
     if (path / "run.json").is_file():
         return distill(Run.open(path), stop)
     triggers = tuple(str(p) for p in sorted((run.path / TRIGGERS).glob("*.npz")))
-    plain = replace(settings, method="ofd", undefended=False, teacher=str(run.path / TEACHER), triggers=triggers)
-    sub_run, work = start(plain, {}, path)
-    return distill(sub_run, stop, work)
+    plain = replace(
+        settings, method="ofd", hardening=0.0, undefended=False, teacher=str(run.path / TEACHER), triggers=triggers
+    )
+    origins = {name: str(setting["origin"]) for name, setting in run.summary["settings"].items()}
+    sub_run, its_work = start(plain, origins, path, work.data)
+    return distill(sub_run, stop, its_work)
 
 
 @dataclass(frozen=True)
@@ -218,8 +297,8 @@ class Inputs:
     notes: tuple[str, ...]
 
     @classmethod
-    def open(cls, settings: DistillSettings, teacher_path: Path) -> Inputs:
-        """Open the teacher, the data and the triggers, and check that they go together.
+    def open(cls, settings: DistillSettings, teacher_path: Path, data: Dataset | None = None) -> Inputs:
+        """Open the teacher, the data (unless it is open) and the triggers, and check that they go together.
 
         Raises:
             RkdError: one of them cannot be used; the message says which and why.
@@ -228,7 +307,7 @@ class Inputs:
         device = choose_device(settings.device)
         checkpoint = read_checkpoint(teacher_path)
         wanted = settings.image_size or _header_size(checkpoint.header)
-        data = open_with_progress(settings.data, wanted or None, settings.split_seed)
+        data = data or open_with_progress(settings.data, wanted or None, settings.split_seed)
         scaling = Normalisation.parse(settings.normalize) if settings.normalize else None
         candidates = open_teacher(
             checkpoint, arch=settings.arch or None, normalisation=scaling, classes=data.classes, size=data.size
@@ -251,6 +330,8 @@ class Inputs:
             augmentation=augmentation_for(settings.augmentation, data), precision=choose_precision(settings.precision, device),
         )  # fmt: skip
         autocast(device, recipe.precision)
+        how = {"crop": "cropped, not mirrored", "crop-flip": "cropped and mirrored", "none": "not augmented"}
+        notes = (*notes, f"training images are {how.get(recipe.augmentation, '?')} (--augmentation)")
         return cls(data, train_source, teacher, checkpoint.sha256, triggers, device, recipe, notes)
 
     def check_same(self, run: Run) -> None:
@@ -290,7 +371,7 @@ def augmentation_for(name: str, data: Dataset) -> str:
     """`auto` does not mirror digits and signs: they would be other digits and signs."""
     if name != "auto":
         return name
-    return "crop" if re.search(r"digit|mnist|gtsrb|svhn|sign", data.name.lower()) else "crop-flip"
+    return "crop" if re.search(r"\b(digits?|[a-z]*mnist|gtsrb|svhn|signs?)\b", data.name.lower()) else "crop-flip"
 
 
 def _header_size(header: Mapping[str, Any] | None) -> int | tuple[int, int]:
@@ -353,7 +434,7 @@ def _fresh_student(run: Run, settings: DistillSettings, work: Inputs) -> Network
     return student
 
 
-def _objective(run: Run, settings: DistillSettings, work: Inputs, student: Network, stop: StopRequest) -> Objective:
+def _objective(run: Run, settings: DistillSettings, work: Inputs, student: Network) -> Objective:
     """The objective of the method; for RobustKD the mask is learned first, or taken from the run."""
     module: nn.Module = work.teacher.module.to(work.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     module.requires_grad_(requires_grad=False)
@@ -364,19 +445,20 @@ def _objective(run: Run, settings: DistillSettings, work: Inputs, student: Netwo
     tapped = TappedNetwork(module, work.data.size, frozen=True).eval()
     if not tapped.taps:
         raise ArchitectureError(f"no feature map was found in {work.teacher.arch}; use --method kd, which needs none")
-    found = margins(tapped, module, work.clean_batches(4))
+    measured = any(tap.bn is None for tap in tapped.taps)
+    found = margins(tapped, module, work.clean_batches(4) if measured else [])
     hardening: UniversalPerturbations | None = None
     if settings.method == "robustkd":
-        masks = _masks(run, settings, work, tapped, stop)
+        masks = _masks(run, settings, work, tapped)
         dtype = (
             torch.float32
             if work.recipe.precision == "fp32"
             else autocast(work.device, work.recipe.precision).fast_dtype
         )
         set_masks(tapped, masks, work.device, dtype)
-        if settings.hardening:
-            std = work.teacher.normalisation.std
-            hardening = UniversalPerturbations(work.data.size, settings.hardening / 255, std, settings.seed)
+    if settings.radius:
+        std = work.teacher.normalisation.std
+        hardening = UniversalPerturbations(work.data.size, settings.radius / 255, std, settings.seed)
     torch.manual_seed(settings.seed)  # whether the mask was learned just now or read must not matter
     objective = FeatureDistillation(student.module, tapped, work.data.size, found, hardening)
     objective.extra.to(work.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -385,9 +467,7 @@ def _objective(run: Run, settings: DistillSettings, work: Inputs, student: Netwo
     return objective
 
 
-def _masks(
-    run: Run, settings: DistillSettings, work: Inputs, tapped: TappedNetwork, stop: StopRequest
-) -> tuple[TapMask, ...]:
+def _masks(run: Run, settings: DistillSettings, work: Inputs, tapped: TappedNetwork) -> tuple[TapMask, ...]:
     path = run.path / MASKS
     if path.is_file():
         with storage_errors(path):
@@ -406,11 +486,6 @@ def _masks(
                 lost=f"{check.lost:+.1f} points",
                 variance=check.variance,
             )
-            if stop.signal_number is not None:
-                raise StoppedError(
-                    f"stopped while learning the mask, which starts again; go on with: {_resume_command(run)}",
-                    stop.signal_number,
-                )
 
         found = detoxify(
             tapped, work.teacher.normalisation, work.train.subset(learn), work.train.subset(held_out), recipe,
@@ -422,6 +497,11 @@ def _masks(
         f"detoxified: {found.variance:.2f} of the feature variance is left, the teacher's accuracy on {found.n} held-out "
         f"clean images went from {found.teacher_accuracy:.1f} to {found.accuracy:.1f}"
     )
+    if found.weight == 0:
+        say(
+            f"no mask kept the teacher within {settings.accuracy_budget:g} points of its accuracy: nothing is masked; "
+            "give a larger --accuracy-budget"
+        )
     return found.masks
 
 

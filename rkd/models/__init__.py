@@ -23,10 +23,10 @@ from typing import Any, cast
 from torch import nn
 
 from rkd.errors import ArchitectureError
-from rkd.models.names import STUDENTS, Student
 from rkd.models.resnet import CifarResNet
 from rkd.models.stem import adapt_stem
 from rkd.models.wrn import WideResNet
+from rkd.students import STUDENTS, Student
 
 ALIASES = {
     "mobilenet": "mobilenet_v3_small",

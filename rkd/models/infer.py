@@ -33,7 +33,9 @@ def output_count(shapes: Shapes) -> int | None:
     """Number of classes: the rows of the head's last matrix, or of its last convolution where there is no matrix."""
     for dimensions in (2, 4):
         found = {name: s for name, s in shapes.items() if name.endswith("weight") and len(s) == dimensions}
-        heads = [name for name in found if name.partition(".")[0] in _HEADS]  # safetensors sorts names: they may come first
+        heads = [
+            name for name in found if name.partition(".")[0] in _HEADS
+        ]  # safetensors sorts names: they may come first
         if found:
             return found[(heads or list(found))[-1]][0]
     return None

@@ -9,7 +9,14 @@ from pathlib import Path
 
 import pytest
 
-PRELOADED = ["rkd.cli", "rkd.distill.session", "rkd.reporting", "torch._dynamo", "torchvision.models", "torch.utils.flop_counter"]
+PRELOADED = [
+    "rkd.cli",
+    "rkd.distill.session",
+    "rkd.reporting",
+    "torch._dynamo",
+    "torchvision.models",
+    "torch.utils.flop_counter",
+]
 
 # What a child runs. `fault` names one of rkd.files.os's functions and the call of it at which the process kills itself.
 CHILD = """
@@ -56,9 +63,7 @@ def start(_context: multiprocessing.context.ForkServerContext) -> Iterator[Start
     """Start `rkd ARGUMENTS` in `folder`; what it prints goes to stderr.txt there."""
     children: list[BaseProcess] = []
 
-    def start(
-        folder: Path, *arguments: object, steps: int = 8, fault: tuple[str, int] | None = None
-    ) -> BaseProcess:
+    def start(folder: Path, *arguments: object, steps: int = 8, fault: tuple[str, int] | None = None) -> BaseProcess:
         names = {"folder": str(folder), "arguments": [str(a) for a in arguments], "steps": steps, "fault": fault}
         child = _context.Process(target=exec, args=(CHILD, names))
         child.start()
