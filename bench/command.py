@@ -16,7 +16,9 @@ from rkd.bench.options import BenchOptions
 from rkd.bench.session import run
 from rkd.bundle import read_bundle
 from rkd.errors import BundleError, StoppedError
+from rkd.files import check_writable
 from rkd.progress import stage_lines
+from rkd.signals import stop_requests
 
 
 def bench_command(
@@ -26,7 +28,10 @@ def bench_command(
 
     Args:
         paths: bundles; empty for the newest in this folder.
-        quick, batch, threads, seed: see `BenchOptions`; 0 threads means all.
+        quick: a first answer in seconds.
+        batch: images an inference.
+        threads: CPU threads; 0 for all.
+        seed: of the bootstrap.
         out: where the result goes.
         json_output: print the result as JSON instead of a table.
 
@@ -36,7 +41,8 @@ def bench_command(
     """
     bundles = [read_bundle(path) for path in paths or [newest_bundle(Path())]]
     options = BenchOptions(quick=quick, batch=batch, threads=threads or None, seed=seed)
-    with stage_lines() as tell:
+    check_writable(out)
+    with stop_requests() as stop, stage_lines() as tell:
         measured = run(bundles, options, tell)
     bench_result.write(out, measured)
     if json_output:
@@ -46,7 +52,9 @@ def bench_command(
         screen.print(table.render(measured))
         screen.print(f"wrote {out}; next: rkd report {out}", markup=False, soft_wrap=True)
     if measured["interrupted"]:
-        raise StoppedError(f"interrupted; what was measured is in {out}, marked invalid", signal.SIGINT)
+        raise StoppedError(
+            f"interrupted; what was measured is in {out}, marked invalid", stop.signal_number or signal.SIGINT
+        )
     return measured
 
 

@@ -163,8 +163,10 @@ def _accuracy(jobs: Sequence[_Job], runners: Sequence[Runner], options: BenchOpt
 
     for job, runner, count in zip(jobs, runners, wanted, strict=True):
         images, labels = job.bundle.evaluation()
+        # The images may be sorted by class: a part of them is drawn, the same on every machine.
+        part = np.sort(np.random.default_rng(0).permutation(len(labels))[:count])
         triggers = job.bundle.triggers()
-        found = evaluate(_predictor(job, runner), batches(job, images[:count], labels[:count]), triggers)
+        found = evaluate(_predictor(job, runner), batches(job, images[part], labels[part]), triggers)
         (job.scores, job.predictions), job.evaluated = found, count
 
 

@@ -90,6 +90,21 @@ def write_file(path: Path, data: bytes) -> None:
         _sync_directory(path.parent)
 
 
+def check_writable(path: Path) -> None:
+    """See that `path` can be written, before long work whose result goes there.
+
+    Raises:
+        StorageError: its folder is missing or read-only, or it is a folder itself.
+    """
+    with storage_errors(path):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "is a folder, expected a file")
+        if not path.parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "no such folder")
+        if not os.access(path.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, "no permission")
+
+
 def write_directory(path: Path, members: Mapping[str, bytes]) -> None:
     """Write a directory of files that appears whole or not at all; the last member is written last.
 

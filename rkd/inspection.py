@@ -82,7 +82,9 @@ def _bundle(path: Path) -> dict[str, Any]:
     images, labels = bundle.evaluation()
     manifest = bundle.manifest
     try:
-        student, exported = (describe_scores(Scores.from_json(manifest["scores"][key])) for key in ("student", "exported"))
+        student, exported = (
+            describe_scores(Scores.from_json(manifest["scores"][key])) for key in ("student", "exported")
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise BundleError(f"{path}: manifest.json: its scores are missing or malformed ({error})") from error
     return {

@@ -33,6 +33,13 @@ from rkd.network import NORMALISATIONS, Network, Normalisation, read_header, saf
 
 _LIMIT_BYTES = 16 * 2**30
 _MAX_TENSORS = 100_000
+# Training scripts keep their best accuracy as a numpy number; making one runs no code.
+_NUMBER = np.float64(0).__reduce__()[0]
+_NUMPY_NUMBERS: list[Any] = [
+    _NUMBER, (_NUMBER, "numpy.core.multiarray.scalar"), (_NUMBER, "numpy._core.multiarray.scalar"), np.dtype,
+    *{type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "u1", "?")},
+]  # fmt: skip
+_BATCH = 64  # images at once: teachers for large images take gigabytes
 _MAX_SHARING = 4  # tensors may share memory, but together claim at most so many times the file
 _WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "teacher", "weights", "params")
 _PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "backbone.")
@@ -135,8 +142,12 @@ def open_teacher(
     provenance = header.get("provenance") if header is not None else None
     networks = []
     for name in names:
+        if name != arch:  # a stranger's file named it: see that it fits before memory is taken for it
+            with torch.device("meta"):
+                _check_fit(build(name, outputs, size), checkpoint, name)
         module = build(name, outputs, size)
-        _load_into(module, checkpoint, name)
+        _check_fit(module, checkpoint, name)
+        module.load_state_dict(checkpoint.tensors, strict=False)
         network = Network(
             module.eval(), name, labels, size, scaling, provenance if isinstance(provenance, dict) else {}
         )
@@ -164,13 +175,16 @@ def choose_teacher(
     images, labels = clean.batch(indices)
 
     def accuracy(network: Network) -> tuple[Proportion, np.ndarray[Any, Any]]:
-        predicted = np.asarray(network.predictor(device)(images).argmax(1))
+        predict = network.predictor(device)
+        parts = [predict(images[i : i + _BATCH]).argmax(1) for i in range(0, len(images), _BATCH)]
+        predicted = np.concatenate(parts)
         return Proportion(int((predicted == labels).sum()), len(labels)), predicted
 
     scored = [(*accuracy(network), network) for network in candidates]
     found, predicted, best = max(scored, key=lambda item: item[0].hits)
-    # Always answering with the commonest class is right that often.
-    chance = 100 * float(np.bincount(labels).max()) / len(labels)
+    # How often answers with these frequencies would be right if they did not look at the image.
+    share_said, share_true = (np.bincount(x, minlength=len(best.classes)) / len(labels) for x in (predicted, labels))
+    chance = 100 * float(share_said @ share_true)
     if found.interval[0] > chance:
         return best, found
     raise CheckpointError(
@@ -220,7 +234,8 @@ def _load_pickle(data: bytes, path: Path) -> object:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals(_NUMPY_NUMBERS):
+                return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
         if wanted:
@@ -228,7 +243,11 @@ def _load_pickle(data: bytes, path: Path) -> object:
                 f"{path} wants to run {wanted[1]} while loading and was refused; nothing was run. "
                 "Get the weights as .safetensors, or ask its author for the bare state_dict"
             ) from error
-        raise CheckpointError(f"{path} is not a checkpoint that can be read safely: {_first_line(error)}") from error
+        reason = re.search(r"WeightsUnpickler error: (.{1,200})", str(error))
+        raise CheckpointError(
+            f"{path} is not a checkpoint that can be read safely"
+            f"{': ' + reason[1].strip() if reason else ''}; ask its author for the bare state_dict or .safetensors"
+        ) from error
     except Exception as error:  # torch leaks RuntimeError, EOFError, ValueError, AttributeError and more
         raise CheckpointError(
             f"{path} is not a checkpoint: {_first_line(error)}; expected a state dict saved by torch, or .safetensors"
@@ -357,7 +376,7 @@ def _normalisation_of(header: Mapping[str, Any] | None) -> Normalisation | None:
         raise CheckpointError(f"the checkpoint's normalisation is not three means and deviations: {error}") from error
 
 
-def _load_into(module: nn.Module, checkpoint: Checkpoint, arch: str) -> None:
+def _check_fit(module: nn.Module, checkpoint: Checkpoint, arch: str) -> None:
     wanted = {n: tuple(t.shape) for n, t in module.state_dict().items() if not n.endswith("num_batches_tracked")}
     got = checkpoint.shapes
     problems = [f"{n} is {got[n]}, expected {wanted[n]}" for n in wanted if n in got and got[n] != wanted[n]]
@@ -368,7 +387,6 @@ def _load_into(module: nn.Module, checkpoint: Checkpoint, arch: str) -> None:
         raise ArchitectureError(
             f"{checkpoint.path} is not a {arch}: {'; '.join(problems[:3])}{more}; give another --arch"
         )
-    module.load_state_dict(checkpoint.tensors, strict=False)
 
 
 def _hint(

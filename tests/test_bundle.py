@@ -66,7 +66,9 @@ def listing(content: dict[str, bytes]) -> dict[str, Any]:
 
 
 def pack(
-    entries: list[tuple[str, bytes]], comment: bytes | None = None, change: Callable[[zipfile.ZipInfo], None] | None = None
+    entries: list[tuple[str, bytes]],
+    comment: bytes | None = None,
+    change: Callable[[zipfile.ZipInfo], None] | None = None,
 ) -> bytes:
     """An archive like rkd's, written here by hand: entries in this order, `change` applied to each header."""
     buffer = io.BytesIO()
@@ -401,7 +403,9 @@ def test_mutated_manifests_under_a_matching_digest_are_read_or_refused() -> None
     for _ in range(1500):
         data = bytearray(plain)
         at = rng.randrange(len(data))
-        data[at : at + rng.randint(0, 12)] = rng.choice(values) if rng.random() < 0.5 else rng.randbytes(rng.randint(0, 3))
+        data[at : at + rng.randint(0, 12)] = (
+            rng.choice(values) if rng.random() < 0.5 else rng.randbytes(rng.randint(0, 3))
+        )
         try:
             bundle = parse_bundle(forge(content, bytes(data)), ORIGIN)
         except BundleError:

@@ -149,9 +149,7 @@ def test_half_written_and_foreign_folders_are_no_checkpoints(run: Run) -> None:
 
 
 @pytest.mark.parametrize("name", ["open", "write", "fsync", "replace"])
-def test_a_checkpoint_that_fails_leaves_the_earlier_ones(
-    run: Run, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_a_checkpoint_that_fails_leaves_the_earlier_ones(run: Run, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     run.save_checkpoint(10, members(10))
 
     class Full:

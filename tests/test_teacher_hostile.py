@@ -55,7 +55,9 @@ def _hook(event: str, arguments: tuple[Any, ...]) -> None:
         return
     if event.startswith(_FORBIDDEN):
         _watched.append(event)
-    elif event == "open" and (str(arguments[1] or "r")[0] in "wax" or int(arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR)):
+    elif event == "open" and (
+        str(arguments[1] or "r")[0] in "wax" or int(arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR)
+    ):
         _watched.append(f"open {arguments[0]} to write")
     elif event == "exec" and getattr(arguments[0], "co_filename", "") == "<canary>":
         _watched.append(event)

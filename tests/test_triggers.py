@@ -90,9 +90,7 @@ def test_one_pixel_is_what_the_formula_gives_by_hand(x: int, m: float, p: float,
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    st.integers(1, 9), st.integers(1, 9), st.integers(0, 2**31), st.floats(0.1, 3)
-)
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 2**31), st.floats(0.1, 3))
 def test_a_warp_is_torchs_grid_sample(height: int, width: int, seed: int, reach: float) -> None:
     rng = np.random.default_rng(seed)
     grid = rng.uniform(-reach, reach, (height, width, 2)).astype(np.float32)  # far outside of the image as well
@@ -276,7 +274,10 @@ def test_lying_headers_huge_sides_and_other_files_are_refused(data: bytes) -> No
 
 def test_a_zip_bomb_is_refused_before_it_is_unpacked() -> None:
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as file, file.open("m.npy", "w", force_zip64=True) as member:
+    with (
+        zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as file,
+        file.open("m.npy", "w", force_zip64=True) as member,
+    ):
         for _ in range(100):
             member.write(bytes(2**20))
     assert len(buffer.getvalue()) < 2**18

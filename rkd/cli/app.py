@@ -116,7 +116,7 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
             if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
                 internal(error)
             fail(RkdError("out of memory; use a smaller --batch, a smaller data set or another --device"))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  (the last border: whatever it is, the user gets one line)
             internal(error)
         raise AssertionError  # `fail` always raises
 

@@ -23,7 +23,7 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="A first answer in seconds.")] = False,
     batch: Annotated[int, typer.Option(help="Images an inference.")] = 1,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 for all that this process may use.")] = 0,
-    seed: Annotated[int, typer.Option(help="Of the bootstrap and of the images' order.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
     out: Annotated[Path, typer.Option(help="Where the result goes.")] = Path("result.json"),
     json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of a table.")] = False,
 ) -> None:

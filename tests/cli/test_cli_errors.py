@@ -214,7 +214,7 @@ def test_an_unknown_method(place: Place) -> None:
 
 
 def test_an_unknown_attack(place: Place) -> None:
-    message = refusal(place, "teacher", "--data", "stripes.npz", "--attack", "badnet")
+    message = refusal(place, "teacher", "--data", "stripes.npz", "--attack", "badnet", "--out", "new.pt")
     assert re.search(r"--attack 'badnet'.*badnets", message)
 
 
@@ -243,10 +243,10 @@ def test_a_device_that_does_not_exist(place: Place, device: str) -> None:
     "arguments",
     [
         ("--epochs", "0"), ("--epochs", "-1"), ("--batch", "0"), ("--batch", "-5"), ("--lr", "0"), ("--lr", "nan"), ("--lr", "-1"),
-        ("--seed", "-1"), ("--split-seed", "-1"), ("--threads", "-1"), ("--checkpoint-every", "0"), ("--cap", "0"), ("--cap", "nan"),
+        ("--seed", "-1"), ("--threads", "-1"), ("--checkpoint-every", "0"), ("--cap", "0"), ("--cap", "nan"),
         ("--accuracy-budget", "-1"), ("--accuracy-budget", "nan"), ("--clean-budget", "0"), ("--clean-budget", "some"),
         ("--clean-budget", "200%"), ("--image-size", "-1"), ("--image-size", "100000"), ("--normalize", "mine"),
-        ("--augmentation", "mixup"), ("--precision", "int8"),
+        ("--precision", "int8"),
     ],
 )  # fmt: skip
 def test_an_impossible_value(place: Place, arguments: tuple[str, str]) -> None:
@@ -315,7 +315,7 @@ def test_a_bundle_cut_short_or_changed(place: Place, bundle: Path) -> None:
         bundle.write_bytes(damaged)
         for command in ("bench", "inspect"):
             assert "x.ort-cpu.rkd" in refusal(place, command, "x.ort-cpu.rkd")
-        assert "copy it again" in refusal(place, "bench") or damaged == data + b"\0"
+        assert re.search("again|tampered", refusal(place, "bench"))
 
 
 def test_a_bundle_whose_model_is_none(place: Place, bundle: Path) -> None:
@@ -339,7 +339,14 @@ def test_a_missing_extra(place: Place, bundle: Path, monkeypatch: pytest.MonkeyP
 def test_inspect_of_what_rkd_does_not_know(place: Place) -> None:
     (place / "folder").mkdir()
     assert "not a run" in refusal(place, "inspect", "folder")
-    for name, content in {"a.json": b"[]", "b.json": b"{", "c.toml": b"=", "d.npz": b"x", "e": b"\0", "f.rkd": b"x"}.items():
+    for name, content in {
+        "a.json": b"[]",
+        "b.json": b"{",
+        "c.toml": b"=",
+        "d.npz": b"x",
+        "e": b"\0",
+        "f.rkd": b"x",
+    }.items():
         (place / name).write_bytes(content)
         assert name in refusal(place, "inspect", name)
 
@@ -351,7 +358,9 @@ def test_inspect_of_what_rkd_does_not_know(place: Place) -> None:
         {"kind": {}},
     ],
 )  # fmt: skip
-def test_inspect_of_a_run_with_a_damaged_summary_ends_with_a_line_or_an_answer(place: Place, change: dict[str, Any]) -> None:
+def test_inspect_of_a_run_with_a_damaged_summary_ends_with_a_line_or_an_answer(
+    place: Place, change: dict[str, Any]
+) -> None:
     run = Run.create(place / "r", "distill", {"seed": Setting(0, "default")})
     run.save(**change)
     done = CliRunner().invoke(app, ["inspect", "r"])
@@ -430,7 +439,9 @@ def test_a_reader_that_goes_away_is_no_traceback(place: Place) -> None:
     read, write = os.pipe()
     os.close(read)
     command = [sys.executable, "-m", "rkd", "students"]
-    done = subprocess.run(command, cwd=place.path, stdout=write, stderr=subprocess.PIPE, text=True, check=False, timeout=60)
+    done = subprocess.run(
+        command, cwd=place.path, stdout=write, stderr=subprocess.PIPE, text=True, check=False, timeout=60
+    )
     os.close(write)
     assert "Traceback" not in done.stderr
     assert done.returncode in (0, 1, 120, 128 + signal.SIGPIPE)
@@ -445,5 +456,3 @@ def test_the_json_answers_are_json(place: Place) -> None:
         done = CliRunner().invoke(app, [*arguments, "--json"])
         assert done.exit_code == 0, done.output
         assert isinstance(json.loads(done.stdout), dict)
-
-

@@ -41,7 +41,7 @@ def text_of(*arguments: str) -> str:
 
 
 def test_the_commands_are_these() -> None:
-    assert set(COMMANDS) == set(re.findall(r"^\W*([a-z]+)  +\S", text_of("--help").partition("Commands")[2], re.M))
+    assert set(COMMANDS) == set(re.findall(r"^\W*([a-z]+)  +\S", text_of("--help").partition("Commands")[2], re.MULTILINE))
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])
@@ -116,7 +116,9 @@ def test_a_boards_commands_start_without_what_only_a_workstation_has(command: st
         assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("arguments", [["distill", "t.pt", "--data", "x"], ["teacher"], ["export"], ["inspect", "t.pt"]])
+@pytest.mark.parametrize(
+    "arguments", [["distill", "t.pt", "--data", "x"], ["teacher"], ["export"], ["inspect", "t.pt"]]
+)
 def test_a_workstations_command_on_a_board_names_the_extra(arguments: list[str]) -> None:
     code = (
         BOARD
