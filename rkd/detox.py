@@ -51,8 +51,8 @@ class DetoxRecipe:
     """
 
     accuracy_budget: float = 1.0
-    cap: float = 0.9
-    steps: int = 300
+    cap: float = 0.2
+    steps: int = 200
     batch: int = 128
     lr: float = 0.05
     check_every: int = 20

@@ -33,16 +33,26 @@ from rkd.network import NORMALISATIONS, Network, Normalisation, read_header, saf
 
 _LIMIT_BYTES = 16 * 2**30
 _MAX_TENSORS = 100_000
-# Training scripts keep their best accuracy as a numpy number; making one runs no code.
-_NUMBER = np.float64(0).__reduce__()[0]
-_NUMPY_NUMBERS: list[Any] = [
-    _NUMBER, (_NUMBER, "numpy.core.multiarray.scalar"), (_NUMBER, "numpy._core.multiarray.scalar"), np.dtype,
-    *{type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "u1", "?")},
-]  # fmt: skip
+_NUMBER_KINDS = ("f2", "f4", "f8", "i4", "i8", "u1", "b1")
 _BATCH = 64  # images at once: teachers for large images take gigabytes
 _MAX_SHARING = 4  # tensors may share memory, but together claim at most so many times the file
 _WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "teacher", "weights", "params")
 _PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "backbone.")
+
+
+def _number_type(kind: object, *_flags: object) -> np.dtype[Any]:
+    """`numpy.dtype` for plain numbers: of its other types, a single value of a pickle of 60 bytes can take gigabytes."""
+    if kind not in _NUMBER_KINDS:
+        raise ValueError(f"a numpy value of type {str(kind)[:40]!r}")
+    return np.dtype(str(kind))
+
+
+# Training scripts keep their best accuracy as a numpy number; making one runs no code.
+_NUMBER = np.float64(0).__reduce__()[0]
+_NUMPY_NUMBERS: list[Any] = [
+    _NUMBER, (_NUMBER, "numpy.core.multiarray.scalar"), (_NUMBER, "numpy._core.multiarray.scalar"), (_number_type, "numpy.dtype"),
+    *{type(np.dtype(kind)) for kind in _NUMBER_KINDS},
+]  # fmt: skip
 
 
 @dataclass(frozen=True)

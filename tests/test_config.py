@@ -12,7 +12,7 @@ from rkd.cli import app
 from rkd.errors import ConfigError
 
 
-class Caught(Exception):
+class Caught(Exception):  # noqa: N818
     """Carries what a command was about to do."""
 
 

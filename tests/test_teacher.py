@@ -223,7 +223,7 @@ def test_a_file_cut_short_anywhere_is_refused(tmp_path: Path, name: str) -> None
 
 @pytest.mark.parametrize("name", ["t.safetensors", "zip.pt", "legacy.pt"])
 def test_damaged_files_are_read_or_refused_and_nothing_else(tmp_path: Path, name: str) -> None:
-    data, path, rng = formats(small())[name], tmp_path / name, random.Random(0)
+    data, path, rng = formats(small())[name], tmp_path / name, random.Random(0)  # noqa: S311
     refused = 0
     for _ in range(300):
         changed = bytearray(data)
@@ -300,6 +300,25 @@ def test_a_pickle_that_allocates_without_holding_the_bytes_is_refused(tmp_path: 
         assert "bytearray" in refusal(tmp_path / "t.pt")
 
 
+@pytest.mark.parametrize("kind", ["V1000000", "S1000000", "U1000000", "O", "M8[s]", "f4,f4", "(9,9)f4", ">f8", ""])
+@pytest.mark.parametrize("module", ["numpy.core.multiarray", "numpy._core.multiarray"])
+def test_a_numpy_value_that_is_no_plain_number_is_refused(tmp_path: Path, kind: str, module: str) -> None:
+    # numpy makes a value without content as large as its type says.
+    text = b"X" + len(kind).to_bytes(4, "little") + kind.encode()
+    value = b"\x80\x02c" + module.encode() + b"\nscalar\ncnumpy\ndtype\n" + text + b"\x85R\x85R."
+    buffer = io.BytesIO()
+    torch.save({}, buffer)
+    with zipfile.ZipFile(buffer) as empty, zipfile.ZipFile(tmp_path / "t.pt", "w") as archive:
+        for name in empty.namelist():
+            archive.writestr(name, value if name.endswith("data.pkl") else empty.read(name))
+    assert "numpy value of type" in refusal(tmp_path / "t.pt")
+
+
+@pytest.mark.parametrize("number", [np.float64(93.2), np.float32(93.2), np.int64(93), np.bool_(1)])
+def test_a_numpy_number_beside_the_weights_is_read_over(tmp_path: Path, number: Any) -> None:
+    same(read_checkpoint(saved(tmp_path / "t.pt", {"state_dict": small(), "best_prec1": number})), small())
+
+
 @pytest.mark.parametrize(
     "header",
     [
@@ -359,7 +378,7 @@ def test_the_3x3_and_the_7x7_stem_are_told_apart() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["block1.layer.0.conv1.weight", "layer3.0.conv1.weight", "layer4.0.conv1.weight", "features.0.weight", "stem.0.weight"],
+    ["block1.layer.0.conv1.weight", "layer3.0.conv1.weight", "features.0.weight", "stem.0.weight"],
 )  # fmt: skip
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (0, 0), (10**9, 0), (3, 3, 3, 3)])
 def test_telling_names_with_absurd_shapes_fit_nothing(name: str, shape: tuple[int, ...]) -> None:
@@ -408,7 +427,7 @@ HEADER = {"arch": "wrn-10-1", "mean": [0, 0, 0], "std": [1, 1, 1]}
 
 @pytest.mark.parametrize(
     "arch",
-    ["evil.py:make", "./evil.py:make", "/tmp/evil.py:make", "evil.py", "timm:hf-hub:me/evil", "timm:../evil", "torchvision:a b", "", 5, None, ["wrn-10-1"]],
+    ["evil.py:make", "./evil.py:make", "/srv/evil.py:make", "evil.py", "timm:hf-hub:me/evil", "timm:../evil", "torchvision:a b", "", 5, None, ["wrn-10-1"]],
 )  # fmt: skip
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_a_header_may_not_name_code(
@@ -423,7 +442,7 @@ def test_a_header_may_not_name_code(
     else:
         path.write_bytes(save_safetensors(state, {"rkd": json.dumps(header)}))
     checkpoint = read_checkpoint(path)
-    with pytest.raises(CheckpointError, match="plain name|code to run"):
+    with pytest.raises(CheckpointError, match=r"plain name|code to run"):
         open_teacher(checkpoint, arch=None, normalisation=None, classes=None, size=SIZE)
     if suffix == ".safetensors":
         with pytest.raises(CheckpointError):

@@ -83,7 +83,7 @@ class DistillSettings:
     triggers: tuple[str, ...] = ()
     undefended: bool = False
     accuracy_budget: float = 1.0
-    cap: float = 0.9
+    cap: float = 0.2
     hardening: float | None = None
     clean_budget: str = ""
     epochs: int = 40

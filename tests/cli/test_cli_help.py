@@ -41,7 +41,9 @@ def text_of(*arguments: str) -> str:
 
 
 def test_the_commands_are_these() -> None:
-    assert set(COMMANDS) == set(re.findall(r"^\W*([a-z]+)  +\S", text_of("--help").partition("Commands")[2], re.MULTILINE))
+    assert set(COMMANDS) == set(
+        re.findall(r"^\W*([a-z]+)  +\S", text_of("--help").partition("Commands")[2], re.MULTILINE)
+    )
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])
