@@ -13,7 +13,7 @@ demo: $(STAMP)
 	$(BIN)/rkd demo --overwrite
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-slow: $(STAMP)
 	RKD_SLOW=1 $(BIN)/python -m pytest

@@ -177,8 +177,8 @@ def test_every_setting_is_kept_with_where_it_came_from(here: Path, stripes: Path
         "data": (str(stripes), "teacher"),
         "triggers": (["teacher.trigger.npz"], "teacher"),
         "seed": (0, "default"),
+        "checkpoint_every": (500, "default"),
         "lr": (0.1, "default"),
-        "cap": (0.9, "default"),
     }
     assert {name: (settings[name]["value"], settings[name]["origin"]) for name in wanted} == wanted
 
