@@ -384,7 +384,7 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
 
 
 def test_mutated_bundles_are_refused_with_nothing_but_a_bundle_error(good: bytes) -> None:
-    rng = random.Random(0)  # noqa: S311
+    rng = random.Random(0)
     for _ in range(2000):
         data = mutate(good, rng)
         if data == good:
@@ -395,7 +395,7 @@ def test_mutated_bundles_are_refused_with_nothing_but_a_bundle_error(good: bytes
 
 
 def test_mutated_manifests_under_a_matching_digest_are_read_or_refused() -> None:
-    rng = random.Random(1)  # noqa: S311
+    rng = random.Random(1)
     content = {"model.onnx": b"m", "eval.npz": evaluation_bytes(*images())}
     plain = to_json({"format": 1, **head(), "members": listing(content)})
     values = [b"null", b"-1", b"1e999", b"[]", b"{}", b'""', b"true", b"NaN", b"[[[[", b"9" * 30, b'"\\ud800"']

@@ -12,7 +12,7 @@ from rkd.cli import app
 from rkd.errors import ConfigError
 
 
-class Caught(Exception):  # noqa: N818
+class Caught(Exception):
     """Carries what a command was about to do."""
 
 

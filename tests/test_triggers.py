@@ -294,7 +294,7 @@ def test_a_file_too_large_for_a_trigger_is_not_read(tmp_path: Path) -> None:
 
 
 def test_mutated_triggers_are_read_or_refused_and_nothing_else() -> None:
-    rng = random.Random(0)  # noqa: S311
+    rng = random.Random(0)
     grid = np.zeros((4, 5, 2), np.float32)
     seeds = [npz(**GOOD), npz(**GOOD, grid=grid), npz(name="t", target=1, m=np.eye(4, dtype=np.float64))]
     refused = 0

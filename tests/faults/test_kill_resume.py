@@ -195,7 +195,7 @@ def test_killed_inside_the_undefended_students_run_both_students_are_the_same(
 def test_killed_at_random_points_and_resumed_gives_the_same_bytes(
     start: Start, fresh: Callable[[], Path], uninterrupted: tuple[str, bytes, bytes]
 ) -> None:
-    rng = random.Random(0)  # noqa: S311
+    rng = random.Random(0)
     for _ in range(KILLS):
         folder = fresh()
         call, most = rng.choice([("write", 60), ("fsync", 70), ("replace", 20)])
