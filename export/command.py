@@ -7,7 +7,8 @@ from pathlib import Path
 
 from rkd.cli import tables
 from rkd.data import Dataset
-from rkd.distill.session import DistillSettings, config_digest, open_with_progress
+from rkd.distill.session import config_digest, open_with_progress
+from rkd.distill.settings import DistillSettings
 from rkd.errors import DataError, RunError
 from rkd.export import Exporter, ExportReport, choose_evaluation
 from rkd.files import sha256, storage_errors

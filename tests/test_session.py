@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from rkd.cli import app
 from rkd.detox import DetoxRecipe
 from rkd.distill import session
-from rkd.distill.session import DistillSettings
+from rkd.distill.settings import DistillSettings
 from rkd.network import Network
 from rkd.run import Run
 from rkd.triggers import Trigger

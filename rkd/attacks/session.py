@@ -7,6 +7,7 @@ teacher.safetensors    the teacher
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,9 +19,10 @@ from numpy.typing import NDArray
 
 from rkd.attacks import ATTACKS, PoisonedSource, backweak_trigger, badnets_trigger
 from rkd.data import Dataset, Source
-from rkd.distill.loop import Recipe, Trainer
+from rkd.distill.loop import Recipe, Trainer, autocast
 from rkd.distill.objectives import CrossEntropy
 from rkd.distill.session import augmentation_for, open_with_progress
+from rkd.distill.settings import TrainingSettings
 from rkd.distill.training import train
 from rkd.errors import ConfigError, RunError
 from rkd.files import write_file
@@ -39,12 +41,11 @@ _EVALUATION_BATCH = 256
 _MONITORED = 1000
 
 
-@dataclass(frozen=True)
-class TeacherSettings:
-    """Everything that decides what teacher is made; stored whole in run.json.
+@dataclass(frozen=True, kw_only=True)
+class TeacherSettings(TrainingSettings):
+    """Everything that decides what teacher is made; stored whole in run.json; see also `TrainingSettings`.
 
     Attributes:
-        data: as `rkd.data.open_dataset` takes it.
         arch: a name from `rkd.models`.
         attack: one of `ATTACKS`.
         clean: path of a clean teacher to start from (backweak); empty to train one first.
@@ -53,14 +54,9 @@ class TeacherSettings:
         linf: backweak's perturbation at most, in 255ths.
         trigger_budget: backweak's trigger: highest ASR on the clean teacher, in percent.
         finetune_epochs, finetune_lr: of backweak's second step.
-        epochs, batch, lr, augmentation, seed, precision: see `rkd.distill.loop.Recipe`.
-        split_seed: of the test split, where the data comes without one.
         normalize: the input scaling.
-        image_size: pixels; 0 for the data's own.
-        device, threads, checkpoint_every: see `DistillSettings`.
     """
 
-    data: str
     arch: str = "wrn-16-2"
     attack: str = "none"
     clean: str = ""
@@ -71,19 +67,14 @@ class TeacherSettings:
     finetune_epochs: int = 4
     finetune_lr: float = 0.003
     epochs: int = 20
-    batch: int = 128
-    lr: float = 0.1
-    augmentation: str = "auto"
-    seed: int = 0
-    split_seed: int = 0
-    precision: str = "auto"
     normalize: str = "cifar10"
-    image_size: int = 0
-    device: str = "auto"
-    threads: int = 0
-    checkpoint_every: int = 500
 
     def __post_init__(self) -> None:
+        self.check()
+        if self.finetune_epochs < 1 or not (math.isfinite(self.finetune_lr) and self.finetune_lr > 0):
+            raise ConfigError(
+                f"--finetune-epochs {self.finetune_epochs}, --finetune-lr {self.finetune_lr:g}: expected 1 or more, above 0"
+            )
         if self.attack not in ATTACKS:
             raise ConfigError(f"--attack {self.attack!r}: expected one of {', '.join(ATTACKS)}")
         if not 0 <= self.poison_rate <= 1 or not 0 < self.linf <= 255 or not 0 < self.trigger_budget <= 100:
@@ -91,15 +82,6 @@ class TeacherSettings:
                 "--poison-rate must be 0 to 1, --linf above 0 and at most 255, --trigger-budget above 0 and at most 100; "
                 f"got {self.poison_rate:g}, {self.linf:g}, {self.trigger_budget:g}"
             )
-
-    @classmethod
-    def from_run(cls, run: Run) -> TeacherSettings:
-        """The settings that a run was started with.
-
-        Raises:
-            RunError: run.json does not hold them.
-        """
-        return cls(**{field.name: run.setting(field.name) for field in fields(cls)})
 
 
 def start_teacher(settings: TeacherSettings, origins: Mapping[str, str], path: Path, out: Path) -> tuple[Run, Dataset]:
@@ -115,6 +97,10 @@ def start_teacher(settings: TeacherSettings, origins: Mapping[str, str], path: P
         RkdError: whatever of the input is wrong, before anything is written.
     """
     data = _open(settings)
+    autocast(choose_device(settings.device), choose_precision(settings.precision, choose_device(settings.device)))
+    Normalisation.parse(settings.normalize)
+    with torch.device("meta"):
+        build(settings.arch, len(data.classes), data.size)
     if settings.clean:
         _clean_twin_from(settings, data)
     made = {f.name: Setting(getattr(settings, f.name), origins.get(f.name, "default")) for f in fields(settings)}

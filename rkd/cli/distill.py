@@ -107,8 +107,9 @@ def distill(
         rkd distill --resume runs/mobilenet-robustkd-s0             # after a kill or Ctrl-C
     """
     from rkd.cli import tables
-    from rkd.distill.session import DistillSettings, reopen, start
     from rkd.distill.session import distill as run_distillation
+    from rkd.distill.session import reopen, start
+    from rkd.distill.settings import DistillSettings
     from rkd.errors import ConfigError
     from rkd.intake import find_data, find_triggers
     from rkd.reporting import write_run_report

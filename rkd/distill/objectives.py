@@ -225,8 +225,8 @@ def margins(teacher: TappedNetwork, network: nn.Module, batches: Sequence[Tensor
     measured: list[Tensor] | None = None
     found = []
     for index, tap in enumerate(teacher.taps):
-        bn = _submodule(network, tap.bn)
-        if isinstance(bn, nn.BatchNorm2d) and bn.affine:
+        bn = _affine_bn(network, tap)
+        if bn is not None:
             found.append(_normal_margin(bn.bias.detach(), bn.weight.detach().abs()))
         else:
             measured = measured or _measured_margins(teacher, batches)
@@ -234,8 +234,14 @@ def margins(teacher: TappedNetwork, network: nn.Module, batches: Sequence[Tensor
     return found
 
 
-def _submodule(network: nn.Module, path: str | None) -> nn.Module | None:
-    return network.get_submodule(path) if path else None
+def margins_need_images(teacher: TappedNetwork, network: nn.Module) -> bool:
+    """Whether `margins` will look at images: where a tap is no affine BN's output."""
+    return any(_affine_bn(network, tap) is None for tap in teacher.taps)
+
+
+def _affine_bn(network: nn.Module, tap: Tap) -> nn.BatchNorm2d | None:
+    bn = network.get_submodule(tap.bn) if tap.bn else None
+    return bn if isinstance(bn, nn.BatchNorm2d) and bn.affine else None
 
 
 def _normal_margin(mean: Tensor, deviation: Tensor) -> Tensor:

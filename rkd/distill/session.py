@@ -19,15 +19,16 @@ from rkd.data import Dataset, Source, open_dataset
 from rkd.detox import DetoxCheck, Detoxification, DetoxRecipe, TapMask, detoxify, masks_from_bytes, set_masks
 from rkd.distill.loop import Recipe, Trainer, autocast
 from rkd.distill.objectives import (
-    METHODS,
     CrossEntropy,
     FeatureDistillation,
     LogitDistillation,
     Objective,
     UniversalPerturbations,
     margins,
+    margins_need_images,
     tap_report,
 )  # fmt: skip
+from rkd.distill.settings import DistillSettings
 from rkd.distill.training import train
 from rkd.errors import ArchitectureError, ConfigError, DataError, RunError
 from rkd.files import sha256, storage_errors, to_json, write_file
@@ -48,93 +49,6 @@ _EVALUATION_BATCH = 256
 _MONITORED = 1000  # test images looked at after each epoch; shown, never used to choose anything
 _EXAMPLES = 8
 _HELD_OUT = 1000  # training images that the mask is not learned on
-
-
-@dataclass(frozen=True)
-class DistillSettings:
-    """Everything that decides what a distillation makes; stored whole in run.json.
-
-    Attributes:
-        teacher: path of the checkpoint.
-        student: a name from `rkd.models`.
-        data: as `rkd.data.open_dataset` takes it.
-        method: one of `METHODS`.
-        triggers: paths of the triggers to test with; no method ever sees them.
-        undefended: also train a student of the undefended teacher (OFD), to compare with.
-        accuracy_budget: points of clean accuracy that the detoxified teacher may lose.
-        cap: upper end of RobustKD's mask.
-        hardening: radius, in 255ths, of the universal perturbations that the student of a feature distillation is
-            hardened against; 0 for none (the paper's form); None for 8 with robustkd and 0 with ofd.
-        clean_budget: training images to use, a number or a share such as `10%`; empty for all.
-        epochs, batch, lr, augmentation, seed: see `Recipe`.
-        split_seed: of the test split, where the data comes without one.
-        precision: `auto`, `fp32`, `bf16` or `fp16`.
-        arch, normalize: of the teacher; empty to take them from its file.
-        image_size: pixels; 0 for the teacher's or the data's own.
-        device: `auto`, `cpu` or `cuda`.
-        threads: CPU threads; 0 for all.
-        checkpoint_every: steps.
-    """
-
-    teacher: str
-    student: str
-    data: str
-    method: str = "robustkd"
-    triggers: tuple[str, ...] = ()
-    undefended: bool = False
-    accuracy_budget: float = 1.0
-    cap: float = 0.2
-    hardening: float | None = None
-    clean_budget: str = ""
-    epochs: int = 40
-    batch: int = 128
-    lr: float = 0.1
-    augmentation: str = "auto"
-    seed: int = 0
-    split_seed: int = 0
-    precision: str = "auto"
-    arch: str = ""
-    normalize: str = ""
-    image_size: int = 0
-    device: str = "auto"
-    threads: int = 0
-    checkpoint_every: int = 500
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ConfigError(f"--method {self.method!r}: expected one of {', '.join(METHODS)}")
-        if not 0 <= self.accuracy_budget <= 100 or not 0 < self.cap <= 1:
-            raise ConfigError(
-                f"--accuracy-budget must be 0 to 100 points, the cap above 0 and at most 1; got {self.accuracy_budget}, {self.cap}"
-            )
-        if self.hardening is None:
-            object.__setattr__(self, "hardening", 8.0 if self.method == "robustkd" else 0.0)
-        if not 0 <= self.radius <= 255:
-            raise ConfigError(f"--hardening {self.radius:g}: expected 0 to 255 (255ths of a pixel's range)")
-        if self.radius and self.method not in ("robustkd", "ofd"):
-            raise ConfigError(f"--hardening works with --method robustkd and ofd, not with {self.method}")
-        if self.checkpoint_every < 1 or self.threads < 0 or not 0 <= self.seed < 2**32:
-            raise ConfigError("--checkpoint-every must be at least 1, --threads and --seed at least 0")
-        if ".py" in self.student:
-            raise ConfigError(f"--student {self.student}: students go by name (`rkd students`), not by file")
-
-    @property
-    def radius(self) -> float:
-        """The radius that is used, in 255ths."""
-        return self.hardening or 0.0
-
-    @classmethod
-    def from_run(cls, run: Run) -> DistillSettings:
-        """The settings that a run was started with.
-
-        Raises:
-            RunError: run.json does not hold them.
-        """
-        values = {field.name: run.setting(field.name) for field in fields(cls)}
-        try:
-            return cls(**{**values, "triggers": tuple(values["triggers"])})
-        except TypeError as error:
-            raise RunError(f"{run.path}: its settings are damaged: {error}") from error
 
 
 def start(
@@ -445,8 +359,7 @@ def _objective(run: Run, settings: DistillSettings, work: Inputs, student: Netwo
     tapped = TappedNetwork(module, work.data.size, frozen=True).eval()
     if not tapped.taps:
         raise ArchitectureError(f"no feature map was found in {work.teacher.arch}; use --method kd, which needs none")
-    measured = any(tap.bn is None for tap in tapped.taps)
-    found = margins(tapped, module, work.clean_batches(4) if measured else [])
+    found = margins(tapped, module, work.clean_batches(4) if margins_need_images(tapped, module) else [])
     hardening: UniversalPerturbations | None = None
     if settings.method == "robustkd":
         masks = _masks(run, settings, work, tapped)
