@@ -31,9 +31,10 @@ def read_toml(path: Path) -> dict[str, Any]:
     if len(data) > _LIMIT_BYTES:
         raise ConfigError(f"{path}: larger than {_LIMIT_BYTES:,} bytes; this is not a settings file")
     try:
-        return tomllib.loads(data.decode())
+        content: dict[str, Any] = tomllib.loads(data.decode())
     except Exception as error:  # TOMLDecodeError, UnicodeDecodeError, RecursionError
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    return content
 
 
 def unknown_key(key: str, known: Iterable[str]) -> str:
