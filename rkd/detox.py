@@ -51,7 +51,7 @@ class DetoxRecipe:
     """
 
     accuracy_budget: float = 1.0
-    cap: float = 0.2
+    cap: float = 0.05
     steps: int = 200
     batch: int = 128
     lr: float = 0.05

@@ -44,7 +44,7 @@ def distill(
     accuracy_budget: Annotated[
         float, typer.Option(help="Points of clean accuracy that detoxifying may cost the teacher.")
     ] = 1.0,
-    cap: Annotated[float, typer.Option(help="Upper end of RobustKD's mask, above 0 and at most 1.")] = 0.2,
+    cap: Annotated[float, typer.Option(help="Upper end of RobustKD's mask, above 0 and at most 1.")] = 0.05,
     hardening: Annotated[
         Optional[float],
         typer.Option(

@@ -110,7 +110,7 @@ class DistillSettings(TrainingSettings):
     triggers: tuple[str, ...] = ()
     undefended: bool = False
     accuracy_budget: float = 1.0
-    cap: float = 0.2
+    cap: float = 0.05
     hardening: float | None = None
     clean_budget: str = ""
     epochs: int = 40
