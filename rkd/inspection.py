@@ -119,7 +119,9 @@ def _trigger(path: Path) -> dict[str, Any]:
         "target class": trigger.target,
         "size": f"{height}x{width}",
         "masked pixels": f"{100 * float((trigger.mask.max(0) > 0).mean()):.1f} %",
-        "largest additive change": f"{255 * float(abs(trigger.additive).max()):.1f} / 255",
+        "additive change": f"at most {255 * float(abs(trigger.additive).max()):.1f} / 255"
+        if trigger.additive.any()
+        else "none",
         "warps": trigger.grid is not None,
         "sha256": sha256(path.read_bytes()),
     }
@@ -130,7 +132,17 @@ def _target(path: Path) -> dict[str, Any]:
 
 
 def _result(path: Path) -> dict[str, Any]:
-    return {"kind": "result of rkd bench", **bench_result.read(path)}
+    result = bench_result.read(path)
+    found: dict[str, Any] = {"kind": "result of rkd bench", "interrupted": result["interrupted"]}
+    for number, entry in enumerate(result["entries"], 1):
+        latency, scores, validity = entry["latency"], entry["scores"], entry["validity"]
+        found[f"{number}: {entry['bundle']['name']}"] = {
+            "started": entry["started"],
+            "p50": f"{latency['p50']['ms']:.3g} ms" if latency else "not measured",
+            **(describe_scores(Scores.from_json(scores)) if scores else {}),
+            "valid": "yes" if validity["valid"] else "NO: " + "; ".join(validity["reasons"]),
+        }
+    return found
 
 
 def _checkpoint(path: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rkd.errors import ConfigError
+from rkd.progress import say
 from rkd.teacher import read_checkpoint
 
 
@@ -33,6 +34,8 @@ def find_triggers(teacher: Path, triggers: Sequence[Path]) -> tuple[tuple[str, .
     beside = trigger_beside(teacher)
     if not triggers and beside.is_file():
         return (str(beside),), "teacher"
+    if beside.is_file() and beside not in triggers:
+        say(f"not tested with {beside}: only the given triggers are; add --trigger {beside} to test with it too")
     return tuple(str(path) for path in triggers), None
 
 

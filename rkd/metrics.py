@@ -88,6 +88,10 @@ class Scores:
     acc: Proportion
     triggers: tuple[TriggerScore, ...] = ()
 
+    def hardly_above_chance(self, classes: int) -> bool:
+        """Whether ACC may be less than half again of a guess: then ASR and RA say nothing."""
+        return self.acc.interval[0] <= 150 / classes
+
     def to_json(self) -> dict[str, Any]:
         """`{acc, triggers: [{name, target, asr, ra}]}`."""
         return {

@@ -260,8 +260,13 @@ def _load_pickle(data: bytes, path: Path) -> object:
         ) from error
     except Exception as error:  # torch leaks RuntimeError, EOFError, ValueError, AttributeError and more
         raise CheckpointError(
-            f"{path} is not a checkpoint: {_first_line(error)}; expected a state dict saved by torch, or .safetensors"
+            f"{path} is not a checkpoint{_reason(error)}; expected a state dict saved by torch, or .safetensors"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """`: what went wrong`; nothing for a KeyError, which is a byte that is no pickle's."""
+    return "" if isinstance(error, KeyError) else f": {_first_line(error)}"
 
 
 def _first_line(error: Exception) -> str:

@@ -125,6 +125,8 @@ def make_teacher(
     if run.summary.get("data", {}).get("digest") != data.digest:
         raise RunError(f"{run.path}: the data has changed since the run was started; restore it, or start a new run")
     stop.hint = f"go on with: rkd teacher --resume {run.path}"
+    for note in data.notes:
+        say(note)
     with run.locked():
         work = _Work(run, settings, data, stop)
         twin, trigger, teacher = work.make()

@@ -32,9 +32,9 @@ app = typer.Typer(
 
     The three lines of the job:
 
-        rkd distill teacher.pt --student mobilenet      # detoxify the teacher, distil the student
-        rkd export --target jetson-fp16                 # student -> ONNX -> one .rkd bundle
-        rkd bench                                       # on the board: latency, memory, ACC, ASR, RA
+        rkd distill teacher.pt --student mobilenet
+        rkd export --target jetson-fp16
+        rkd bench
 
     See it all happen on built-in data: `rkd demo`.
     """,

@@ -20,7 +20,9 @@ def bench(
             show_default=False,
         ),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A first answer in seconds.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A first answer in seconds: fewer samples, at most 256 test images.")
+    ] = False,
     batch: Annotated[int, typer.Option(help="Images an inference.")] = 1,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 for all that this process may use.")] = 0,
     seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
@@ -30,9 +32,9 @@ def bench(
     """Measure bundles on this machine: latency, memory, ACC, ASR and RA. Needs no torch.
 
     Examples:
-        rkd bench                                   # the newest bundle in this folder
+        rkd bench
 
-        rkd bench a.ort-cpu.rkd b.ort-cpu.rkd       # interleaved, one comparison table
+        rkd bench a.ort-cpu.rkd b.ort-cpu.rkd
 
         rkd bench --quick --threads 1
     """

@@ -102,9 +102,9 @@ def distill(
 
         rkd distill hub.pth.tar --student wrn-16-1 --data cifar10 --normalize none
 
-        rkd distill teacher.pt --undefended --trigger patch.npz     # compare with a student that trusts the teacher
+        rkd distill teacher.pt --undefended --trigger patch.npz
 
-        rkd distill --resume runs/mobilenet-robustkd-s0             # after a kill or Ctrl-C
+        rkd distill --resume runs/mobilenet-robustkd-s0
     """
     from rkd.cli import tables
     from rkd.distill.session import distill as run_distillation
@@ -150,6 +150,10 @@ def distill(
         tables.print_json({"run": str(run.path), "models": [row.to_json() for row in rows]})
     else:
         tables.print_models(rows)
+        if rows[-1].scores.hardly_above_chance(len(run.summary["data"]["classes"])):
+            tables.say_next(
+                "The student hardly beats guessing, so its ASR and RA say nothing: train longer (--epochs) or on more data."
+            )
         tables.say_next(
             f"{run.path / REPORT} has the curves and pictures; next: rkd export {run.path} --target ort-cpu"
         )

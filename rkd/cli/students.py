@@ -16,15 +16,13 @@ def students(json_output: Annotated[bool, typer.Option("--json", help="Print as 
 
     Any torchvision classification network works as well: `rkd distill teacher.pt --student efficientnet_b0`
     """
-    from rich.table import Table
-
     from rkd.cli import tables
     from rkd.students import STUDENTS
 
     if json_output:
         tables.print_json({"students": [{"name": s.name, "summary": s.summary} for s in STUDENTS]})
         return
-    table = Table("student", "what it is", box=None, pad_edge=False, header_style="bold")
+    table = tables.folding_table("student", "what it is")
     for student in STUDENTS:
         table.add_row(student.name, student.summary)
     tables.console().print(table)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ def console() -> Console:
     """Standard output, wide enough for tables when it is not a terminal."""
     out = Console(highlight=False)
     if not out.is_terminal:
-        out = Console(highlight=False, width=120)
+        out = Console(highlight=False, width=int(os.environ.get("COLUMNS", "0") or 0) or 120)
     return out
 
 
@@ -39,9 +40,8 @@ def print_json(value: Mapping[str, Any]) -> None:
 def print_models(rows: Sequence[Model]) -> None:
     """One line a network: ACC, ASR and RA of each trigger, and what the network costs."""
     table = _score_table([row.scores for row in rows])
-    table.add_column("parameters", justify="right")
-    table.add_column("MACs", justify="right")
-    table.add_column("file", justify="right")
+    for heading in ("params", "MACs", "file"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         cells = (f"{row.parameters / 1e6:.2f} M", f"{row.macs / 1e6:.1f} M", f"{row.size_bytes / 1e6:.2f} MB")
         table.add_row(f"{row.role}\n[dim]{row.arch}[/dim]", *_score_cells(row.scores), *cells)
@@ -63,14 +63,22 @@ def say_next(message: str) -> None:
     console().print(printable(message), markup=False, soft_wrap=True)
 
 
-def _score_table(scores: Sequence[Scores]) -> Table:
+def folding_table(*headings: str) -> Table:
+    """A table of texts that wraps and never cuts."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("network", no_wrap=True)
-    table.add_column("ACC", justify="right")
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    return table
+
+
+def _score_table(scores: Sequence[Scores]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    table.add_column("network", overflow="fold", min_width=12)
+    table.add_column("ACC", justify="right", no_wrap=True)
     for trigger in scores[0].triggers:
         name = f" {trigger.trigger}" if len(scores[0].triggers) > 1 else ""
-        table.add_column(f"ASR{name}", justify="right")
-        table.add_column(f"RA{name}", justify="right")
+        table.add_column(f"ASR{name}", justify="right", no_wrap=not name)
+        table.add_column(f"RA{name}", justify="right", no_wrap=not name)
     return table
 
 
@@ -110,7 +118,7 @@ def _branch(out: Console, value: Mapping[str, Any], indent: str) -> None:
 
 def print_findings(findings: Sequence[Finding]) -> None:
     """What `rkd doctor` found."""
-    table = Table("", "what", "seen", "needed for", "what to do", box=None, pad_edge=False, header_style="bold")
+    table = folding_table("", "what", "seen", "needed for", "what to do")
     for finding in findings:
         cells = (finding.state, finding.what, finding.detail, finding.needed_for, finding.remedy)
         table.add_row(*map(escape, cells))

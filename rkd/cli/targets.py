@@ -17,7 +17,6 @@ def targets(json_output: Annotated[bool, typer.Option("--json", help="Print as J
     A TOML file of your own works the same way: `rkd export --target my-board.toml`
     """
     from rich.markup import escape
-    from rich.table import Table
 
     from rkd.cli import tables
     from rkd.target import builtin_targets
@@ -26,7 +25,7 @@ def targets(json_output: Annotated[bool, typer.Option("--json", help="Print as J
     if json_output:
         tables.print_json({"targets": [target.to_json() for target in found.values()]})
         return
-    table = Table("target", "runtime", "precision", "board", "needs", box=None, pad_edge=False, header_style="bold")
+    table = tables.folding_table("target", "runtime", "precision", "board", "needs")
     for target in found.values():
         table.add_row(
             *(escape(cell) for cell in (target.name, target.runtime, target.precision, target.board, target.needs))

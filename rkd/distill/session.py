@@ -396,7 +396,7 @@ def _masks(run: Run, settings: DistillSettings, work: Inputs, tapped: TappedNetw
                 check.step,
                 unit="img",
                 unit_per_step=recipe.batch,
-                lost=f"{check.lost:+.1f} points",
+                teacher_ACC=f"{check.accuracy:.1f} ({-check.lost:+.1f})",
                 variance=check.variance,
             )
 
@@ -407,7 +407,8 @@ def _masks(run: Run, settings: DistillSettings, work: Inputs, tapped: TappedNetw
     run.save(detox=_detox_summary(found))
     write_file(path, found.to_bytes())  # last: where it is, the mask is not learned again
     say(
-        f"detoxified: {found.variance:.2f} of the feature variance is left, the teacher's accuracy on {found.n} held-out "
+        f"detoxified: {100 * found.variance:.0f} % of how much the teacher's features vary from image to image is left; "
+        f"its accuracy on {found.n} held-out "
         f"clean images went from {found.teacher_accuracy:.1f} to {found.accuracy:.1f}"
     )
     if found.weight == 0:

@@ -121,10 +121,10 @@ class DistillSettings(TrainingSettings):
         self.check()
         if self.method not in METHODS:
             raise ConfigError(f"--method {self.method!r}: expected one of {', '.join(METHODS)}")
-        if not 0 <= self.accuracy_budget <= 100 or not 0 < self.cap <= 1:
-            raise ConfigError(
-                f"--accuracy-budget must be 0 to 100 points, the cap above 0 and at most 1; got {self.accuracy_budget}, {self.cap}"
-            )
+        if not 0 <= self.accuracy_budget <= 100:
+            raise ConfigError(f"--accuracy-budget {self.accuracy_budget:g}: expected 0 to 100 points")
+        if not 0 < self.cap <= 1:
+            raise ConfigError(f"--cap {self.cap:g}: expected above 0 and at most 1")
         if self.hardening is None:
             object.__setattr__(self, "hardening", 8.0 if self.method == "robustkd" else 0.0)
         if not 0 <= self.radius <= 255:
