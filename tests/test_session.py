@@ -240,7 +240,8 @@ def test_a_finished_run_resumed_prints_the_same_and_writes_its_report_again(here
     assert Path("out/report.html").is_file()
 
 
-def test_the_table_names_each_network_with_its_figures(here: Path) -> None:
+def test_the_table_names_each_network_with_its_figures(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")  # names wrap in narrower terminals
     result = done("distill", "teacher.pt", *SHORT, "--method", "kd", "--out", "out")
     assert "undefended student (logit KD)" in result.stdout
     assert "n = 45 clean, 30 triggered (badnets to class 0)" in result.stdout
