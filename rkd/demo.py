@@ -14,17 +14,18 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
-from rkd.cli import tables
 from rkd.errors import RkdError, RunError
 from rkd.files import storage_errors, write_file
 from rkd.metrics import Scores
-from rkd.progress import console, say
+from rkd.progress import say
 from rkd.reporting import excess_asr, write_run_report
 from rkd.run import Run, models_of
 
 _EPOCHS = 15
+_REPORT = "report.html"
 _TRANSFERS = 30.0  # points of excess ASR
 _MARKER, _MARKED = ".rkd-demo", "made by rkd demo, which may remove this folder\n"
 _STUDENTS = {  # folder: teacher, method, what it is called
@@ -36,8 +37,33 @@ _STUDENTS = {  # folder: teacher, method, what it is called
 _CONTROL_OF = {"undefended": "control-ofd", "robustkd": "control-robustkd"}
 
 
-def run_demo(out: Path, *, seed: int, jobs: int, overwrite: bool) -> None:
-    """Run every step in `out` and print the table.
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo measured.
+
+    Attributes:
+        rows: what each teacher and student is called, and its scores.
+        bench: the table that `rkd bench` printed.
+        verdict: what the figures say, in words.
+        pages: the reports to look at.
+        seconds: that all of it took.
+    """
+
+    rows: tuple[tuple[str, Scores], ...]
+    bench: str
+    verdict: str
+    pages: tuple[Path, ...]
+    seconds: float
+
+
+def run_demo(out: Path, *, seed: int, jobs: int, overwrite: bool) -> DemoResult:
+    """Run every step in `out`; each is said on standard error as it starts.
+
+    Args:
+        out: a new folder.
+        seed: of every step.
+        jobs: students trained at once; 0 for one a core.
+        overwrite: remove an earlier demo's folder first.
 
     Raises:
         RunError: `out` exists.
@@ -71,13 +97,15 @@ def run_demo(out: Path, *, seed: int, jobs: int, overwrite: bool) -> None:
             done.result()
     _step(out, "export-robustkd", ["export", "runs/robustkd", "--target", "ort-cpu", "--target", "jetson-fp16"])
     _step(out, "export-undefended", ["export", "runs/undefended", "--target", "ort-cpu"])
-    _step(out, "bench", ["bench", "robustkd.ort-cpu.rkd", "undefended.ort-cpu.rkd", "--quick"], show=True)
+    bench = _step(out, "bench", ["bench", "robustkd.ort-cpu.rkd", "undefended.ort-cpu.rkd", "--quick"])
     _step(out, "report", ["report", "result.json", "--out", "bench.html"])
-    _summary(out, time.monotonic() - started)
+    rows, verdict = _summary(out)
+    pages = (out / _REPORT, out / "bench.html")
+    return DemoResult(rows, bench, verdict, pages, time.monotonic() - started)
 
 
-def _step(out: Path, name: str, arguments: Sequence[str], *, show: bool = False) -> None:
-    """Run one `rkd` command in `out`; what it prints goes to NAME.log."""
+def _step(out: Path, name: str, arguments: Sequence[str]) -> str:
+    """Run one `rkd` command in `out`; what it prints goes to NAME.log as it comes, and is returned."""
     say(f"$ rkd {shlex.join(arguments)}")
     started = time.monotonic()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
@@ -90,26 +118,23 @@ def _step(out: Path, name: str, arguments: Sequence[str], *, show: bool = False)
         raise RkdError(
             f"`rkd {arguments[0]}` failed with exit code {process.returncode}: {last[0]} (see {out / name}.log)"
         )
-    if show:
-        console.print(text, markup=False)
     say(f"  done in {time.monotonic() - started:.0f} s: {name}")
+    return text
 
 
-def _summary(out: Path, seconds: float) -> None:
+def _summary(out: Path) -> tuple[tuple[tuple[str, Scores], ...], str]:
+    """The rows of the table and the verdict; writes the report."""
     runs = {name: Run.open(out / "runs" / name) for name in _STUDENTS}
     students: dict[str, Scores] = {name: models_of(run)[-1].scores for name, run in runs.items()}
     teachers = {runs[name].summary["teacher"]["file"]: models_of(runs[name])[0].scores for name in _STUDENTS}
     verdict = _verdict(students)
-    page = out / "report.html"
     write_run_report(
-        list(runs.values()), page, verdict=verdict, title="rkd demo: handwritten digits",
+        list(runs.values()), out / _REPORT, verdict=verdict, title="rkd demo: handwritten digits",
         roles={str(run.path): _STUDENTS[name][2] for name, run in runs.items()},
         controls={_STUDENTS[name][2]: _STUDENTS[control][2] for name, control in _CONTROL_OF.items()},
     )  # fmt: skip
     rows = [(f"teacher: {file}", scores) for file, scores in sorted(teachers.items())]
-    tables.print_scores([*rows, *((_STUDENTS[name][2], scores) for name, scores in students.items())])
-    tables.say_next(verdict)
-    tables.say_next(f"{page} and {out / 'bench.html'} have it all; it took {seconds / 60:.1f} minutes")
+    return (*rows, *((_STUDENTS[name][2], scores) for name, scores in students.items())), verdict
 
 
 def _verdict(students: Mapping[str, Scores]) -> str:

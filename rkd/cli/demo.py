@@ -26,6 +26,12 @@ def demo(
     Examples:
         rkd demo --out demo --jobs 2
     """
+    from rkd.cli import tables
     from rkd.demo import run_demo
 
-    run_demo(out, seed=seed, jobs=jobs, overwrite=overwrite)
+    result = run_demo(out, seed=seed, jobs=jobs, overwrite=overwrite)
+    tables.say_next(result.bench)
+    tables.print_scores(result.rows)
+    tables.say_next(result.verdict)
+    pages = " and ".join(map(str, result.pages))
+    tables.say_next(f"{pages} have it all; it took {result.seconds / 60:.1f} minutes")
