@@ -48,7 +48,7 @@ class DetoxRecipe:
         batch: images a step.
         lr: Adam's learning rate, for the mask's logit and for P in units of the feature's deviation.
         check_every: steps between two looks at the held-out images.
-        shape: `position` for a mask value at each place of each channel, `channel` for one a channel.
+        shape: `position` for m and P at each place of each channel, `channel` for one m and one P a channel.
         variance: whether the features' variance is part of the loss; without it, cross-entropy alone moves the mask.
         start: of the replacement: `mean` of the clean features, `zero`, or `random` (drawn as the features vary).
     """
@@ -148,12 +148,17 @@ def masks_from_bytes(data: bytes, origin: str) -> tuple[TapMask, ...]:
 class _Masks(nn.Module):
     """The learned m and P of all taps."""
 
-    def __init__(self, mean: Sequence[Tensor], deviation: Sequence[Tensor], recipe: DetoxRecipe, seed: int = 0) -> None:
+    def __init__(
+        self, mean: Sequence[Tensor], deviation: Sequence[Tensor], recipe: DetoxRecipe, seed: int = 0
+    ) -> None:
         super().__init__()
-        self.cap = recipe.cap
+        shapes = [tuple(m.shape) for m in mean]
+        if recipe.shape == "channel":  # P too: a shift of a whole channel is nothing that a student has to learn
+            mean = [m.mean((1, 2), keepdim=True) for m in mean]
+            deviation = [d.square().mean((1, 2), keepdim=True).sqrt() for d in deviation]
+        self.cap, self.shapes = recipe.cap, list(shapes)
         self.start, self.deviation = _starts(mean, deviation, recipe.start, seed), list(deviation)
-        shapes = [m if recipe.shape == "position" else m[:, :1, :1] for m in mean]
-        self.logit = nn.ParameterList(torch.full_like(m, -2.0) for m in shapes)
+        self.logit = nn.ParameterList(torch.full_like(m, -2.0) for m in mean)
         self.offset = nn.ParameterList(torch.zeros_like(m) for m in mean)
 
     def mask(self, index: int) -> Tensor:
@@ -178,8 +183,8 @@ class _Masks(nn.Module):
             return tuple(
                 TapMask(
                     name,
-                    self.mask(i).expand_as(self.start[i]).cpu().numpy().copy(),
-                    self.replacement(i).cpu().numpy().copy(),
+                    self.mask(i).expand(self.shapes[i]).cpu().numpy().copy(),
+                    self.replacement(i).expand(self.shapes[i]).cpu().numpy().copy(),
                 )
                 for i, name in enumerate(names)
             )
