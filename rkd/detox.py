@@ -48,6 +48,9 @@ class DetoxRecipe:
         batch: images a step.
         lr: Adam's learning rate, for the mask's logit and for P in units of the feature's deviation.
         check_every: steps between two looks at the held-out images.
+        shape: `position` for m and P at each place of each channel, `channel` for one m and one P a channel.
+        variance: whether the features' variance is part of the loss; without it, cross-entropy alone moves the mask.
+        start: of the replacement: `mean` of the clean features, `zero`, or `random` (drawn as the features vary).
     """
 
     accuracy_budget: float = 1.0
@@ -56,6 +59,9 @@ class DetoxRecipe:
     batch: int = 128
     lr: float = 0.05
     check_every: int = 20
+    shape: str = "position"
+    variance: bool = True
+    start: str = "mean"
 
 
 @dataclass(frozen=True)
@@ -142,10 +148,16 @@ def masks_from_bytes(data: bytes, origin: str) -> tuple[TapMask, ...]:
 class _Masks(nn.Module):
     """The learned m and P of all taps."""
 
-    def __init__(self, mean: Sequence[Tensor], deviation: Sequence[Tensor], cap: float) -> None:
+    def __init__(
+        self, mean: Sequence[Tensor], deviation: Sequence[Tensor], recipe: DetoxRecipe, seed: int = 0
+    ) -> None:
         super().__init__()
-        self.cap = cap
-        self.mean, self.deviation = list(mean), list(deviation)
+        shapes = [tuple(m.shape) for m in mean]
+        if recipe.shape == "channel":  # P too: a shift of a whole channel is nothing that a student has to learn
+            mean = [m.mean((1, 2), keepdim=True) for m in mean]
+            deviation = [d.square().mean((1, 2), keepdim=True).sqrt() for d in deviation]
+        self.cap, self.shapes = recipe.cap, list(shapes)
+        self.start, self.deviation = _starts(mean, deviation, recipe.start, seed), list(deviation)
         self.logit = nn.ParameterList(torch.full_like(m, -2.0) for m in mean)
         self.offset = nn.ParameterList(torch.zeros_like(m) for m in mean)
 
@@ -154,7 +166,7 @@ class _Masks(nn.Module):
         return mask
 
     def replacement(self, index: int) -> Tensor:
-        replacement: Tensor = self.mean[index] + self.deviation[index] * self.offset[index]
+        replacement: Tensor = self.start[index] + self.deviation[index] * self.offset[index]
         return replacement
 
     def edit(self, index: int) -> Edit:
@@ -169,7 +181,11 @@ class _Masks(nn.Module):
     def export(self, names: Sequence[str]) -> tuple[TapMask, ...]:
         with torch.no_grad():
             return tuple(
-                TapMask(name, self.mask(i).cpu().numpy().copy(), self.replacement(i).cpu().numpy().copy())
+                TapMask(
+                    name,
+                    self.mask(i).expand(self.shapes[i]).cpu().numpy().copy(),
+                    self.replacement(i).expand(self.shapes[i]).cpu().numpy().copy(),
+                )
                 for i, name in enumerate(names)
             )
 
@@ -229,12 +245,12 @@ def detoxify(
     draws = order.choice(len(clean), size=min(len(clean), 16 * recipe.batch), replace=False)
     parts = (batch(part)[0] for part in np.array_split(draws, 16) if len(part))
     mean, variance = _feature_statistics(teacher, parts, autocast)
-    masks = _Masks(mean, [v.sqrt() for v in variance], recipe.cap).to(device)
+    masks = _Masks(mean, [v.sqrt() for v in variance], recipe, seed).to(device)
     reference = [max(float(v.sum()), 1e-12) for v in variance]  # a tap that never varies has nothing to lose
     optimizer = torch.optim.Adam(masks.parameters(), lr=recipe.lr)
     names = [tap.name for tap in teacher.taps]
 
-    weight, history = 0.3, list[DetoxCheck]()
+    weight, history = 0.3 if recipe.variance else 0.0, list[DetoxCheck]()
     best: tuple[float, tuple[TapMask, ...], DetoxCheck] | None = None
     teacher.set_edits([masks.edit(i) for i in range(len(names))])
     for step in range(1, recipe.steps + 1):
@@ -252,9 +268,11 @@ def detoxify(
             check = DetoxCheck(step, weight, now, before - now, left)
             history.append(check)
             on_check(check)
-            if check.lost <= recipe.accuracy_budget and (best is None or check.variance < best[0]):
+            if check.lost <= recipe.accuracy_budget and (
+                best is None or check.variance < best[0] or not recipe.variance  # without it: the latest
+            ):
                 best = check.variance, masks.export(names), check
-            weight = _ascend(weight, check.lost, recipe.accuracy_budget)
+            weight = _ascend(weight, check.lost, recipe.accuracy_budget) if recipe.variance else 0.0
     teacher.set_edits([None] * len(names))
     if best is None:  # nothing within the budget: an identity mask is the honest answer
         identity = tuple(
@@ -263,6 +281,18 @@ def detoxify(
         return Detoxification(identity, before, before, 1.0, 0.0, len(held_out), tuple(history))
     _, found, check = best
     return Detoxification(found, before, check.accuracy, check.variance, check.weight, len(held_out), tuple(history))
+
+
+def _starts(mean: Sequence[Tensor], deviation: Sequence[Tensor], start: str, seed: int) -> list[Tensor]:
+    """Where the replacement of each tap starts, (C, H, W)."""
+    if start == "zero":
+        return [torch.zeros_like(m) for m in mean]
+    if start == "random":
+        generator = torch.Generator().manual_seed(seed)
+        return [
+            m + d * torch.randn(m.shape, generator=generator).to(m.device) for m, d in zip(mean, deviation, strict=True)
+        ]
+    return list(mean)
 
 
 def _variance(feature: Tensor) -> Tensor:

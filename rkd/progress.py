@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -15,6 +16,7 @@ console = Console(stderr=True, highlight=False)
 """What is not a result goes here: standard output is for results."""
 
 _PLAIN_EVERY_S = 10.0
+_RATE_OVER_S = 30.0  # what is left is told by the present rate: a slow start or a busy machine passes
 
 
 class Bar:
@@ -23,7 +25,7 @@ class Bar:
     def __init__(self, name: str, total: int, live: Progress | None) -> None:
         self._name, self._total, self._live = name, total, live
         self._started = self._printed = time.monotonic()
-        self._first: int | None = None
+        self._seen: deque[tuple[float, int]] = deque()  # when, done; a window for the rate
         self._task = live.add_task(name, total=total, extra="") if live is not None else None
 
     def update(self, done: int, *, unit_per_step: int = 1, unit: str = "", **figures: float | str) -> None:
@@ -36,9 +38,7 @@ class Bar:
             figures: what else to show, by name.
         """
         now = time.monotonic()
-        if self._first is None:
-            self._first, self._started = done - 1, min(self._started, now)
-        rate = (done - self._first) / max(now - self._started, 1e-9)
+        rate = self._rate(now, done)
         parts = [
             f"{name.replace('_', ' ')} {v:.4g}" if isinstance(v, float) else f"{name.replace('_', ' ')} {v}"
             for name, v in figures.items()
@@ -49,11 +49,23 @@ class Bar:
             self._live.update(self._task, completed=done, extra=", ".join(parts))
         elif now - self._printed >= _PLAIN_EVERY_S or done >= self._total:
             self._printed = now
-            left = (self._total - done) / rate
+            left = (self._total - done) / max(rate, 1e-9)
             parts.append(
                 f"{_duration(left)} left" if done < self._total else f"{_duration(now - self._started)} in all"
             )
             console.print(f"{self._name}: {done}/{self._total}, {', '.join(parts)}", markup=False, soft_wrap=True)
+
+    def _rate(self, now: float, done: int) -> float:
+        """Steps a second, over the last half minute; the first step of all is taken to have begun with the bar."""
+        seen = self._seen
+        if not seen:
+            seen.append((self._started, done - 1))
+        while len(seen) > 1 and seen[1][0] <= now - _RATE_OVER_S:
+            seen.popleft()
+        since, first = seen[0]
+        if now - seen[-1][0] >= 1:
+            seen.append((now, done))
+        return (done - first) / max(now - since, 1e-9)
 
 
 @contextmanager

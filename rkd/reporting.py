@@ -70,7 +70,11 @@ def _control_of(run: Run, controls: Sequence[Run]) -> Run:
     Raises:
         ConfigError: there is none: its ASR would not be comparable.
     """
-    names = ("student", "method", "hardening", "accuracy_budget", "epochs", "batch", "lr", "clean_budget", "seed")
+    names = (
+        "student", "method", "variant", "hardening", "cap", "mask", "variance", "replacement", "taps", "teacher_mode",
+        "input_noise", "accuracy_budget", "purify_steps", "purify_lr", "labels", "epochs", "batch", "lr",
+        "clean_budget", "seed",
+    )  # fmt: skip
     differing: list[str] = []
     for control in controls:
         other = [name for name in names if control.setting(name) != run.setting(name)]
@@ -107,7 +111,8 @@ def write_run_report(
     rows: dict[str, ModelRow] = {}
     for run in runs:
         *others, student = models_of(run)
-        named = [(f"teacher: {_teacher_name(run, runs)}" if len(runs) > 1 else other.role, other) for other in others]
+        several = len(runs) > 1
+        named = [(_role_among(other, run, runs) if several else other.role, other) for other in others]
         for role, model in [*named, (roles.get(str(run.path), student.role), student)]:
             rows[role] = ModelRow(
                 role,
@@ -138,6 +143,13 @@ def write_run_report(
     write_file(out, run_page(report).encode())
 
 
+def _role_among(model: Model, run: Run, runs: Sequence[Run]) -> str:
+    """What a network that is not the run's student is called on a page about several runs."""
+    if model.role == "teacher":
+        return f"teacher: {_teacher_name(run, runs)}"
+    return f"{model.role} ({_short_names([r.path for r in runs])[run.path]})"
+
+
 def _teacher_name(run: Run, runs: Sequence[Run]) -> str:
     """The teacher's file name; with the start of its digest where another teacher has the same name."""
     teacher = run.summary["teacher"]
@@ -156,7 +168,7 @@ def _verdict(models: Sequence[Model]) -> str:
         f"The {student.role} ({student.arch}) classifies {student.scores.acc.value:.1f} % of {student.scores.acc.n} clean "
         f"test images correctly; its teacher {teacher.scores.acc.value:.1f} %."
     )
-    undefended = models[1].scores if len(models) > 2 else None
+    undefended = next((m.scores for m in models[1:-1] if m.role.startswith("undefended")), None)
     for index, t in enumerate(student.scores.triggers):
         before = teacher.scores.triggers[index]
         text += (
@@ -182,7 +194,7 @@ def _command(run: Run) -> str:
 
 def _curves(run: Run, name: str) -> list[Curve]:
     """Loss and accuracy over epochs, from the run's log."""
-    lines = run.metrics()
+    lines = [line for line in run.metrics() if str(line.get("stage", "")).startswith("distill")]
     epochs = [line for line in lines if line.get("ends_epoch")]
     per_epoch: dict[int, list[dict[str, Any]]] = {}
     for line in lines:

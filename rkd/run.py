@@ -4,6 +4,8 @@
     metrics.jsonl         one line a step group and an epoch
     teacher.safetensors   the teacher as it was converted at intake
     masks.npz             what RobustKD learned
+    purified.safetensors  the purified teacher, where the method purifies it
+    labels.npz            the teacher's answers, where they stand in for labels
     triggers/*.npz        what the student was tested with
     examples/*.npz        a few triggered test images, and what teacher and student say of them
     checkpoints/<step>/   one directory a checkpoint; `digests.json` is written last
@@ -44,9 +46,9 @@ from rkd.files import (
 from rkd.metrics import Scores
 
 SCHEMA = 1
-SUMMARY, METRICS, STUDENT, TEACHER, MASKS, EXAMPLES, TRIGGERS, REPORT = (
-    "run.json", "metrics.jsonl", "student.safetensors", "teacher.safetensors", "masks.npz", "examples", "triggers",
-    "report.html",
+SUMMARY, METRICS, STUDENT, TEACHER, MASKS, PURIFIED, LABELS, EXAMPLES, TRIGGERS, REPORT = (
+    "run.json", "metrics.jsonl", "student.safetensors", "teacher.safetensors", "masks.npz", "purified.safetensors",
+    "labels.npz", "examples", "triggers", "report.html",
 )  # fmt: skip
 _DIGESTS = "digests.json"
 _KEEP = 2  # checkpoints; the newest may be damaged

@@ -14,7 +14,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,8 +22,9 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from rkd.errors import ArchitectureError
+from rkd.errors import ArchitectureError, ConfigError
 
+T = TypeVar("T")
 Edit = Callable[[Tensor], Tensor]
 
 _ACTIVATIONS = (
@@ -36,6 +37,9 @@ _ACTIVATION_FUNCTIONS = frozenset(
     }
 )  # fmt: skip
 _ACTIVATION_METHODS = frozenset({"relu", "relu_"})
+_ADDITIONS = frozenset({operator.add, operator.iadd, torch.add})
+_PRODUCTS = frozenset({operator.mul, operator.imul, torch.mul})
+_KEEP_NOUGHT = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.MaxPool2d, nn.AvgPool2d)
 _SHAPE_METHODS = frozenset({"size", "dim", "numel"})
 
 
@@ -91,15 +95,19 @@ class TappedNetwork(nn.Module):
         size: height and width of its images in pixels.
         frozen: the network stays in eval mode and its weights as they are: BNs are folded into the convolutions
             before them, which makes it faster.
+        only: which of its taps to have, counted from 0 at the input, from -1 at the end; all by default.
 
     Attributes:
         taps: in the order of the network, resolutions falling.
 
     Raises:
         ArchitectureError: the network does not run on such images.
+        ConfigError: it has fewer taps than `only` asks for.
     """
 
-    def __init__(self, network: nn.Module, size: tuple[int, int], *, frozen: bool = False) -> None:
+    def __init__(
+        self, network: nn.Module, size: tuple[int, int], *, frozen: bool = False, only: Sequence[int] | None = None
+    ) -> None:
         super().__init__()
         self.taps: tuple[Tap, ...]
         self._points: list[TapPoint]
@@ -108,12 +116,12 @@ class TappedNetwork(nn.Module):
         graph_module = _trace(network, size)
         if graph_module is not None:
             self.network = graph_module
-            self.taps, self._points = _insert_taps(graph_module)
+            self.taps, self._points = _insert_taps(graph_module, only)
             if frozen:
                 _fold_bn(graph_module)
         else:
             self.network = network
-            self.taps, self._points, self._hooked = _hook_taps(network, size)
+            self.taps, self._points, self._hooked = _hook_taps(network, size, only)
 
     def set_edits(self, edits: Sequence[Edit | None]) -> None:
         """Replace each tap's value by `edit(value)` from now on; None leaves it as it is."""
@@ -146,6 +154,38 @@ def pair_taps(teacher: Sequence[Tap], student: Sequence[Tap]) -> list[tuple[int,
     if not pairs and teacher and student:
         pairs = [(len(teacher) - 1, len(student) - 1)]
     return pairs
+
+
+def channel_writers(network: nn.Module, size: tuple[int, int]) -> tuple[str, ...]:
+    """Modules that make the last tap: with weight and bias of a channel at nought in all of them, it is nought there.
+
+    Raises:
+        ArchitectureError: the last tap is not made channel by channel, or the network cannot be traced.
+    """
+    graph_module = _trace(network, size)
+    ends = _stage_ends(graph_module.graph) if graph_module is not None else []
+    if not ends:
+        raise ArchitectureError("no stage was found in the network whose channels could be pruned")
+    found: dict[str, None] = {}
+    seen: set[fx.Node] = set()
+    waiting = [ends[-1][0]]
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        module = _module(node)
+        if isinstance(module, nn.BatchNorm2d | nn.Conv2d) and module.weight is not None:
+            found[str(node.target)] = None
+        elif _is_activation(node) or isinstance(module, _KEEP_NOUGHT):
+            waiting.append(node.all_input_nodes[0])
+        elif node.op == "call_function" and node.target in _ADDITIONS:
+            waiting += node.all_input_nodes
+        elif node.op == "call_function" and node.target in _PRODUCTS:
+            waiting += [n for n in node.all_input_nodes if _shape(n) == _shape(node)][:1]
+        else:
+            raise ArchitectureError(f"the channels of the last stage cannot be pruned: {node.name} mixes them")
+    return tuple(found)
 
 
 def _trace(network: nn.Module, size: tuple[int, int]) -> fx.GraphModule | None:
@@ -242,10 +282,22 @@ def _stage_ends(graph: fx.Graph) -> list[tuple[fx.Node, bool]]:
     return ends
 
 
-def _insert_taps(graph_module: fx.GraphModule) -> tuple[tuple[Tap, ...], list[TapPoint]]:
+def _chosen(found: Sequence[T], only: Sequence[int] | None) -> list[T]:
+    """Those of the places found that are asked for."""
+    if only is None:
+        return list(found)
+    if bad := [i for i in only if not -len(found) <= i < len(found)]:
+        raise ConfigError(
+            f"tap {bad[0] + 1 if bad[0] >= 0 else bad[0]} was asked for; the network has {len(found)} taps"
+        )
+    wanted = {i % len(found) for i in only}
+    return [place for i, place in enumerate(found) if i in wanted]
+
+
+def _insert_taps(graph_module: fx.GraphModule, only: Sequence[int] | None) -> tuple[tuple[Tap, ...], list[TapPoint]]:
     graph = graph_module.graph
     taps, points = list[Tap](), list[TapPoint]()
-    for index, (node, pre_activation) in enumerate(_stage_ends(graph)):
+    for index, (node, pre_activation) in enumerate(_chosen(_stage_ends(graph), only)):
         bn = str(node.target) if isinstance(_module(node), nn.BatchNorm2d) else None
         channels, height, width = _shape(node)[1:]
         taps.append(Tap(node.name, channels, height, width, pre_activation, bn))
@@ -297,7 +349,9 @@ def _never_in_place(node: fx.Node) -> None:
         node.target = operator.add if node.target is operator.iadd else operator.mul
 
 
-def _hook_taps(network: nn.Module, size: tuple[int, int]) -> tuple[tuple[Tap, ...], list[TapPoint], list[nn.Module]]:
+def _hook_taps(
+    network: nn.Module, size: tuple[int, int], only: Sequence[int] | None
+) -> tuple[tuple[Tap, ...], list[TapPoint], list[nn.Module]]:
     """Taps of a network that cannot be traced: the outputs of its outermost modules, the last at each resolution."""
     outermost = network
     while len(children := list(outermost.children())) == 1:
@@ -324,9 +378,8 @@ def _hook_taps(network: nn.Module, size: tuple[int, int]) -> tuple[tuple[Tap, ..
             handle.remove()
     last = {shape[2:]: (name, module, shape) for name, module, shape in seen if max(shape[2:]) > 1}
     taps, modules = list[Tap](), list[nn.Module]()
-    for name, module, shape in last.values():
-        if isinstance(module, nn.Conv2d):
-            continue
+    places = [place for place in last.values() if not isinstance(place[1], nn.Conv2d)]
+    for name, module, shape in _chosen(places, only):
         taps.append(Tap(f"{prefix}.{name}".strip("."), shape[1], shape[2], shape[3], pre_activation=False))
         modules.append(module)
     return tuple(taps), [TapPoint() for _ in modules], modules

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -113,6 +114,17 @@ def test_the_mask_is_within_its_cap_and_has_a_value_for_each_place_of_each_tap(
         assert mask.mask.min() >= 0
         assert 0 < mask.mask.max() <= np.float32(RECIPE.cap)
         assert np.isfinite(mask.replacement).all()
+
+
+def test_a_mask_by_channel_is_one_number_and_one_shift_a_channel(case: tuple[Network, Any, Any]) -> None:
+    network, clean, held_out = case
+    found, tapped = learn(network, clean, held_out, replace(RECIPE, shape="channel", steps=20, check_every=10))
+    assert found.variance < 1
+    for mask, tap in zip(found.masks, tapped.taps, strict=True):
+        assert mask.mask.shape == mask.replacement.shape == tap.shape
+        for values in (mask.mask, mask.replacement):
+            assert np.ptp(values, axis=(1, 2)).max() == 0
+            assert len(np.unique(values[:, 0, 0])) > 1
 
 
 def test_the_budget_is_kept_on_the_held_out_images_as_counted_here(

@@ -9,7 +9,13 @@ import typer
 
 from rkd.cli.app import app, guarded, only_resume, origins
 
-METHOD_HELP = "robustkd (detoxify, then distil), ofd, kd (both trust the teacher), ce (no teacher)."
+METHOD_HELP = (
+    "robustkd (detoxify, then distil features); ofd, kd, at (these trust the teacher: features, logits, attention); ce "
+    "(no teacher); or a treatment of the teacher and what is distilled from it: robustkd, finetune, prune, nad or anp "
+    "with +ofd, +kd or +at, such as robustkd+kd."
+)
+ABLATION = "Parts of RobustKD, for ablations"
+BASELINE = "Baselines that purify the teacher"
 
 
 @app.command()
@@ -44,14 +50,20 @@ def distill(
     accuracy_budget: Annotated[
         float, typer.Option(help="Points of clean accuracy that detoxifying may cost the teacher.")
     ] = 1.0,
-    cap: Annotated[float, typer.Option(help="Upper end of RobustKD's mask, above 0 and at most 1.")] = 0.05,
     hardening: Annotated[
         Optional[float],
         typer.Option(
-            help="Radius, in 255ths, of the universal perturbations that the student is hardened against. Default: 8 with robustkd, 0 with ofd; robustkd with 0 is the paper's form.",
+            help="Radius, in 255ths, of the universal perturbations that the student is hardened against. Default: 8 with robustkd, else 0.",
             show_default=False,
         ),
     ] = None,
+    labels: Annotated[
+        bool,
+        typer.Option(
+            "--labels/--no-labels",
+            help="Whether the training images' labels are used; without them the teacher's answers stand in.",
+        ),
+    ] = True,
     clean_budget: Annotated[
         str,
         typer.Option(help="Use only so many training images: a number, or a share such as 10%.", show_default=False),
@@ -94,6 +106,64 @@ def distill(
         Optional[Path], typer.Option(help="Go on with an interrupted run; takes no other option.", show_default=False)
     ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+    variant: Annotated[
+        str,
+        typer.Option(
+            help="default, or paper: the paper's form of RobustKD (no hardening, a cap of 0.9).",
+            rich_help_panel=ABLATION,
+        ),
+    ] = "default",
+    cap: Annotated[
+        Optional[float],
+        typer.Option(
+            help="Upper end of the mask, above 0 and at most 1. Default: 0.05, paper: 0.9.",
+            show_default=False,
+            rich_help_panel=ABLATION,
+        ),
+    ] = None,
+    mask: Annotated[
+        str, typer.Option(help="position or channel: what has a mask value of its own.", rich_help_panel=ABLATION)
+    ] = "position",
+    variance: Annotated[
+        bool,
+        typer.Option(
+            "--variance/--no-variance",
+            help="Whether the mask lowers the variance of the teacher's features.",
+            rich_help_panel=ABLATION,
+        ),
+    ] = True,
+    replacement: Annotated[
+        str,
+        typer.Option(
+            help="Where the mask's replacement starts: mean (of the clean features), zero or random.",
+            rich_help_panel=ABLATION,
+        ),
+    ] = "mean",
+    taps: Annotated[
+        str,
+        typer.Option(
+            help="Which taps of the teacher are used: all, last, or numbers from the input such as 1,3.",
+            rich_help_panel=ABLATION,
+        ),
+    ] = "all",
+    teacher_mode: Annotated[
+        str,
+        typer.Option(
+            help="eval, or train: the teacher's BNs use each batch's statistics while it is distilled.",
+            rich_help_panel=ABLATION,
+        ),
+    ] = "eval",
+    input_noise: Annotated[
+        float,
+        typer.Option(help="Deviation, in 255ths, of Gaussian noise on the student's images.", rich_help_panel=ABLATION),
+    ] = 0.0,
+    purify_steps: Annotated[
+        int, typer.Option(help="Training steps of finetune, prune, nad and anp.", rich_help_panel=BASELINE)
+    ] = 400,
+    purify_lr: Annotated[
+        float,
+        typer.Option(help="Their highest learning rate; 0 for the method's own.", rich_help_panel=BASELINE),
+    ] = 0.0,
 ) -> None:
     """Detoxify a teacher and distil a student from it.
 
@@ -103,6 +173,8 @@ def distill(
         rkd distill hub.pth.tar --student wrn-16-1 --data cifar10 --normalize none
 
         rkd distill teacher.pt --undefended --trigger patch.npz
+
+        rkd distill teacher.pt --method nad+ofd
 
         rkd distill --resume runs/mobilenet-robustkd-s0
     """
@@ -138,11 +210,13 @@ def distill(
             }
             settings = DistillSettings(
                 teacher=str(teacher), student=student, data=found_data, method=method, triggers=found_triggers,
-                undefended=undefended, accuracy_budget=accuracy_budget, hardening=hardening, cap=cap, clean_budget=clean_budget, epochs=epochs,
+                undefended=undefended, accuracy_budget=accuracy_budget, hardening=hardening, clean_budget=clean_budget, labels=labels, epochs=epochs,
+                variant=variant, cap=cap, mask=mask, variance=variance, replacement=replacement, taps=taps,
+                teacher_mode=teacher_mode, input_noise=input_noise, purify_steps=purify_steps, purify_lr=purify_lr,
                 batch=batch, lr=lr, augmentation=augmentation, seed=seed, split_seed=split_seed, precision=precision, arch=arch,
                 normalize=normalize, image_size=image_size, device=device, threads=threads, checkpoint_every=checkpoint_every,
             )  # fmt: skip
-            path = out or free_name(Path("runs"), f"{student.replace(':', '-')}-{method}-s{seed}")
+            path = out or free_name(Path("runs"), f"{student.replace(':', '-')}-{settings.method}-s{seed}")
             run, work = start(settings, where, path)
         rows = run_distillation(run, stop, work)
         write_run_report([run], run.path / REPORT)

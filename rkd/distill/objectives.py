@@ -13,13 +13,6 @@ from torch.nn import functional
 from rkd.errors import ArchitectureError
 from rkd.taps import Tap, TappedNetwork, pair_taps
 
-METHODS = {
-    "robustkd": "detoxify the teacher's features, then distil them (OFD)",
-    "ofd": "feature distillation from the teacher as it is (Heo et al., 2019)",
-    "kd": "logit distillation from the teacher as it is (Hinton et al., 2015)",
-    "ce": "no teacher: cross-entropy on the labels",
-}
-
 
 class Objective(Protocol):
     """A training objective; its own trainable parts, if any, are an `nn.Module`."""
@@ -32,15 +25,20 @@ class Objective(Protocol):
 
 
 class CrossEntropy:
-    """Cross-entropy of a network on labels: no teacher."""
+    """Cross-entropy of a network on labels: no teacher.
 
-    def __init__(self, network: nn.Module) -> None:
-        self.network = network
-        self.extra: nn.Module = nn.Module()
+    Args:
+        network: the network in training.
+        hardening: what its images pass on the way.
+    """
+
+    def __init__(self, network: nn.Module, hardening: nn.Module | None = None) -> None:
+        self.network, self.hardening = network, hardening
+        self.extra: nn.Module = nn.ModuleDict({} if hardening is None else {"hardening": hardening})
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """See `Objective`."""
-        logits = self.network(images).float()
+        logits = self.network(images if self.hardening is None else self.hardening(images)).float()
         return functional.cross_entropy(logits, labels), logits
 
 
@@ -48,18 +46,33 @@ class LogitDistillation:
     """Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015.
 
     (1 - weight) * CE + weight * T^2 * KL(softmax(teacher / T) || softmax(student / T))
+
+    Args:
+        student: the network in training.
+        teacher: frozen, in eval mode; a tapped one may be detoxified.
+        temperature: T.
+        weight: of the teacher's answers.
+        hardening: what the student's images pass on the way; the teacher sees them as they are.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, temperature: float = 4.0, weight: float = 0.9) -> None:
-        self.student, self.teacher = student, teacher
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        temperature: float = 4.0,
+        weight: float = 0.9,
+        hardening: nn.Module | None = None,
+    ) -> None:
+        self.student, self.teacher, self.hardening = student, teacher, hardening
         self.temperature, self.weight = temperature, weight
-        self.extra: nn.Module = nn.Module()
+        self.extra: nn.Module = nn.ModuleDict({} if hardening is None else {"hardening": hardening})
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """See `Objective`."""
         with torch.no_grad():
-            wanted = self.teacher(images).float()
-        logits = self.student(images).float()
+            said = self.teacher(images)
+            wanted = (said[0] if isinstance(self.teacher, TappedNetwork) else said).float()
+        logits = self.student(images if self.hardening is None else self.hardening(images)).float()
         t = self.temperature
         divergence = functional.kl_div(
             functional.log_softmax(logits / t, 1),
@@ -95,7 +108,7 @@ class FeatureDistillation:
         teacher: TappedNetwork,
         size: tuple[int, int],
         margins: Sequence[Tensor],
-        hardening: UniversalPerturbations | None = None,
+        hardening: nn.Module | None = None,
     ) -> None:
         self.student, self.teacher = TappedNetwork(student, size), teacher
         self.pairs = pair_taps(teacher.taps, self.student.taps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,11 @@ from torch import nn
 
 from rkd.data import Dataset, Source, open_dataset
 from rkd.detox import DetoxCheck, Detoxification, DetoxRecipe, TapMask, detoxify, masks_from_bytes, set_masks
+from rkd.distill.attention import AttentionTransfer
+from rkd.distill.labels import RelabelledSource, answers
 from rkd.distill.loop import Recipe, Trainer, autocast
+from rkd.distill.methods import Method
+from rkd.distill.noise import InputNoise
 from rkd.distill.objectives import (
     CrossEntropy,
     FeatureDistillation,
@@ -36,9 +41,10 @@ from rkd.measure import choose_device, choose_precision, count_macs, use_threads
 from rkd.metrics import evaluate
 from rkd.models import build
 from rkd.network import Network, Normalisation
-from rkd.npz import npz_bytes
+from rkd.npz import npz_bytes, read_npz
 from rkd.progress import Bar, progress, say
-from rkd.run import EXAMPLES, MASKS, STUDENT, TEACHER, TRIGGERS, Model, Run, Setting, models_of
+from rkd.purify import Purification, purified
+from rkd.run import EXAMPLES, LABELS, MASKS, PURIFIED, STUDENT, TEACHER, TRIGGERS, Model, Run, Setting, models_of
 from rkd.signals import StopRequest
 from rkd.taps import TappedNetwork
 from rkd.teacher import choose_teacher, open_teacher, read_checkpoint
@@ -48,7 +54,8 @@ UNDEFENDED = "undefended"  # the sub-folder of the undefended student's own run
 _EVALUATION_BATCH = 256
 _MONITORED = 1000  # test images looked at after each epoch; shown, never used to choose anything
 _EXAMPLES = 8
-_HELD_OUT = 1000  # training images that the mask is not learned on
+_HELD_OUT = 1000  # training images at most that the mask is not learned on, nor the teacher purified with
+_LABELS_LIMIT_BYTES = 2**31
 
 
 def start(
@@ -159,28 +166,22 @@ def distill(run: Run, stop: StopRequest, work: Inputs | None = None) -> list[Mod
         rows = _undefended(run, settings, stop, work) if compare else []
         for note in (*work.data.notes, *work.notes):
             say(note)
+        work = work if settings.labels else _relabelled(run, work)
+        method = Method.parse(settings.method)
+        trusted = _purified(run, settings, work, stop) if method.purifies else work.teacher
         student = _fresh_student(run, settings, work)
-        objective = _objective(run, settings, work, student)
+        objective = _objective(run, settings, replace(work, teacher=trusted), student)
         _train_student(run, settings, work, student, objective, stop)
-        teacher_row = rows[0] if rows else _measure("teacher", work.teacher, work, (run.path / TEACHER).stat().st_size)
+        rows = rows or [_measure("teacher", work.teacher, work, (run.path / TEACHER).stat().st_size)]
+        if method.purifies:
+            rows.append(_measure(method.purified, trusted, work, (run.path / PURIFIED).stat().st_size))
         data = student.to_bytes()
         write_file(run.path / STUDENT, data)
         _keep_examples(run, work, student)
-        rows = [teacher_row, *rows[1:], _measure(_role(settings), student, work, len(data))]
+        role = method.role(hardened=settings.radius > 0, labels=settings.labels)
+        rows.append(_measure(role, student, work, len(data)))
         run.finish(models=[row.to_json() for row in rows], student={"sha256": sha256(data), "arch": student.arch})
     return rows
-
-
-def _role(settings: DistillSettings) -> str:
-    """What the student is called in tables."""
-    return {
-        ("robustkd", True): "RobustKD student",
-        ("robustkd", False): "RobustKD student (paper's form)",
-        ("ofd", True): "hardened student (OFD)",
-        ("ofd", False): "undefended student (OFD)",
-        ("kd", False): "undefended student (logit KD)",
-        ("ce", False): "student without teacher (CE)",
-    }[settings.method, settings.radius > 0]
 
 
 def _undefended(run: Run, settings: DistillSettings, stop: StopRequest, work: Inputs) -> list[Model]:
@@ -189,9 +190,7 @@ def _undefended(run: Run, settings: DistillSettings, stop: StopRequest, work: In
     if (path / "run.json").is_file():
         return distill(Run.open(path), stop)
     triggers = tuple(str(p) for p in sorted((run.path / TRIGGERS).glob("*.npz")))
-    plain = replace(
-        settings, method="ofd", hardening=0.0, undefended=False, teacher=str(run.path / TEACHER), triggers=triggers
-    )
+    plain = settings.undefended_twin(str(run.path / TEACHER), triggers)
     origins = {name: str(setting["origin"]) for name, setting in run.summary["settings"].items()}
     sub_run, its_work = start(plain, origins, path, work.data)
     return distill(sub_run, stop, its_work)
@@ -226,7 +225,7 @@ class Inputs:
         candidates = open_teacher(
             checkpoint, arch=settings.arch or None, normalisation=scaling, classes=data.classes, size=data.size
         )
-        train_source = _clean_budget(data.train, settings.clean_budget, settings.seed)
+        train_source = _clean_budget(data.train, settings.clean_budget, settings.seed, by_class=settings.labels)
         teacher, found = choose_teacher(candidates, train_source, device)
         _check_class_order(teacher, data)
         low, high = found.interval
@@ -295,8 +294,8 @@ def _header_size(header: Mapping[str, Any] | None) -> int | tuple[int, int]:
     return 0
 
 
-def _clean_budget(source: Source, budget: str, seed: int) -> Source:
-    """A class-stratified part of the training images."""
+def _clean_budget(source: Source, budget: str, seed: int, *, by_class: bool = True) -> Source:
+    """A part of the training images, class-stratified where their labels may be looked at."""
     if not budget:
         return source
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", budget.strip())
@@ -304,6 +303,8 @@ def _clean_budget(source: Source, budget: str, seed: int) -> Source:
     if not 0 < share <= 1:
         raise ConfigError(f"--clean-budget {budget!r}: expected 1 to {len(source)} images, or a share such as 10%")
     rng = np.random.default_rng([seed, 0xB0D6])
+    if not by_class:
+        return source.subset(np.sort(rng.permutation(len(source))[: max(1, round(share * len(source)))]))
     chosen: list[NDArray[np.int64]] = []
     for label in np.unique(source.labels):
         members = rng.permutation(np.flatnonzero(source.labels == label))
@@ -348,36 +349,97 @@ def _fresh_student(run: Run, settings: DistillSettings, work: Inputs) -> Network
     return student
 
 
+def _held_out(settings: DistillSettings, source: Source) -> tuple[Source, Source]:
+    """The clean images to learn a mask on, or to purify with, and those held out."""
+    order = np.random.default_rng([settings.seed, 0x4E1D]).permutation(len(source))
+    held_out = np.sort(order[: min(_HELD_OUT, max(1, len(order) // 5))])
+    return source.subset(np.sort(order[len(held_out) :])), source.subset(held_out)
+
+
+def _relabelled(run: Run, work: Inputs) -> Inputs:
+    """The teacher's answers in place of the labels: taken from the run, or asked for."""
+    path = run.path / LABELS
+    if not path.is_file():
+        found: list[NDArray[np.int64]] = []
+        with progress("ask the teacher for labels", len(work.train)) as bar:
+            for said in answers(work.teacher.predictor(work.device), work.train, _EVALUATION_BATCH):
+                found.append(said)
+                bar.update(sum(map(len, found)), unit="img")
+        write_file(path, npz_bytes({"y": np.concatenate(found)}))
+    try:
+        with storage_errors(path), path.open("rb") as file:
+            labels = read_npz(file, _LABELS_LIMIT_BYTES)["y"]
+    except (ValueError, KeyError) as error:
+        raise RunError(f"{path} does not hold labels: {error}") from error
+    if labels.shape != (len(work.train),):
+        raise RunError(f"{path} holds {labels.shape} labels, the run has {len(work.train)} training images")
+    return replace(work, train=RelabelledSource(work.train, labels))
+
+
+def _purified(run: Run, settings: DistillSettings, work: Inputs, stop: StopRequest) -> Network:
+    """The purified teacher of a baseline."""
+    clean, held_out = _held_out(settings, work.train)
+    stage = Purification(
+        run=run, stop=stop, teacher=work.teacher, clean=clean, held_out=held_out, recipe=work.recipe,
+        steps=settings.purify_steps, lr=settings.purify_lr, device=work.device,
+        checkpoint_every=settings.checkpoint_every, resume_hint=_resume_command(run),
+    )  # fmt: skip
+    return purified(Method.parse(settings.method).treatment, stage)
+
+
 def _objective(run: Run, settings: DistillSettings, work: Inputs, student: Network) -> Objective:
     """The objective of the method; for RobustKD the mask is learned first, or taken from the run."""
+    method = Method.parse(settings.method)
     module: nn.Module = work.teacher.module.to(work.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     module.requires_grad_(requires_grad=False)
-    if settings.method == "ce":
-        return CrossEntropy(student.module)
-    if settings.method == "kd":
-        return LogitDistillation(student.module, module)
-    tapped = TappedNetwork(module, work.data.size, frozen=True).eval()
+    if method.objective == "ce" or (method.objective == "kd" and method.treatment != "robustkd"):
+        hardening = _on_the_students_images(settings, work)
+        torch.manual_seed(settings.seed)
+        objective: Objective = (
+            CrossEntropy(student.module, hardening)
+            if method.objective == "ce"
+            else LogitDistillation(student.module, module, hardening=hardening)
+        )
+        objective.extra.to(work.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return objective
+    in_train_mode = settings.teacher_mode == "train"
+    if in_train_mode:
+        module = copy.deepcopy(module)  # its BNs' statistics will move; the teacher of the table stays as it is
+    tapped = TappedNetwork(module, work.data.size, frozen=not in_train_mode, only=settings.chosen_taps).eval()
     if not tapped.taps:
         raise ArchitectureError(f"no feature map was found in {work.teacher.arch}; use --method kd, which needs none")
-    found = margins(tapped, module, work.clean_batches(4) if margins_need_images(tapped, module) else [])
-    hardening: UniversalPerturbations | None = None
-    if settings.method == "robustkd":
+    images = work.clean_batches(4) if method.objective == "ofd" and margins_need_images(tapped, module) else []
+    found = margins(tapped, module, images) if method.objective == "ofd" else []
+    if method.treatment == "robustkd":
         masks = _masks(run, settings, work, tapped)
-        dtype = (
-            torch.float32
-            if work.recipe.precision == "fp32"
-            else autocast(work.device, work.recipe.precision).fast_dtype
-        )
+        fp32 = work.recipe.precision == "fp32"
+        dtype = torch.float32 if fp32 else autocast(work.device, work.recipe.precision).fast_dtype
         set_masks(tapped, masks, work.device, dtype)
-    if settings.radius:
-        std = work.teacher.normalisation.std
-        hardening = UniversalPerturbations(work.data.size, settings.radius / 255, std, settings.seed)
+    hardening = _on_the_students_images(settings, work)
     torch.manual_seed(settings.seed)  # whether the mask was learned just now or read must not matter
-    objective = FeatureDistillation(student.module, tapped, work.data.size, found, hardening)
+    if method.objective == "ofd":
+        objective = FeatureDistillation(student.module, tapped, work.data.size, found, hardening)
+    elif method.objective == "at":
+        objective = AttentionTransfer(student.module, tapped, work.data.size, hardening=hardening)
+    else:
+        objective = LogitDistillation(student.module, tapped, hardening=hardening)
     objective.extra.to(work.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    for line in tap_report(tapped.taps, objective.student.taps):
-        say(line)
+    tapped.train(in_train_mode)
+    if isinstance(objective, FeatureDistillation | AttentionTransfer):
+        for line in tap_report(tapped.taps, objective.student.taps):
+            say(line)
     return objective
+
+
+def _on_the_students_images(settings: DistillSettings, work: Inputs) -> nn.Module | None:
+    """What the student's images pass: hardening, noise, both or nothing."""
+    std = work.teacher.normalisation.std
+    passed: list[nn.Module] = []
+    if settings.radius:
+        passed.append(UniversalPerturbations(work.data.size, settings.radius / 255, std, settings.seed))
+    if settings.input_noise:
+        passed.append(InputNoise(settings.input_noise / 255, std))
+    return None if not passed else passed[0] if len(passed) == 1 else nn.Sequential(*passed)
 
 
 def _masks(run: Run, settings: DistillSettings, work: Inputs, tapped: TappedNetwork) -> tuple[TapMask, ...]:
@@ -385,10 +447,11 @@ def _masks(run: Run, settings: DistillSettings, work: Inputs, tapped: TappedNetw
     if path.is_file():
         with storage_errors(path):
             return masks_from_bytes(path.read_bytes(), str(path))
-    recipe = DetoxRecipe(accuracy_budget=settings.accuracy_budget, cap=settings.cap, batch=work.recipe.batch)
-    order = np.random.default_rng([settings.seed, 0x4E1D]).permutation(len(work.train))
-    held_out = np.sort(order[: min(_HELD_OUT, max(1, len(order) // 5))])
-    learn = np.sort(order[len(held_out) :])
+    recipe = DetoxRecipe(
+        accuracy_budget=settings.accuracy_budget, cap=settings.mask_cap, batch=work.recipe.batch,
+        shape=settings.mask, variance=settings.variance, start=settings.replacement,
+    )  # fmt: skip
+    learn, held_out = _held_out(settings, work.train)
     with progress("detoxify", recipe.steps) as bar:
 
         def show(check: DetoxCheck) -> None:
@@ -401,7 +464,7 @@ def _masks(run: Run, settings: DistillSettings, work: Inputs, tapped: TappedNetw
             )
 
         found = detoxify(
-            tapped, work.teacher.normalisation, work.train.subset(learn), work.train.subset(held_out), recipe,
+            tapped, work.teacher.normalisation, learn, held_out, recipe,
             seed=settings.seed, device=work.device, autocast=lambda: autocast(work.device, work.recipe.precision), on_check=show,
         )  # fmt: skip
     run.save(detox=_detox_summary(found))
@@ -411,7 +474,7 @@ def _masks(run: Run, settings: DistillSettings, work: Inputs, tapped: TappedNetw
         f"its accuracy on {found.n} held-out "
         f"clean images went from {found.teacher_accuracy:.1f} to {found.accuracy:.1f}"
     )
-    if found.weight == 0:
+    if found.weight == 0 and settings.variance:
         say(
             f"no mask kept the teacher within {settings.accuracy_budget:g} points of its accuracy: nothing is masked; "
             "give a larger --accuracy-budget"

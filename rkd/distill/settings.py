@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 from typing_extensions import Self
 
 from rkd.distill.batches import AUGMENTATIONS
-from rkd.distill.objectives import METHODS
+from rkd.distill.methods import Method
 from rkd.errors import ConfigError, RunError
 from rkd.run import Run
 
 S = TypeVar("S", bound="TrainingSettings")
 
 _PRECISIONS = ("fp32", "bf16", "fp16")
+_VARIANTS = {"default": (8.0, 0.05), "paper": (0.0, 0.9)}  # of RobustKD: radius of hardening in 255ths, mask's cap
+_CHOICES = {
+    "variant": tuple(_VARIANTS),
+    "mask": ("position", "channel"),
+    "replacement": ("mean", "zero", "random"),
+    "teacher_mode": ("eval", "train"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,13 +100,23 @@ class DistillSettings(TrainingSettings):
     Attributes:
         teacher: path of the checkpoint.
         student: a name from `rkd.models`.
-        method: one of `METHODS`.
+        method: a name of `rkd.distill.methods`.
         triggers: paths of the triggers to test with; no method ever sees them.
         undefended: also train a student of the undefended teacher (OFD), to compare with.
         accuracy_budget: points of clean accuracy that the detoxified teacher may lose.
-        cap: upper end of RobustKD's mask.
-        hardening: radius, in 255ths, of the universal perturbations that the student of a feature distillation is
-            hardened against; 0 for none (the paper's form); None for 8 with robustkd and 0 with ofd.
+        variant: of RobustKD: `default`, or `paper` for the paper's form (no hardening, a cap of 0.9).
+        cap: upper end of RobustKD's mask; None for the variant's.
+        hardening: radius, in 255ths, of the universal perturbations that the student is hardened against; 0 for none;
+            None for the variant's with robustkd and 0 with other methods.
+        mask: `position` or `channel`: what has a mask value of its own.
+        variance: whether the mask lowers the features' variance (the ablation leaves only cross-entropy).
+        replacement: where the replacement starts: `mean`, `zero` or `random`.
+        taps: which of the teacher's taps are used: `all`, `last`, or numbers from the input such as `1,3`.
+        teacher_mode: `eval`, or `train` for a teacher whose BNs use each batch's statistics.
+        input_noise: deviation, in 255ths, of Gaussian noise on the student's images.
+        purify_steps: of the stage that purifies the teacher.
+        purify_lr: its highest learning rate; 0 for the method's own.
+        labels: whether the training images' labels are used; otherwise the teacher's answers stand in for them.
         clean_budget: training images to use, a number or a share such as `10%`; empty for all.
         arch, normalize: of the teacher; empty to take them from its file.
     """
@@ -110,8 +127,18 @@ class DistillSettings(TrainingSettings):
     triggers: tuple[str, ...] = ()
     undefended: bool = False
     accuracy_budget: float = 1.0
-    cap: float = 0.05
+    variant: str = "default"
+    cap: float | None = None
     hardening: float | None = None
+    mask: str = "position"
+    variance: bool = True
+    replacement: str = "mean"
+    taps: str = "all"
+    teacher_mode: str = "eval"
+    input_noise: float = 0.0
+    purify_steps: int = 400
+    purify_lr: float = 0.0
+    labels: bool = True
     clean_budget: str = ""
     epochs: int = 40
     arch: str = ""
@@ -119,22 +146,75 @@ class DistillSettings(TrainingSettings):
 
     def __post_init__(self) -> None:
         self.check()
-        if self.method not in METHODS:
-            raise ConfigError(f"--method {self.method!r}: expected one of {', '.join(METHODS)}")
+        method = Method.parse(self.method)
+        object.__setattr__(self, "method", str(method))
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                option = name.replace("_", "-")
+                raise ConfigError(f"--{option} {getattr(self, name)!r}: expected {' or '.join(known)}")
+        radius, cap = _VARIANTS[self.variant]
+        if self.cap is None:
+            object.__setattr__(self, "cap", cap)
+        if self.hardening is None:
+            object.__setattr__(self, "hardening", radius if method.treatment == "robustkd" else 0.0)
         if not 0 <= self.accuracy_budget <= 100:
             raise ConfigError(f"--accuracy-budget {self.accuracy_budget:g}: expected 0 to 100 points")
-        if not 0 < self.cap <= 1:
-            raise ConfigError(f"--cap {self.cap:g}: expected above 0 and at most 1")
-        if self.hardening is None:
-            object.__setattr__(self, "hardening", 8.0 if self.method == "robustkd" else 0.0)
-        if not 0 <= self.radius <= 255:
-            raise ConfigError(f"--hardening {self.radius:g}: expected 0 to 255 (255ths of a pixel's range)")
-        if self.radius and self.method not in ("robustkd", "ofd"):
-            raise ConfigError(f"--hardening works with --method robustkd and ofd, not with {self.method}")
+        if not 0 < self.mask_cap <= 1:
+            raise ConfigError(f"--cap {self.mask_cap:g}: expected above 0 and at most 1")
+        for option, value in (("hardening", self.radius), ("input-noise", self.input_noise)):
+            if not 0 <= value <= 255:
+                raise ConfigError(f"--{option} {value:g}: expected 0 to 255 (255ths of a pixel's range)")
+        if not 1 <= self.purify_steps < 2**32 or not 0 <= self.purify_lr < math.inf:
+            raise ConfigError(
+                f"--purify-steps {self.purify_steps}, --purify-lr {self.purify_lr:g}: expected 1 or more, 0 or more"
+            )
+        _ = self.chosen_taps
+        self._check_together(method)
         if ".py" in self.student:
             raise ConfigError(f"--student {self.student}: students go by name (`rkd students`), not by file")
+
+    def _check_together(self, method: Method) -> None:
+        """Refuse what the method would ignore: an ablation that changes nothing is a mistake."""
+        defaults = {field.name: field.default for field in fields(self)}
+        needs = {
+            "robustkd": (method.treatment == "robustkd", ("variant", "mask", "variance", "replacement")),
+            "robustkd, or one with ofd or at": (
+                method.treatment == "robustkd" or method.objective in ("ofd", "at"), ("taps", "teacher_mode"),
+            ),
+        }  # fmt: skip
+        for wanted, (fits, names) in needs.items():
+            changed = [name for name in names if getattr(self, name) != defaults[name]]
+            if changed and not fits:
+                given = "--no-variance" if changed[0] == "variance" else f"--{changed[0].replace('_', '-')}"
+                raise ConfigError(f"{given} changes nothing with --method {self.method}: it needs {wanted}")
 
     @property
     def radius(self) -> float:
         """The radius that is used, in 255ths."""
         return self.hardening or 0.0
+
+    @property
+    def mask_cap(self) -> float:
+        """The cap that is used."""
+        return _VARIANTS[self.variant][1] if self.cap is None else self.cap
+
+    @property
+    def chosen_taps(self) -> tuple[int, ...] | None:
+        """The taps that are used, as `rkd.taps.TappedNetwork` takes them; None for all.
+
+        Raises:
+            ConfigError: `taps` is malformed.
+        """
+        if self.taps in ("all", "last"):
+            return None if self.taps == "all" else (-1,)
+        numbers = self.taps.split(",")
+        if not all(n.strip().isdecimal() and 1 <= int(n) <= 99 for n in numbers):
+            raise ConfigError(f"--taps {self.taps!r}: expected all, last, or numbers from the input such as 1,3")
+        return tuple(int(n) - 1 for n in numbers)
+
+    def undefended_twin(self, teacher: str, triggers: tuple[str, ...]) -> DistillSettings:
+        """The same run without a defence: OFD from the teacher as it is."""
+        return replace(
+            self, method="ofd", undefended=False, teacher=teacher, triggers=triggers, variant="default", hardening=0.0,
+            mask="position", variance=True, replacement="mean", taps="all", teacher_mode="eval", input_noise=0.0,
+        )  # fmt: skip

@@ -1,0 +1,103 @@
+"""Methods by name: what the teacher goes through first, and what the student learns from it (no torch).
+
+    ce                    no teacher: cross-entropy on the labels
+    ofd, kd, at           a student that trusts the teacher
+    TREATMENT+ofd, ...    the teacher is treated first: robustkd, finetune, prune, nad or anp, with ofd, kd or at
+
+A treatment alone stands for itself with ofd: `robustkd` is `robustkd+ofd`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+
+from rkd.errors import ConfigError
+
+OBJECTIVES = {
+    "ofd": "feature distillation (Heo et al., 2019)",
+    "kd": "logit distillation (Hinton et al., 2015)",
+    "at": "attention transfer (Zagoruyko and Komodakis, 2017)",
+}
+TREATMENTS = {
+    "robustkd": "RobustKD: detoxify the teacher's features, harden the student",
+    "finetune": "fine-tune the teacher on the clean images",
+    "prune": "fine-pruning (Liu et al., 2018): prune dormant channels of the last stage, then fine-tune",
+    "nad": "neural attention distillation (Li et al., 2021): fine-tune under the attention of a fine-tuned copy",
+    "anp": "adversarial neuron pruning (Wu and Wang, 2021)",
+}
+METHODS = {
+    "ce": "no teacher: cross-entropy on the labels",
+    **OBJECTIVES,
+    **{f"{treatment}+{objective}": text for treatment, text in TREATMENTS.items() for objective in OBJECTIVES},
+}
+
+_SHORT = {"ofd": "OFD", "kd": "logit KD", "at": "AT"}
+_TREATED = {
+    "finetune": "fine-tuned teacher",
+    "prune": "fine-pruned teacher",
+    "nad": "teacher purified by NAD",
+    "anp": "teacher purified by ANP",
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method, taken apart.
+
+    Attributes:
+        treatment: of the teacher: one of `TREATMENTS`, or empty.
+        objective: of the student: one of `OBJECTIVES`, or `ce`.
+    """
+
+    treatment: str
+    objective: str
+
+    @classmethod
+    def parse(cls, name: str) -> Method:
+        """From its name; `parse(str(method)) == method`.
+
+        Raises:
+            ConfigError: there is no such method.
+        """
+        if name == "ce" or name in OBJECTIVES:
+            return cls("", name)
+        treatment, plus, objective = name.partition("+")
+        if treatment in TREATMENTS and (not plus or objective in OBJECTIVES):
+            return cls(treatment, objective or "ofd")
+        close = difflib.get_close_matches(name, [*METHODS, *TREATMENTS], 1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ConfigError(
+            f"--method {name!r}: expected ce, {', '.join(OBJECTIVES)}, or one of {', '.join(TREATMENTS)} with +ofd, +kd "
+            f"or +at{hint}"
+        )
+
+    def __str__(self) -> str:
+        if not self.treatment:
+            return self.objective
+        return "robustkd" if self == Method("robustkd", "ofd") else f"{self.treatment}+{self.objective}"
+
+    @property
+    def purifies(self) -> bool:
+        """Whether the teacher's weights are changed before the student sees it."""
+        return self.treatment not in ("", "robustkd")
+
+    @property
+    def purified(self) -> str:
+        """What the treated teacher is called in tables."""
+        return _TREATED[self.treatment]
+
+    def role(self, *, hardened: bool, labels: bool = True) -> str:
+        """What the student is called in tables."""
+        without = "" if labels else ", without labels"
+        if self.objective == "ce":
+            name = "student without teacher (CE)" if labels else "student of the teacher's answers (CE, without labels)"
+            return f"hardened {name}" if hardened else name
+        short = _SHORT[self.objective] + without
+        if self.treatment == "robustkd":
+            name = "RobustKD student" if (self.objective, labels) == ("ofd", True) else f"RobustKD student ({short})"
+            return name if hardened else f"{name} (paper's form)"
+        if self.treatment:
+            name = f"student of the {self.purified} ({short})"
+            return f"hardened {name}" if hardened else name
+        return f"{'hardened' if hardened else 'undefended'} student ({short})"

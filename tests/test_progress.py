@@ -1,0 +1,59 @@
+"""The rate and the time left that people are told."""
+
+from __future__ import annotations
+
+import pytest
+
+from rkd import progress as progress_module
+from rkd.progress import Bar
+
+
+class Clock:
+    """A clock that the test moves."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(progress_module, "time", made)
+    return made
+
+
+def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return capsys.readouterr().err.splitlines()
+
+
+def test_the_time_left_follows_the_present_rate_not_a_slow_start(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bar = Bar("work", 1000, None)
+    for step in range(1, 11):  # ten steps of 20 s
+        clock.now += 20
+        bar.update(step, unit="img", unit_per_step=4)
+    assert lines(capsys)[-1] == "work: 10/1000, 0 img/s, 5h30m left"
+    for step in range(11, 71):  # then one a second
+        clock.now += 1
+        bar.update(step, unit="img", unit_per_step=4)
+    assert lines(capsys)[-1] == "work: 70/1000, 4 img/s, 15m30s left"
+
+
+def test_a_resumed_bar_does_not_count_what_was_done_before(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    bar = Bar("work", 1000, None)
+    for step in range(501, 513):
+        clock.now += 1
+        bar.update(step, unit="img")
+    assert lines(capsys)[-1] == "work: 510/1000, 1 img/s, 8m10s left"
+
+
+def test_the_last_line_says_how_long_all_of_it_took(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    bar = Bar("work", 3, None)
+    for step in range(1, 4):
+        clock.now += 2
+        bar.update(step)
+    assert lines(capsys) == ["work: 3/3, 0m06s in all"]
