@@ -5,8 +5,8 @@
         ...
 
 What fits the memory budget is decoded once; a larger folder is decoded as it is read. Images that cannot be decoded are
-left out, named and counted. Training images whose very pixels are in the test set are removed: a test that was trained
-on proves nothing.
+left out, named and counted. Training images whose very pixels (where they are decoded as they are read: whose files' very
+bytes) are in the test set are removed: a test that was trained on proves nothing.
 """
 
 from __future__ import annotations
@@ -179,6 +179,7 @@ class Dataset:
         test: the test split, disjoint from it.
         notes: what was left out or converted, a line each.
         digest: SHA-256 identity: of labels and pixels where they are in memory, of paths and file sizes where not.
+        removed: training images that were removed because the test set has them.
     """
 
     name: str
@@ -187,6 +188,7 @@ class Dataset:
     test: Source
     notes: tuple[str, ...]
     digest: str
+    removed: int = 0
 
     @property
     def size(self) -> Size:
@@ -271,10 +273,17 @@ def _open_folder(root: Path, request: _Request) -> Dataset:
             report = Report(str(root), len(rows), request.max_corrupt)
             return FolderSource(root, paths, labels, size, rows=rows, report=report)
 
+        kept = _images.without_files_of_the_test(root, paths, train, test)
+        removed = len(train) - len(kept)
         note = f"{needed_bytes / 2**20:,.0f} MiB of pixels, {request.memory_bytes / 2**20:,.0f} MiB allowed"
-        digest = _digest_of_files(root, classes, size, [[paths[i] for i in rows] for rows in (train, test)])
-        notes = (*notes, f"decoded as it is read: {note}")
-        return Dataset(name, classes, streamed(train), streamed(test), notes, digest)
+        digest = _digest_of_files(root, classes, size, [[paths[i] for i in rows] for rows in (kept, test)])
+        notes = (*notes, *_removed_note(removed, "file is"), f"decoded as it is read: {note}")
+        absent = np.setdiff1d(np.arange(len(classes)), labels[kept])
+        if len(absent):
+            raise DataError(
+                f"{name}: no training images of class {first([classes[i] for i in absent])} that the test lacks"
+            )
+        return Dataset(name, classes, streamed(kept), streamed(test), notes, digest, removed)
     decoded = _images.decode_all(lambda i: _images.decode(root / paths[i], size), len(paths), size, request.progress)
     failed = {paths[i]: why for i, why in decoded.failed.items()}
     corrupt = _images.corrupt_note(str(root), failed, len(paths), request.max_corrupt)
@@ -282,6 +291,13 @@ def _open_folder(root: Path, request: _Request) -> Dataset:
     return _in_memory(
         name, classes, decoded.images, labels, rows=rows, notes=(*notes, *corrupt, *decoded.change_notes())
     )
+
+
+def _removed_note(removed: int, what: str) -> tuple[str, ...]:
+    if not removed:
+        return ()
+    were = "image" if removed == 1 else "images"
+    return (f"{removed} training {were} removed: the same {what} in the test set",)
 
 
 def _digest_of_files(root: Path, classes: tuple[str, ...], size: Size, splits: list[list[str]]) -> str:
@@ -499,9 +515,8 @@ def _in_memory(
     train_rows, test_rows = rows
     tested = {_fingerprint(images[i]) for i in test_rows}
     kept = np.array([i for i in train_rows if _fingerprint(images[i]) not in tested], dtype=np.int64)
-    if removed := len(train_rows) - len(kept):
-        were = "image" if removed == 1 else "images"
-        notes = (*notes, f"{removed} training {were} removed: the same pixels are in the test set")
+    removed = len(train_rows) - len(kept)
+    notes = (*notes, *_removed_note(removed, "pixels are"))
     train, test = ArraySource(images, labels, kept), ArraySource(images, labels, test_rows)
     if len(classes) < 2:
         raise DataError(f"{name} holds one class only; expected at least two")
@@ -516,7 +531,7 @@ def _in_memory(
         digest.update(b"split" + source.labels.astype("<i8").tobytes())
         for pixels, _ in source.batches(1024):
             digest.update(pixels.data)
-    return Dataset(name, classes, train, test, tuple(notes), digest.hexdigest())
+    return Dataset(name, classes, train, test, tuple(notes), digest.hexdigest(), removed)
 
 
 def _fingerprint(image: Pixels) -> bytes:

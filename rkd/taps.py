@@ -165,7 +165,9 @@ def channel_writers(network: nn.Module, size: tuple[int, int]) -> tuple[str, ...
     graph_module = _trace(network, size)
     ends = _stage_ends(graph_module.graph) if graph_module is not None else []
     if not ends:
-        raise ArchitectureError("no stage was found in the network whose channels could be pruned")
+        raise ArchitectureError(
+            "no stage was found in the network whose channels could be pruned; use --method finetune+ofd"
+        )
     found: dict[str, None] = {}
     seen: set[fx.Node] = set()
     waiting = [ends[-1][0]]
@@ -184,7 +186,9 @@ def channel_writers(network: nn.Module, size: tuple[int, int]) -> tuple[str, ...
         elif node.op == "call_function" and node.target in _PRODUCTS:
             waiting += [n for n in node.all_input_nodes if _shape(n) == _shape(node)][:1]
         else:
-            raise ArchitectureError(f"the channels of the last stage cannot be pruned: {node.name} mixes them")
+            raise ArchitectureError(
+                f"the channels of the last stage cannot be pruned, {node.name} mixes them; use --method finetune+ofd"
+            )
     return tuple(found)
 
 

@@ -29,6 +29,7 @@ from rkd.files import sha256, storage_errors, write_file
 from rkd.metrics import Proportion
 from rkd.models import build
 from rkd.models.infer import infer_arch, output_count
+from rkd.models.keys import known_names
 from rkd.network import NORMALISATIONS, Network, Normalisation, read_header, safe_arch
 
 _LIMIT_BYTES = 16 * 2**30
@@ -156,8 +157,7 @@ def open_teacher(
             with torch.device("meta"):
                 _check_fit(build(name, outputs, size), checkpoint, name)
         module = build(name, outputs, size)
-        _check_fit(module, checkpoint, name)
-        module.load_state_dict(checkpoint.tensors, strict=False)
+        module.load_state_dict(_check_fit(module, checkpoint, name), strict=False)
         network = Network(
             module.eval(), name, labels, size, scaling, provenance if isinstance(provenance, dict) else {}
         )
@@ -391,9 +391,16 @@ def _normalisation_of(header: Mapping[str, Any] | None) -> Normalisation | None:
         raise CheckpointError(f"the checkpoint's normalisation is not three means and deviations: {error}") from error
 
 
-def _check_fit(module: nn.Module, checkpoint: Checkpoint, arch: str) -> None:
+def _check_fit(module: nn.Module, checkpoint: Checkpoint, arch: str) -> dict[str, Tensor]:
+    """The checkpoint's tensors by the network's names, which other people's ports may call differently.
+
+    Raises:
+        ArchitectureError: they are another network's.
+    """
     wanted = {n: tuple(t.shape) for n, t in module.state_dict().items() if not n.endswith("num_batches_tracked")}
-    got = checkpoint.shapes
+    tensors, got = checkpoint.tensors, checkpoint.shapes
+    if set(got) != set(wanted) and set(renamed := known_names(got)) == set(wanted):
+        tensors, got = known_names(tensors), renamed
     problems = [f"{n} is {got[n]}, expected {wanted[n]}" for n in wanted if n in got and got[n] != wanted[n]]
     problems += [f"{n} is missing" for n in wanted if n not in got]
     problems += [f"{n} is not part of it" for n in got if n not in wanted]
@@ -402,6 +409,7 @@ def _check_fit(module: nn.Module, checkpoint: Checkpoint, arch: str) -> None:
         raise ArchitectureError(
             f"{checkpoint.path} is not a {arch}: {'; '.join(problems[:3])}{more}; give another --arch"
         )
+    return tensors
 
 
 def _hint(

@@ -46,7 +46,7 @@ from rkd.progress import Bar, progress, say
 from rkd.purify import Purification, purified
 from rkd.run import EXAMPLES, LABELS, MASKS, PURIFIED, STUDENT, TEACHER, TRIGGERS, Model, Run, Setting, models_of
 from rkd.signals import StopRequest
-from rkd.taps import TappedNetwork
+from rkd.taps import TappedNetwork, channel_writers
 from rkd.teacher import choose_teacher, open_teacher, read_checkpoint
 from rkd.triggers import Trigger
 
@@ -78,6 +78,7 @@ def start(
     work = Inputs.open(settings, Path(settings.teacher), data)
     settings, origins = _resolved(settings, origins, work)
     _ = build(settings.student, len(work.data.classes), work.data.size)
+    _check_teacher(settings, work)
     made = {
         name: Setting(getattr(settings, name), origins.get(name, "default"))
         for name in (f.name for f in fields(settings))
@@ -86,11 +87,25 @@ def start(
     members = {f"{TRIGGERS}/{trigger.name}.npz": trigger.to_bytes() for trigger in work.triggers}
     run = Run.create(
         path, "distill", made, {**members, TEACHER: work.teacher.to_bytes()},
-        data={"name": work.data.name, "digest": work.data.digest, "classes": list(work.data.classes), "notes": list(work.data.notes)},
+        data={"name": work.data.name, "digest": work.data.digest, "classes": list(work.data.classes), "notes": list(work.data.notes),
+              "clean_images": len(work.train), "removed_as_in_test": work.data.removed},
         teacher={"sha256": work.teacher_sha256, "file": Path(settings.teacher).name, "arch": work.teacher.arch,
                  "normalize": str(work.teacher.normalisation), "notes": list(work.notes)},
     )  # fmt: skip
     return run, work
+
+
+def _check_teacher(settings: DistillSettings, work: Inputs) -> None:
+    """Refuse what this teacher's network does not have, before anything is written.
+
+    Raises:
+        ConfigError: fewer taps than were asked for.
+        ArchitectureError: channels that cannot be pruned one by one.
+    """
+    if settings.chosen_taps is not None:
+        TappedNetwork(work.teacher.module, work.data.size, only=settings.chosen_taps)
+    if Method.parse(settings.method).treatment == "prune":
+        channel_writers(work.teacher.module, work.data.size)
 
 
 def _resolved(

@@ -1,7 +1,10 @@
 """Teachers and students by name.
 
 wrn-D-K                      wide ResNet for small images (Zagoruyko and Komodakis, BMVC 2016), BN-ReLU order
-resnet20, 32, 44, 56         CIFAR ResNets (He et al., CVPR 2016), ReLU after the addition
+resnet20, 32, 44, 56, 110    CIFAR ResNets (He et al., CVPR 2016), ReLU after the addition; resnet20-a, ... with
+                             shortcuts without parameters (the paper's option A)
+pyramidnet-D-A               PyramidNet for small images (Han et al., CVPR 2017); bottlenecks from 164 layers on, or as
+                             pyramidnet-D-A-bottleneck and pyramidnet-D-A-basic say
 mobilenet, mobilenet-v2,     torchvision's networks; below 73 pixels their stems are adapted so that the last
 shufflenet-v2, resnet18, ... feature map is not a single pixel (any torchvision classification name works)
 torchvision:NAME             torchvision's network as it is, at any input size
@@ -23,6 +26,7 @@ from typing import Any, cast
 from torch import nn
 
 from rkd.errors import ArchitectureError
+from rkd.models.pyramidnet import BOTTLENECK_FROM, PyramidNet
 from rkd.models.resnet import CifarResNet
 from rkd.models.stem import adapt_stem
 from rkd.models.wrn import WideResNet
@@ -32,7 +36,10 @@ ALIASES = {
     "mobilenet": "mobilenet_v3_small",
     "mobilenet_v3": "mobilenet_v3_small",
     "shufflenet_v2": "shufflenet_v2_x1_0",
+    "vgg11": "vgg11_bn",
+    "vgg13": "vgg13_bn",
     "vgg16": "vgg16_bn",
+    "vgg19": "vgg19_bn",
 }
 
 
@@ -56,8 +63,11 @@ def build(name: str, classes: int, size: tuple[int, int]) -> nn.Module:
         return _from_torchvision(rest, classes)
     if match := re.fullmatch(r"wrn-(\d{1,4})-(\d{1,3})", name):
         return WideResNet(int(match[1]), int(match[2]), classes)
-    if match := re.fullmatch(r"resnet-?(20|32|44|56|110)", name):
-        return CifarResNet(int(match[1]), classes)
+    if match := re.fullmatch(r"resnet-?(20|32|44|56|110)(-a)?", name):
+        return CifarResNet(int(match[1]), classes, projection=match[2] is None)
+    if match := re.fullmatch(r"pyramidnet-(\d{1,4})-(\d{1,4})(-basic|-bottleneck)?", name):
+        depth, kind = int(match[1]), match[3] or ("-bottleneck" if int(match[1]) >= BOTTLENECK_FROM else "-basic")
+        return PyramidNet(depth, int(match[2]), classes, bottleneck=kind == "-bottleneck")
     key = ALIASES.get(name.replace("-", "_"), name.replace("-", "_"))
     return adapt_stem(_from_torchvision(key, classes), size)
 

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import torch
 
 from rkd.models import build, torchvision_names
+from rkd.models.keys import known_names
+from rkd.models.pyramidnet import BOTTLENECK_FROM
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -47,9 +49,10 @@ def infer_arch(shapes: Shapes, size: tuple[int, int]) -> tuple[str, ...]:
     Several names fit where a network differs only in what tensors do not show (strides of the stem).
 
     Args:
-        shapes: tensor names and shapes, without BN's counters.
+        shapes: tensor names and shapes, without BN's counters; names of other people's ports are known too.
         size: height and width of the images, which decides whether a stem is adapted.
     """
+    shapes = known_names(shapes)
     classes = output_count(shapes)
     if classes is None:
         return ()
@@ -70,11 +73,20 @@ def _guesses(shapes: Shapes) -> list[str]:
         return [f"wrn-{6 * n + 4}-{first[0] // 16}"]
     if "layer3.0.conv1.weight" in shapes and "layer4.0.conv1.weight" not in shapes:
         n = _count(shapes, r"layer1\.(\d+)\.conv1\.weight")
-        return [f"resnet{6 * n + 2}"]
+        if len(final := shapes.get("bn_final.weight", ())) == 1:
+            return [_pyramidnet(n, final[0], bottleneck="layer1.0.conv3.weight" in shapes)]
+        return [f"resnet{6 * n + 2}", f"resnet{6 * n + 2}-a"]
     for tensor, prefixes in _FAMILIES.items():
         if tensor in shapes:
             return [f"torchvision:{name}" for name in torchvision_names() if name.startswith(prefixes)]
     return []
+
+
+def _pyramidnet(n: int, final: int, *, bottleneck: bool) -> str:
+    """Its name from the blocks of a stage and the last width, which is 16 + alpha, four times that with bottlenecks."""
+    depth, alpha = (9 * n + 2, final // 4 - 16) if bottleneck else (6 * n + 2, final - 16)
+    usual = bottleneck == (depth >= BOTTLENECK_FROM)
+    return f"pyramidnet-{depth}-{alpha}{'' if usual else '-bottleneck' if bottleneck else '-basic'}"
 
 
 def _count(shapes: Shapes, pattern: str) -> int:
