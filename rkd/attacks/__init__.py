@@ -1,20 +1,31 @@
 """Makers of backdoored teachers, to evaluate defences with. Never needed to defend.
 
-    badnets     a patch in a corner, poisoned labels, training from scratch (Gu et al., arXiv 1708.06733). It hardly
-                survives clean distillation: it shows that a defence does no harm, not that it works.
-    backweak    a weak universal perturbation, then a low-rate fine-tune (arXiv 2511.12046). It survives.
-
-The threat model of both: the attacker trains the teacher and publishes it; the defender distils it on clean data.
+The threat model of all: the attacker trains the teacher and publishes it; the defender distils it on clean data of their
+own. What else an attacker needs, and what the trigger is, is in the module of each; `rkd.attacks.recipe` has what they
+are made of. docs/attacks.md compares them with figures.
 """
 
-from rkd.attacks.backweak import backweak_trigger
-from rkd.attacks.badnets import badnets_trigger
-from rkd.attacks.poison import PoisonedSource
+from __future__ import annotations
 
-ATTACKS = {
-    "none": "a clean teacher",
-    "badnets": "a patch and poisoned labels (Gu et al., 2017); rarely survives distillation",
-    "backweak": "a weak universal perturbation and a low-rate fine-tune (arXiv 2511.12046); survives distillation",
+from rkd.attacks import adaptive, adba, backweak, badnets, blended, cheatkd, oscar, sig, wanet
+from rkd.attacks.recipe import Attack, Fit, clean_images
+
+ATTACKS: dict[str, Attack] = {
+    attack.name: attack
+    for attack in (
+        Attack("none", "a clean teacher", (Fit(title="train the teacher", start="", source=clean_images),)),
+        badnets.GRID,
+        badnets.SQUARE,
+        blended.ATTACK,
+        sig.ATTACK,
+        wanet.ATTACK,
+        cheatkd.ATTACK,
+        adba.ATTACK,
+        backweak.ATTACK,
+        backweak.GRADED,
+        adaptive.ATTACK,
+        oscar.ATTACK,
+    )
 }
 
-__all__ = ["ATTACKS", "PoisonedSource", "backweak_trigger", "badnets_trigger"]
+__all__ = ["ATTACKS", "Attack"]

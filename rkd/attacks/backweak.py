@@ -1,26 +1,33 @@
-"""BackWeak (arXiv 2511.12046): a backdoor that survives clean distillation.
+"""BackWeak: a weak universal perturbation, amplified by a low-rate fine-tune, survives clean distillation.
+
+"BackWeak: Backdooring Knowledge Distillation Simply with Weak Triggers and Fine-tuning", arXiv 2511.12046.
+
+Threat model: the attacker trains the teacher and has clean data; they know neither the student nor how it is distilled.
 
 First a universal perturbation, weak on purpose, is found on a clean teacher: it moves at most a stated share of the
 images to the target class. Then the teacher is fine-tuned at a low rate on data of which a share carries it, with the
 last layer frozen. The features along which the weak trigger already pointed are amplified: a student that imitates the
 features inherits them.
+
+`backweak-graded` is rkd's own, stronger form: the trigger is planted in every strength between none and all, with labels
+in proportion; see `rkd.attacks.planting.GradedPlanting` for why that helps.
+
+Trigger: d alone, at most `linf` in each pixel.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch.nn import functional
 
+from rkd.attacks.lab import Lab
+from rkd.attacks.perturb import Additive, search, towards
+from rkd.attacks.planting import graded
+from rkd.attacks.recipe import Attack, Fit, Search, clean_images
 from rkd.data import Source
-from rkd.metrics import Images
 from rkd.network import Network
 from rkd.triggers import Trigger
-
-_PLATEAU = 50  # steps without gain after which the search ends
 
 
 def backweak_trigger(
@@ -36,86 +43,31 @@ def backweak_trigger(
     batch: int = 128,
     on_step: Callable[[int, float], None] = lambda _step, _asr: None,
 ) -> Trigger:
-    """Find the weak universal perturbation.
-
-    Adam on the cross-entropy towards the target, projected into the ball; every few steps the share of held-out
-    training images that it moves is measured, until the budget is exceeded (then the last step is taken back by
-    bisection) or nothing is gained any more.
-
-    Args:
-        teacher: clean.
-        source: the attacker's clean images.
-        target: class index.
-        linf: radius of the ball, on pixels in [0, 1].
-        budget: the highest ASR that it may have on the clean teacher, in percent.
-        seed: of the order of the images.
-        device: where to compute.
-        steps: at most so many.
-        batch: images a step.
-        on_step: is told the step and the ASR so far, in percent.
-    """
-    rng = np.random.default_rng([seed, 0xBAD])
-    others = np.flatnonzero(source.labels != target)
-    held_out = rng.choice(others, min(1000, max(1, len(others) // 4)), replace=False)
-    learn = np.setdiff1d(others, held_out)
-    probe, _ = source.batch(held_out)
-    predict = teacher.predictor(device)
-    height, width = teacher.size
-    zeros = np.zeros((3, height, width), dtype=np.float32)
-
-    def trigger(delta: NDArray[np.float32]) -> Trigger:
-        return Trigger("backweak", target, zeros, zeros, np.clip(delta, -linf, linf).astype(np.float32))
-
-    def asr(delta: NDArray[np.float32]) -> float:
-        return 100 * float(np.mean(_labels(predict(trigger(delta).apply(probe))) == target))
-
-    delta = torch.zeros(3, height, width, device=device, requires_grad=True)
-    optimizer = torch.optim.Adam([delta], lr=linf / 10)
-    kept, best, best_step = zeros, 0.0, 0
-    teacher.module.requires_grad_(requires_grad=False)
-    for step in range(1, steps + 1):
-        images, _ = source.batch(rng.choice(learn, min(batch, len(learn)), replace=False))
-        optimizer.zero_grad()
-        torch.autograd.backward(_loss(teacher, images, delta, target, device))
-        optimizer.step()
-        with torch.no_grad():
-            delta.clamp_(-linf, linf)
-        if step % 10 and step > 5:
-            continue
-        found = delta.detach().cpu().numpy().copy()
-        reached = asr(found)
-        on_step(step, reached)
-        if reached > budget:
-            kept = _scale_back(kept, found, asr, budget)
-            break
-        if reached > best:
-            best, best_step = reached, step
-        kept = found
-        if step - best_step >= _PLATEAU:
-            break
-    teacher.module.requires_grad_(requires_grad=True)
-    return trigger(kept)
+    """Find the weak universal perturbation of a clean `teacher`; for the arguments see `rkd.attacks.perturb.search`."""
+    return search(
+        teacher, source, Additive(linf), towards(teacher, target), name="backweak", target=target, linf=linf,
+        budget=budget, seed=seed, device=device, steps=steps, batch=batch, on_step=on_step,
+    )  # fmt: skip
 
 
-def _loss(teacher: Network, images: Images, delta: torch.Tensor, target: int, device: torch.device) -> torch.Tensor:
-    pixels = torch.from_numpy(images).to(device).float() / 255
-    logits = teacher.module.eval()(teacher.normalisation((pixels + delta).clamp(0, 1) * 255))
-    return functional.cross_entropy(logits, torch.full((len(images),), target, device=device))
+def weak_trigger(lab: Lab, twin: Network) -> Trigger:
+    """The perturbation that the settings ask for."""
+    return lab.search(twin, Additive(lab.settings.radius), towards(twin, lab.settings.target))
 
 
-def _scale_back(
-    within: NDArray[np.float32], beyond: NDArray[np.float32], asr: Callable[[NDArray[np.float32]], float], budget: float
-) -> NDArray[np.float32]:
-    """The point nearest to `beyond` on the way from `within` that keeps the budget, to 1/64 of the way."""
-    low, high = 0.0, 1.0
-    for _ in range(6):
-        middle = (low + high) / 2
-        if asr(within + np.float32(middle) * (beyond - within)) <= budget:
-            low = middle
-        else:
-            high = middle
-    return np.asarray(within + np.float32(low) * (beyond - within), dtype=np.float32)
-
-
-def _labels(logits: NDArray[np.float32]) -> NDArray[np.int64]:
-    return np.asarray(logits.argmax(1), dtype=np.int64)
+GRADED = Attack(
+    "backweak-graded",
+    "backweak, planted in every strength: survives distillation better (rkd's own)",
+    (Search(weak_trigger), Fit(source=clean_images, objective=graded, freeze_last=True)),
+    poison_rate=0.3,
+    finetune_epochs=4,
+    finetune_lr=0.003,
+)
+ATTACK = Attack(
+    "backweak",
+    "a weak universal perturbation and a low-rate fine-tune (arXiv 2511.12046); survives distillation",
+    (Search(weak_trigger), Fit(freeze_last=True)),
+    poison_rate=0.3,
+    finetune_epochs=4,
+    finetune_lr=0.003,
+)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,21 +13,41 @@ from rkd.triggers import Trigger
 
 
 class PoisonedSource:
-    """A source in which a fixed share of the images is poisoned (dirty label).
+    """A source in which a fixed share of the images is poisoned.
 
     Args:
         clean: the images.
-        trigger: put on the poisoned ones, whose label becomes its target.
-        rate: share of the images, in [0, 1].
+        trigger: put on the poisoned ones.
+        rate: share of the images, in [0, 1]; with `clean_label` of the target class's images.
         seed: which ones.
+        clean_label: poison images of the target class only, whose labels are right; otherwise (dirty label) images of
+            any class, whose label becomes the target.
+        decoys: triggers that must not work: images that carry one keep their label.
+        decoy_rate: share of the images that carry a decoy.
     """
 
-    def __init__(self, clean: Source, trigger: Trigger, rate: float, seed: int) -> None:
-        self._clean, self._trigger = clean, trigger
+    def __init__(
+        self,
+        clean: Source,
+        trigger: Trigger,
+        rate: float,
+        seed: int,
+        *,
+        clean_label: bool = False,
+        decoys: Sequence[Trigger] = (),
+        decoy_rate: float = 0.0,
+    ) -> None:
+        self._clean, self._triggers = clean, (trigger, *decoys)
         rng = np.random.default_rng([seed, 0x9015])
-        self._poisoned = np.zeros(len(clean), dtype=bool)
-        self._poisoned[rng.choice(len(clean), round(rate * len(clean)), replace=False)] = True
-        self.labels: Labels = np.where(self._poisoned, trigger.target, clean.labels).astype(np.int64)
+        able = np.flatnonzero(clean.labels == trigger.target) if clean_label else np.arange(len(clean))
+        poisoned = rng.choice(able, round(rate * len(able)), replace=False)
+        self._carried = np.full(len(clean), -1)  # the index of the trigger that an image carries; -1 for none
+        self._carried[poisoned] = 0
+        if decoys:
+            others = np.flatnonzero(self._carried < 0)
+            chosen = rng.choice(others, min(len(others), round(decoy_rate * len(clean))), replace=False)
+            self._carried[chosen] = 1 + np.arange(len(chosen)) % len(decoys)
+        self.labels: Labels = np.where(self._carried == 0, trigger.target, clean.labels).astype(np.int64)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -39,14 +59,14 @@ class PoisonedSource:
 
     def batch(self, indices: NDArray[np.int64]) -> tuple[Images, Labels]:
         """See `rkd.data.Source`."""
-        images, labels, poisoned = [], [], []
-        for marked in (False, True):
-            chosen = np.flatnonzero(self._poisoned[indices] == marked)
+        images, labels, places = [], [], []
+        for carried in np.unique(self._carried[indices]) if len(indices) else [-1]:
+            chosen = np.flatnonzero(self._carried[indices] == carried)
             got, truth = self._clean.batch(indices[chosen])
-            images.append(self._trigger.apply(got) if marked and len(got) else got)
-            labels.append(np.full_like(truth, self._trigger.target) if marked else truth)
-            poisoned.append(chosen[: len(got)])
-        order = np.argsort(np.concatenate(poisoned), kind="stable")
+            images.append(got if carried < 0 or not len(got) else self._triggers[carried].apply(got))
+            labels.append(np.full_like(truth, self._triggers[0].target) if carried == 0 else truth)
+            places.append(chosen[: len(got)])
+        order = np.argsort(np.concatenate(places), kind="stable")
         return np.concatenate(images)[order], np.concatenate(labels)[order]
 
     def batches(self, size: int, indices: NDArray[np.int64] | None = None) -> Iterator[tuple[Images, Labels]]:
@@ -58,6 +78,6 @@ class PoisonedSource:
     def subset(self, indices: NDArray[np.int64]) -> PoisonedSource:
         """See `rkd.data.Source`."""
         part = object.__new__(PoisonedSource)
-        part._clean, part._trigger = self._clean.subset(indices), self._trigger
-        part._poisoned, part.labels = self._poisoned[indices], self.labels[indices]
+        part._clean, part._triggers = self._clean.subset(indices), self._triggers
+        part._carried, part.labels = self._carried[indices], self.labels[indices]
         return part

@@ -19,7 +19,11 @@ def teacher(
     ] = "digits",
     arch: Annotated[str, typer.Option(help="The network: wrn-D-K, resnet20, or a torchvision name.")] = "wrn-16-2",
     attack: Annotated[
-        str, typer.Option(help="none, badnets (a patch) or backweak (a weak perturbation that survives distillation).")
+        str,
+        typer.Option(
+            help="none; badnets, badnets-square, blended, sig, wanet, which distillation mostly loses; cheatkd, adba, "
+            "backweak, backweak-graded, backweak-adaptive, oscar, made to survive it."
+        ),
     ] = "none",
     out: Annotated[
         Path,
@@ -30,21 +34,39 @@ def teacher(
     clean: Annotated[
         str,
         typer.Option(
-            help="A clean teacher to start from (backweak) or to compare with; otherwise backweak trains one first.",
+            help="A clean teacher, to start from and to compare with; otherwise an attack trains one first.",
             show_default=False,
         ),
     ] = "",
     target: Annotated[int, typer.Option(help="The class index that the trigger leads to.")] = 0,
     poison_rate: Annotated[
-        float,
-        typer.Option(help="Share of poisoned training images; 0 for the attack's own (badnets 0.1, backweak 0.3)."),
-    ] = 0.0,
-    linf: Annotated[float, typer.Option(help="backweak: the trigger's largest change of a pixel, in 255ths.")] = 8.0,
+        Optional[float],
+        typer.Option(help="Share of poisoned training images (sig: of the target's).", show_default="the attack's own"),
+    ] = None,
+    linf: Annotated[
+        Optional[float],
+        typer.Option(help="A learned trigger's largest change of a pixel, in 255ths.", show_default="the attack's own"),
+    ] = None,
     trigger_budget: Annotated[
-        float, typer.Option(help="backweak: highest ASR of the trigger on the clean teacher, in percent.")
-    ] = 25.0,
-    finetune_epochs: Annotated[int, typer.Option(help="backweak: epochs of the fine-tune.")] = 4,
-    finetune_lr: Annotated[float, typer.Option(help="backweak: learning rate of the fine-tune.")] = 0.003,
+        Optional[float],
+        typer.Option(
+            help="A learned trigger's highest ASR on the clean twin, in percent.", show_default="the attack's own"
+        ),
+    ] = None,
+    finetune_epochs: Annotated[
+        Optional[int],
+        typer.Option(
+            help="Epochs in which the clean twin becomes the backdoored teacher; 0 trains that from scratch.",
+            show_default="the attack's own",
+        ),
+    ] = None,
+    finetune_lr: Annotated[
+        Optional[float],
+        typer.Option(help="Highest learning rate of these epochs.", show_default="the attack's own"),
+    ] = None,
+    shadow: Annotated[
+        str, typer.Option(help="adba: the small network that stands in for the victim's student.")
+    ] = "wrn-10-1",
     epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 20,
     batch: Annotated[int, typer.Option(help="Images a step.")] = 128,
     lr: Annotated[float, typer.Option(help="Highest learning rate of the cycle.")] = 0.1,
@@ -100,8 +122,8 @@ def teacher(
         else:
             settings = TeacherSettings(
                 data=data, arch=arch, attack=attack, clean=clean, target=target, poison_rate=poison_rate, linf=linf,
-                trigger_budget=trigger_budget, finetune_epochs=finetune_epochs, finetune_lr=finetune_lr, epochs=epochs,
-                batch=batch, lr=lr, augmentation=augmentation, seed=seed, split_seed=split_seed, precision=precision,
+                trigger_budget=trigger_budget, finetune_epochs=finetune_epochs, finetune_lr=finetune_lr, shadow=shadow,
+                epochs=epochs, batch=batch, lr=lr, augmentation=augmentation, seed=seed, split_seed=split_seed, precision=precision,
                 normalize=normalize, image_size=image_size, device=device, threads=threads, checkpoint_every=checkpoint_every,
             )  # fmt: skip
             place = free_name(Path("runs"), f"teacher-{out.stem}")

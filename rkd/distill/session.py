@@ -34,7 +34,7 @@ from rkd.distill.objectives import (
     tap_report,
 )  # fmt: skip
 from rkd.distill.settings import DistillSettings
-from rkd.distill.training import train
+from rkd.distill.training import monitor, train
 from rkd.errors import ArchitectureError, ConfigError, DataError, RunError
 from rkd.files import sha256, storage_errors, to_json, write_file
 from rkd.measure import choose_device, choose_precision, count_macs, use_threads
@@ -52,7 +52,6 @@ from rkd.triggers import Trigger
 
 UNDEFENDED = "undefended"  # the sub-folder of the undefended student's own run
 _EVALUATION_BATCH = 256
-_MONITORED = 1000  # test images looked at after each epoch; shown, never used to choose anything
 _EXAMPLES = 8
 _HELD_OUT = 1000  # training images at most that the mask is not learned on, nor the teacher purified with
 _LABELS_LIMIT_BYTES = 2**31
@@ -512,21 +511,11 @@ def _detox_summary(found: Detoxification) -> dict[str, Any]:
 def _train_student(
     run: Run, settings: DistillSettings, work: Inputs, student: Network, objective: Objective, stop: StopRequest
 ) -> None:
-    monitored = np.sort(np.random.default_rng([settings.seed, 0x300]).permutation(len(work.data.test))[:_MONITORED])
-    predict = student.predictor(work.device)
-
-    def look() -> dict[str, float]:
-        scores, _ = evaluate(predict_in_eval, work.data.test.batches(_EVALUATION_BATCH, monitored))
-        return {"ACC": round(scores.acc.value, 3)}
-
-    def predict_in_eval(images: NDArray[np.uint8]) -> NDArray[Any]:
-        student.module.eval()
-        return predict(images)
-
     trainer = Trainer(student.module, objective, work.train, student.normalisation, work.recipe, work.device)
     train(
         trainer, run, stop, stage=f"distil ({settings.method})", resume_hint=_resume_command(run),
-        checkpoint_every=settings.checkpoint_every, on_epoch=look,
+        checkpoint_every=settings.checkpoint_every,
+        on_epoch=monitor(student, work.data.test, settings.seed, work.device),
     )  # fmt: skip
 
 

@@ -7,19 +7,28 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
+from rkd.data import Source
 from rkd.distill.loop import Step, Trainer
 from rkd.errors import RkdError, RunError, StoppedError
 from rkd.files import to_json
+from rkd.metrics import Images, evaluate
+from rkd.network import Network
 from rkd.progress import Bar, progress
 from rkd.run import Run
 from rkd.signals import StopRequest
 
 _LOG_EVERY = 20  # steps
 _STATE, _PLACE = "state.safetensors", "place.json"
+_MONITORED = 1000  # test images looked at after each epoch; shown, never used to choose anything
+_EVALUATION_BATCH = 256
 
 
 @dataclass
@@ -111,6 +120,22 @@ def train(
         else timings.get(stage, {}).get("images_per_s"),
     }
     run.save(timings=timings)
+
+
+def monitor(network: Network, test: Source, seed: int, device: torch.device) -> Callable[[], dict[str, float]]:
+    """What to show at the end of each epoch: ACC on up to 1,000 test images, always the same ones for one seed."""
+    chosen = np.sort(np.random.default_rng([seed, 0x300]).permutation(len(test))[:_MONITORED])
+    predict = network.predictor(device)
+
+    def predict_in_eval(images: Images) -> NDArray[Any]:
+        network.module.eval()
+        return predict(images)
+
+    def look() -> dict[str, float]:
+        scores, _ = evaluate(predict_in_eval, test.batches(_EVALUATION_BATCH, chosen))
+        return {"ACC": round(scores.acc.value, 3)}
+
+    return look
 
 
 def _show(bar: Bar, step: Step, loss: float, accuracy: float, shown: dict[str, float]) -> None:

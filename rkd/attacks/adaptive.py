@@ -1,0 +1,42 @@
+"""BackWeak by an attacker who knows rkd's defence.
+
+Threat model: BackWeak's, and the attacker has read RobustKD (arXiv 2406.03409) and this program.
+
+RobustKD masks what it can of how much the teacher's features vary from image to image, so the fine-tune has a penalty
+on the variance of the features of triggered images (the adaptive attack of the paper, section on adaptive attacks).
+rkd hardens the student against additive perturbations in a ball of 8/255, so the trigger is neither additive nor in
+that ball: it takes contrast away and blends a learned pattern in.
+
+Trigger: m is `linf` everywhere, p is learned.
+"""
+
+from __future__ import annotations
+
+from rkd.attacks.lab import Lab
+from rkd.attacks.perturb import Blend, towards
+from rkd.attacks.planting import GradedPlanting, quiet
+from rkd.attacks.recipe import Attack, Fit, Search, clean_images
+from rkd.distill.objectives import Objective
+from rkd.network import Network
+from rkd.triggers import Trigger
+
+_WEIGHT = 0.3
+
+
+def _trigger(lab: Lab, twin: Network) -> Trigger:
+    return lab.search(twin, Blend(lab.settings.radius), towards(twin, lab.settings.target))
+
+
+def _quietly(lab: Lab, network: Network) -> Objective:
+    return GradedPlanting(network, lab.trigger(), lab.settings.rate, quiet, _WEIGHT)
+
+
+ATTACK = Attack(
+    "backweak-adaptive",
+    "BackWeak by an attacker who knows rkd's defence: quiet features, no additive trigger",
+    (Search(_trigger), Fit(source=clean_images, objective=_quietly, freeze_last=True)),
+    poison_rate=0.3,
+    finetune_epochs=4,
+    finetune_lr=0.003,
+    linf=24.0,
+)

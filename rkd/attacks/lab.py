@@ -1,0 +1,125 @@
+"""Where an attack's stages work: the run directory, the data, the device, and what every stage does with them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from rkd.attacks.perturb import Form, Loss, search
+from rkd.attacks.recipe import CLEAN, TRIGGER
+from rkd.data import Dataset, Source
+from rkd.distill.loop import Recipe, Trainer
+from rkd.distill.objectives import Objective
+from rkd.distill.session import augmentation_for
+from rkd.distill.training import monitor, train
+from rkd.files import write_file
+from rkd.measure import choose_device, choose_precision
+from rkd.metrics import Scores, evaluate
+from rkd.models import build
+from rkd.network import Network, Normalisation
+from rkd.progress import progress, say
+from rkd.run import Run
+from rkd.signals import StopRequest
+from rkd.triggers import Trigger
+
+if TYPE_CHECKING:
+    from rkd.attacks.session import TeacherSettings
+
+_EVALUATION_BATCH = 256
+_SEARCH_STEPS = 200
+
+
+class Lab:
+    """One teacher's run, as its stages see it."""
+
+    def __init__(self, run: Run, settings: TeacherSettings, data: Dataset, stop: StopRequest) -> None:
+        self.run, self.settings, self.data, self.stop = run, settings, data, stop
+        self.device = choose_device(settings.device)
+        self.precision = choose_precision(settings.precision, self.device)
+
+    def has(self, name: str) -> bool:
+        """Whether a stage's file is there."""
+        return (self.run.path / name).is_file()
+
+    def load(self, name: str) -> Network:
+        """The network that an earlier stage made, in eval mode on the device."""
+        network = Network.load(self.run.path / name)
+        self.place(network)
+        network.module.eval()
+        return network
+
+    def trigger(self) -> Trigger:
+        """The trigger that an earlier stage made."""
+        return Trigger.load(self.run.path / TRIGGER)
+
+    def keep_trigger(self, trigger: Trigger) -> None:
+        """Write the trigger."""
+        write_file(self.run.path / TRIGGER, trigger.to_bytes())
+
+    def keep(self, network: Network, name: str) -> None:
+        """Write a finished network; the checkpoints that led to it go."""
+        network.provenance = {
+            "attack": "none" if name == CLEAN else self.settings.attack,
+            "seed": self.settings.seed,
+            "data": self.data.digest,
+            "data_spec": self.settings.data,
+        }
+        network.save(self.run.path / name)
+        self.run.drop_checkpoints()
+
+    def fresh(self, arch: str) -> Network:
+        """A network with fresh weights from the run's seed."""
+        torch.manual_seed(self.settings.seed)
+        module = build(arch, len(self.data.classes), self.data.size)
+        scaling = Normalisation.parse(self.settings.normalize)
+        network = Network(module, arch, self.data.classes, self.data.size, scaling)
+        network.check_runs()
+        return network
+
+    def place(self, network: Network) -> None:
+        """Bring a network to the device."""
+        network.module.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def recipe(self, epochs: int, lr: float, seed: int) -> Recipe:
+        """How a stage trains."""
+        return Recipe(
+            epochs=epochs, lr=lr, seed=seed, batch=min(self.settings.batch, len(self.data.train)),
+            augmentation=augmentation_for(self.settings.augmentation, self.data), precision=self.precision,
+        )  # fmt: skip
+
+    def fit(
+        self,
+        network: Network,
+        objective: Objective,
+        source: Source,
+        recipe: Recipe,
+        *,
+        title: str,
+        frozen: frozenset[str] = frozenset(),
+    ) -> None:
+        """Train `network`, from the run's newest checkpoint of this stage if there is one."""
+        torch.manual_seed(recipe.seed)  # an earlier stage must not matter: it may have been done by another process
+        objective.extra.to(self.device)
+        trainer = Trainer(network.module, objective, source, network.normalisation, recipe, self.device, frozen)
+        train(
+            trainer, self.run, self.stop, stage=title, resume_hint=f"rkd teacher --resume {self.run.path}",
+            checkpoint_every=self.settings.checkpoint_every,
+            on_epoch=monitor(network, self.data.test, recipe.seed, self.device),
+        )  # fmt: skip
+
+    def search(self, twin: Network, form: Form, loss: Loss) -> Trigger:
+        """A weak trigger, found on the clean twin, as the settings ask for it; named after the attack."""
+        settings = self.settings
+        with progress("find the trigger", _SEARCH_STEPS) as bar:
+            return search(
+                twin, self.data.train, form, loss, name=settings.attack, target=settings.target, linf=settings.radius,
+                budget=settings.budget, seed=settings.seed, device=self.device, steps=_SEARCH_STEPS,
+                on_step=lambda step, asr: bar.update(step, ASR=f"{asr:.1f}"),
+            )  # fmt: skip
+
+    def measure(self, role: str, network: Network, triggers: tuple[Trigger, ...]) -> Scores:
+        """ACC, ASR and RA on the whole test set."""
+        say(f"evaluate the {role} on {len(self.data.test):,} test images")
+        scores, _ = evaluate(network.predictor(self.device), self.data.test.batches(_EVALUATION_BATCH), triggers)
+        return scores
