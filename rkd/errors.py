@@ -10,6 +10,7 @@
     ├── RunError                   a run directory that is missing, unfinished or damaged
     ├── ExportError                a student that cannot be written as the target asks
     ├── BundleError                a .rkd file that is not exactly what was written
+    ├── SigningError               a key that cannot be used
     ├── RuntimeUnavailableError    a runtime or provider that this machine lacks
     ├── MissingExtraError          a command whose optional dependencies are not installed
     ├── StorageError               the disk said no: full, read-only, no permission, I/O error
@@ -62,6 +63,10 @@ class ExportError(RkdError):
 
 class BundleError(RkdError):
     """A bundle is not exactly what was written."""
+
+
+class SigningError(RkdError):
+    """A key cannot be used."""
 
 
 class RuntimeUnavailableError(RkdError):

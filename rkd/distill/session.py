@@ -239,7 +239,7 @@ class Inputs:
         candidates = open_teacher(
             checkpoint, arch=settings.arch or None, normalisation=scaling, classes=data.classes, size=data.size
         )
-        train_source = _clean_budget(data.train, settings.clean_budget, settings.seed, by_class=settings.labels)
+        train_source = clean_budget(data.train, settings.clean_budget, settings.seed, by_class=settings.labels)
         teacher, found = choose_teacher(candidates, train_source, device)
         _check_class_order(teacher, data)
         low, high = found.interval
@@ -308,7 +308,7 @@ def _header_size(header: Mapping[str, Any] | None) -> int | tuple[int, int]:
     return 0
 
 
-def _clean_budget(source: Source, budget: str, seed: int, *, by_class: bool = True) -> Source:
+def clean_budget(source: Source, budget: str, seed: int, *, by_class: bool = True) -> Source:
     """A part of the training images, class-stratified where their labels may be looked at."""
     if not budget:
         return source
