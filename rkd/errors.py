@@ -11,6 +11,7 @@
     ├── ExportError                a student that cannot be written as the target asks
     ├── BundleError                a .rkd file that is not exactly what was written
     ├── RuntimeUnavailableError    a runtime or provider that this machine lacks
+    ├── RemoteError                a board that cannot be reached or cannot measure
     ├── MissingExtraError          a command whose optional dependencies are not installed
     ├── StorageError               the disk said no: full, read-only, no permission, I/O error
     ├── GateError                  exit 3: a measured figure is on the wrong side of its gate
@@ -66,6 +67,10 @@ class BundleError(RkdError):
 
 class RuntimeUnavailableError(RkdError):
     """A runtime, provider or device that this machine lacks."""
+
+
+class RemoteError(RkdError):
+    """A board that cannot be reached, or lacks what it takes to measure."""
 
 
 class MissingExtraError(RkdError):
