@@ -16,7 +16,7 @@ import onnxruntime
 import torch
 
 from rkd import __version__
-from rkd.bundle import EVALUATION, LABELS, MODEL, evaluation_bytes, write_bundle
+from rkd.bundle import EVALUATION, MODEL, evaluation_bytes, write_bundle
 from rkd.errors import ExportError
 from rkd.export.onnx_model import INPUT, frozen, to_onnx
 from rkd.export.parity import HostRun, Parity, compare, host_run, predictor_of, require
@@ -113,7 +113,7 @@ class Exporter:
             require(parity, target.precision)
         with self._stage("bundle", seconds):
             manifest = self._manifest(target, path.stem, {**chain, "onnx": sha256(model)}, (student, exported, parity))
-            digest = write_bundle(path, manifest, self._members(model, exported))
+            digest = write_bundle(path, manifest, self._members(model))
         return ExportReport(
             path, digest, path.stat().st_size, len(model), student.scores, exported.scores, parity, seconds
         )
@@ -161,11 +161,10 @@ class Exporter:
             },
         }
 
-    def _members(self, model: bytes, exported: HostRun) -> dict[str, bytes]:
+    def _members(self, model: bytes) -> dict[str, bytes]:
         return {
             MODEL: model,
             EVALUATION: evaluation_bytes(*self._evaluation),
-            LABELS: exported.labels_bytes(),
             **{f"triggers/{trigger.name}.npz": trigger.to_bytes() for trigger in self._triggers},
         }
 

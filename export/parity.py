@@ -18,7 +18,6 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 
-from rkd.bundle import labels_bytes
 from rkd.errors import ExportError
 from rkd.export.onnx_model import INPUT, OUTPUT
 from rkd.metrics import Images, Labels, Predict, Scores, evaluate
@@ -42,11 +41,6 @@ class HostRun:
 
     scores: Scores
     logits: Mapping[str, Logits]
-
-    def labels_bytes(self) -> bytes:
-        """The top-1 labels as a bundle carries them, for the board to compare with."""
-        top = {key: np.asarray(logits.argmax(axis=1), np.int64) for key, logits in self.logits.items()}
-        return labels_bytes(top.pop(CLEAN), {key.partition(" ")[2]: labels for key, labels in top.items()})
 
 
 @dataclass(frozen=True)

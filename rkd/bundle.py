@@ -1,7 +1,6 @@
 """The .rkd file: one student for one target, with what proves that it is that student (no torch).
 
-One uncompressed zip: `manifest.json` first, then `model.onnx`, `eval.npz`, `labels.npz` where the host's predictions
-are known, and `triggers/*.npz`. The manifest holds the
+One uncompressed zip: `manifest.json` first, then `model.onnx`, `eval.npz` and `triggers/*.npz`. The manifest holds the
 SHA-256 and size of every other member; the archive's comment holds the manifest's. The container itself has only one
 valid form, `_container(members)`: a file that differs from it in any byte (headers, order, attributes, trailing bytes)
 is refused. So every single byte is covered. (Digests detect damage and tampering on the way; they do not say who wrote
@@ -32,8 +31,8 @@ from rkd.target import Target
 from rkd.triggers import Trigger
 
 FORMAT = 1
-MANIFEST, MODEL, EVALUATION, LABELS = "manifest.json", "model.onnx", "eval.npz", "labels.npz"
-_MEMBER = re.compile(r"model\.onnx|eval\.npz|labels\.npz|triggers/[a-z0-9][a-z0-9-]{0,63}\.npz")
+MANIFEST, MODEL, EVALUATION = "manifest.json", "model.onnx", "eval.npz"
+_MEMBER = re.compile(r"model\.onnx|eval\.npz|triggers/[a-z0-9][a-z0-9-]{0,63}\.npz")
 _LIMIT_BYTES = 4 * 2**30
 _MANIFEST_LIMIT_BYTES = 2**20
 _MAX_MEMBERS = 130
@@ -93,19 +92,6 @@ class Bundle:
         """
         return _evaluation(self.members[EVALUATION], self.manifest, str(self.path))
 
-    def host_labels(self) -> dict[str, Labels] | None:
-        """What the exporting host predicted for each evaluation image; None where the bundle does not tell.
-
-        Returns:
-            Classes, (N,), by trigger name, and under the empty name for the clean images.
-
-        Raises:
-            BundleError: they do not fit the evaluation images, the classes or the triggers.
-        """
-        if LABELS not in self.members:
-            return None
-        return _host_labels(self)
-
     def triggers(self) -> tuple[Trigger, ...]:
         """The triggers, sorted by name.
 
@@ -122,12 +108,6 @@ class Bundle:
 def evaluation_bytes(images: Images, labels: Labels) -> bytes:
     """The member `eval.npz`: `x` uint8 (N, 3, H, W) and `y` int64 (N,)."""
     return npz_bytes({"x": images, "y": labels})
-
-
-def labels_bytes(clean: Labels, triggered: Mapping[str, Labels]) -> bytes:
-    """The member `labels.npz`: what the host predicted, int64 (N,): `clean`, and `triggered.NAME` for each trigger."""
-    arrays = {"clean": clean, **{f"triggered.{name}": triggered[name] for name in sorted(triggered)}}
-    return npz_bytes({name: np.asarray(array, dtype=np.int64) for name, array in arrays.items()})
 
 
 def write_bundle(path: Path, manifest: Mapping[str, Any], members: Mapping[str, bytes]) -> str:
@@ -200,9 +180,7 @@ def parse_bundle(data: bytes, path: Path) -> Bundle:
 
 
 def _ordered(members: Mapping[str, bytes]) -> dict[str, bytes]:
-    names = sorted(
-        members, key=lambda name: (name != MANIFEST, name != MODEL, name != EVALUATION, name != LABELS, name)
-    )
+    names = sorted(members, key=lambda name: (name != MANIFEST, name != MODEL, name != EVALUATION, name))
     return {name: members[name] for name in names}
 
 
@@ -330,22 +308,6 @@ def _manifest_problem(manifest: Any) -> str | None:
     if not all(isinstance(manifest[key], dict) for key in ("target", "chain", "scores", "tool")):
         return "target, chain, scores and tool must be objects"
     return None
-
-
-def _host_labels(bundle: Bundle) -> dict[str, Labels]:
-    origin, data = f"{bundle.path}: {LABELS}", bundle.members[LABELS]
-    try:
-        arrays = read_npz(io.BytesIO(data), len(data), members=_MAX_MEMBERS)
-    except ValueError as error:
-        raise BundleError(f"{origin}: {error}") from error
-    count, classes = len(bundle.evaluation()[1]), len(bundle.classes)
-    names = {"clean", *(f"triggered.{trigger.name}" for trigger in bundle.triggers())}
-    if set(arrays) != names:
-        raise BundleError(f"{origin} holds {sorted(arrays)}, expected {sorted(names)}")
-    for name, array in arrays.items():
-        if array.dtype != np.int64 or array.shape != (count,) or array.min() < 0 or array.max() >= classes:
-            raise BundleError(f"{origin}: {name} is not {count} classes from 0 to {classes - 1}")
-    return {name.partition(".")[2]: array for name, array in arrays.items()}
 
 
 def _is_image_shape(shape: Any) -> bool:
