@@ -30,7 +30,7 @@ def choose_evaluation(
     """
     height, width = test.size
     limit = max(1, min(limit_images, limit_bytes // (3 * height * width)))
-    indices = np.arange(len(test)) if len(test) <= limit else _stratified(test.labels, limit, seed)
+    indices = np.arange(len(test)) if len(test) <= limit else stratified(test.labels, limit, seed)
     images, labels = np.empty((len(indices), 3, height, width), np.uint8), np.empty(len(indices), np.int64)
     n = 0
     for pixels, truth in test.batches(_BATCH, indices):
@@ -41,7 +41,7 @@ def choose_evaluation(
     return images[:n], labels[:n]
 
 
-def _stratified(labels: Labels, n: int, seed: int) -> Indices:
+def stratified(labels: Labels, n: int, seed: int) -> Indices:
     """`n` rows, ascending, each class within one image of its share; one of every class first, as far as n goes.
 
     The k-th of a class's m images, in random order, gets the key k / m; the n smallest keys are taken.

@@ -61,8 +61,14 @@ class Parity:
         return {"percent": percent, "max_difference": float(f"{self.max_difference:.1e}")}
 
 
-def session_of(model: bytes, *, optimise: bool = True) -> onnxruntime.InferenceSession:
+def session_of(model: bytes, *, optimise: bool = True, integer: bool = True) -> onnxruntime.InferenceSession:
     """An ONNX Runtime session on the CPU, with torch's number of threads.
+
+    Args:
+        model: the ONNX file.
+        optimise: let ONNX Runtime rewrite the graph.
+        integer: compute Q/DQ patterns with integer kernels. A file for another runtime is computed without them: as the
+            ONNX specification says, and not with the 16-bit overflow of some x86 kernels.
 
     Raises:
         ExportError: ONNX Runtime refuses the file.
@@ -72,6 +78,8 @@ def session_of(model: bytes, *, optimise: bool = True) -> onnxruntime.InferenceS
     options.log_severity_level = 4
     if not optimise:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if not integer:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     try:
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:
@@ -81,9 +89,9 @@ def session_of(model: bytes, *, optimise: bool = True) -> onnxruntime.InferenceS
         ) from error
 
 
-def predictor_of(model: bytes) -> Predict:
+def predictor_of(model: bytes, *, integer: bool = True) -> Predict:
     """A function from uint8 images (N, 3, H, W) to float32 logits (N, classes), by ONNX Runtime on the CPU."""
-    session = session_of(model)
+    session = session_of(model, integer=integer)
 
     def predict(images: Images) -> Logits:
         (logits,) = session.run([OUTPUT], {INPUT: np.ascontiguousarray(images)})

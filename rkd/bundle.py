@@ -1,10 +1,11 @@
 """The .rkd file: one student for one target, with what proves that it is that student (no torch).
 
-One uncompressed zip: `manifest.json` first, then `model.onnx`, `eval.npz` and `triggers/*.npz`. The manifest holds the
-SHA-256 and size of every other member; the archive's comment holds the manifest's. The container itself has only one
-valid form, `_container(members)`: a file that differs from it in any byte (headers, order, attributes, trailing bytes)
-is refused. So every single byte is covered. (Digests detect damage and tampering on the way; they do not say who wrote
-the file.)
+One uncompressed zip: `manifest.json` first, then `manifest.sig` where it is signed, `model.onnx`, `eval.npz`,
+`ledger.npz` and `triggers/*.npz`. The manifest holds the SHA-256 and size of every other member but the signature; the
+archive's comment holds the manifest's, and the signature's. The container itself has only one valid form,
+`_container(members)`: a file that differs from it in any byte (headers, order, attributes, trailing bytes) is refused.
+So every single byte is covered. (Digests detect damage and tampering on the way; only a signature, checked with
+`verify_signature` against a key that you trust, says who wrote the file.)
 
     write_bundle(path, manifest, members); read_bundle(path) == Bundle(manifest, members)
 """
@@ -18,27 +19,36 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rkd.errors import BundleError, TargetError, TriggerError
 from rkd.files import sha256, storage_errors, to_json, write_file
+from rkd.ledger import Ledger
 from rkd.metrics import Images, Labels
 from rkd.npz import npz_bytes, read_npz
+from rkd.signing import SIGNATURE_BYTES, sign, verify
 from rkd.target import Target
 from rkd.triggers import Trigger
 
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
 FORMAT = 1
-MANIFEST, MODEL, EVALUATION = "manifest.json", "model.onnx", "eval.npz"
-_MEMBER = re.compile(r"model\.onnx|eval\.npz|triggers/[a-z0-9][a-z0-9-]{0,63}\.npz")
+MANIFEST, SIGNATURE, MODEL, EVALUATION, LEDGER = (
+    "manifest.json", "manifest.sig", "model.onnx", "eval.npz", "ledger.npz"
+)  # fmt: skip
+_ORDER = (MANIFEST, SIGNATURE, MODEL, EVALUATION, LEDGER)
+_MEMBER = re.compile(r"manifest\.sig|model\.onnx|eval\.npz|ledger\.npz|triggers/[a-z0-9][a-z0-9-]{0,63}\.npz")
 _LIMIT_BYTES = 4 * 2**30
 _MANIFEST_LIMIT_BYTES = 2**20
 _MAX_MEMBERS = 130
 _KEYS = frozenset(
     {"format", "name", "target", "input", "opset", "precision", "classes", "members", "chain", "scores", "tool"}
 )
+_MORE_KEYS = frozenset({"ledger", "quantisation", "forced"})
 
 
 @dataclass(frozen=True)
@@ -50,12 +60,16 @@ class Bundle:
         members: the other members' bytes by name.
         digest: SHA-256 of the whole file.
         path: where it was read from.
+        head: the manifest as it stands in the file.
+        signature: over it; empty where the bundle is not signed.
     """
 
     manifest: Mapping[str, Any]
     members: Mapping[str, bytes]
     digest: str
     path: Path
+    head: bytes = b""
+    signature: bytes = b""
 
     @property
     def name(self) -> str:
@@ -92,6 +106,44 @@ class Bundle:
         """
         return _evaluation(self.members[EVALUATION], self.manifest, str(self.path))
 
+    @property
+    def forced(self) -> tuple[str, ...]:
+        """What was wrong when `rkd export --force` wrote it all the same; empty where nothing was."""
+        return tuple(self.manifest.get("forced", ()))
+
+    def verify_signature(self, key: Ed25519PublicKey | None = None) -> str | None:
+        """The fingerprint of the key that signed the manifest; None where the bundle is not signed and none must be.
+
+        Args:
+            key: the key that must have signed it; None for any, which says nothing about who it was.
+
+        Raises:
+            BundleError: it is not signed although `key` was given, or by another key, or not this manifest.
+            MissingExtraError: `cryptography` is not installed.
+        """
+        if not self.signature:
+            if key is not None:
+                raise BundleError(f"{self.path} is not signed; export it again with --sign, or verify it without --pubkey")
+            return None
+        return verify(self.head, self.signature, key, str(self.path))
+
+    def ledger(self) -> Ledger | None:
+        """What each form of the student said of each evaluation image; None where the bundle has none.
+
+        Raises:
+            BundleError: it is not a ledger, or not of these images and triggers.
+        """
+        if LEDGER not in self.members:
+            return None
+        ledger = Ledger.from_bytes(self.members[LEDGER], f"{self.path}: {LEDGER}")
+        _, labels = self.evaluation()
+        if not np.array_equal(ledger.truth, labels):
+            raise BundleError(f"{self.path}: {LEDGER} is about other images than {EVALUATION}; export the run again")
+        names = {"clean", *(trigger.name for trigger in self.triggers())}
+        if any(set(step.labels) != names for step in ledger.steps):
+            raise BundleError(f"{self.path}: {LEDGER} is about other triggers than the bundle's; export the run again")
+        return ledger
+
     def triggers(self) -> tuple[Trigger, ...]:
         """The triggers, sorted by name.
 
@@ -110,8 +162,16 @@ def evaluation_bytes(images: Images, labels: Labels) -> bytes:
     return npz_bytes({"x": images, "y": labels})
 
 
-def write_bundle(path: Path, manifest: Mapping[str, Any], members: Mapping[str, bytes]) -> str:
+def write_bundle(
+    path: Path, manifest: Mapping[str, Any], members: Mapping[str, bytes], key: Ed25519PrivateKey | None = None
+) -> str:
     """Write a bundle; `format` and `members` of the manifest are filled in. Equal content gives equal bytes.
+
+    Args:
+        path: where.
+        manifest: see docs/formats.md.
+        members: the other members by name.
+        key: signs the manifest; None for no signature.
 
     Returns:
         SHA-256 of the file.
@@ -123,7 +183,8 @@ def write_bundle(path: Path, manifest: Mapping[str, Any], members: Mapping[str, 
     ordered = _ordered(members)
     listing = {name: {"sha256": sha256(data), "size_bytes": len(data)} for name, data in ordered.items()}
     head = to_json({"format": FORMAT, **manifest, "members": listing})
-    data = _container({MANIFEST: head, **ordered})
+    signature = {SIGNATURE: sign(head, key)} if key is not None else {}
+    data = _container({MANIFEST: head, **signature, **ordered})
     parse_bundle(data, path)
     write_file(path, data)
     return sha256(data)
@@ -157,10 +218,8 @@ def parse_bundle(data: bytes, path: Path) -> Bundle:
     if not names or names[0] != MANIFEST:
         raise BundleError(f"{path}: the first member is {names[0] if names else 'missing'!r}, expected {MANIFEST!r}")
     head = members.pop(MANIFEST)
-    if comment != sha256(head).encode():
-        raise BundleError(
-            f"{path}: {MANIFEST} does not match its digest; the bundle was changed or damaged, copy it again"
-        )
+    signature = members.pop(SIGNATURE, b"")
+    _check_comment(comment, head, signature, path)
     manifest = _parse_manifest(head, path)
     listing = manifest["members"]
     for name in listing:
@@ -173,14 +232,15 @@ def parse_bundle(data: bytes, path: Path) -> Bundle:
             raise BundleError(
                 f"{path}: member {name!r} does not match its digest; the bundle was changed or damaged, copy it again"
             )
-    _same_container(data, {MANIFEST: head, **members}, path)
-    bundle = Bundle(manifest, members, sha256(data), path)
+    signed = {SIGNATURE: signature} if signature else {}
+    _same_container(data, {MANIFEST: head, **signed, **members}, path)
+    bundle = Bundle(manifest, members, sha256(data), path, head, signature)
     _ = bundle.target
     return bundle
 
 
 def _ordered(members: Mapping[str, bytes]) -> dict[str, bytes]:
-    names = sorted(members, key=lambda name: (name != MANIFEST, name != MODEL, name != EVALUATION, name))
+    names = sorted(members, key=lambda name: (_ORDER.index(name) if name in _ORDER else len(_ORDER), name))
     return {name: members[name] for name in names}
 
 
@@ -193,8 +253,25 @@ def _container(members: Mapping[str, bytes]) -> bytes:
             entry.create_system = 3
             entry.external_attr = 0o644 << 16
             archive.writestr(entry, data)
-        archive.comment = sha256(members[MANIFEST]).encode()
+        archive.comment = _comment(members[MANIFEST], members.get(SIGNATURE, b""))
     return buffer.getvalue()
+
+
+def _comment(head: bytes, signature: bytes) -> bytes:
+    """The digest of the manifest, and that of the signature where there is one."""
+    return " ".join([sha256(head), *([sha256(signature)] if signature else [])]).encode()
+
+
+def _check_comment(comment: bytes, head: bytes, signature: bytes, path: Path) -> None:
+    first, _, second = comment.partition(b" ")
+    if first != sha256(head).encode():
+        raise BundleError(
+            f"{path}: {MANIFEST} does not match its digest; the bundle was changed or damaged, copy it again"
+        )
+    if second != (sha256(signature).encode() if signature else b"") or len(signature) not in (0, SIGNATURE_BYTES):
+        raise BundleError(
+            f"{path}: {SIGNATURE} does not match its digest; the bundle was changed or damaged, copy it again"
+        )
 
 
 def _open(data: bytes, path: Path) -> tuple[dict[str, bytes], bytes]:
@@ -286,8 +363,8 @@ def _manifest_problem(manifest: Any) -> str | None:
         return "it has no format version"
     if manifest["format"] != FORMAT:
         return f"format {manifest['format']!r}, this rkd reads {FORMAT}"
-    if set(manifest) != _KEYS:
-        return f"keys {sorted(set(manifest) ^ _KEYS)} are missing or unknown"
+    if odd := (_KEYS - set(manifest)) | (set(manifest) - _KEYS - _MORE_KEYS):
+        return f"keys {sorted(odd)} are missing or unknown"
     members, shape = manifest["members"], manifest["input"]
     if not isinstance(members, dict) or not {MODEL, EVALUATION} <= set(members):
         return f"members must name {MODEL} and {EVALUATION}"
@@ -307,6 +384,17 @@ def _manifest_problem(manifest: Any) -> str | None:
         return "classes must be a list of at least two names"
     if not all(isinstance(manifest[key], dict) for key in ("target", "chain", "scores", "tool")):
         return "target, chain, scores and tool must be objects"
+    return _more_problem(manifest)
+
+
+def _more_problem(manifest: dict[str, Any]) -> str | None:
+    forced = manifest.get("forced", ["-"])
+    if not isinstance(forced, list) or not forced or not all(isinstance(line, str) for line in forced):
+        return "forced must be a list of texts"
+    if not isinstance(manifest.get("quantisation", {}), dict) or not isinstance(manifest.get("ledger", []), list):
+        return "quantisation must be an object, ledger a list"
+    if SIGNATURE in manifest["members"]:
+        return f"{SIGNATURE} cannot be among the members that it signs"
     return None
 
 

@@ -10,6 +10,7 @@
     ├── RunError                   a run directory that is missing, unfinished or damaged
     ├── ExportError                a student that cannot be written as the target asks
     ├── BundleError                a .rkd file that is not exactly what was written
+    ├── SigningError               a key that cannot be used
     ├── RuntimeUnavailableError    a runtime or provider that this machine lacks
     ├── RemoteError                a board that cannot be reached or cannot measure
     ├── MissingExtraError          a command whose optional dependencies are not installed
@@ -63,6 +64,10 @@ class ExportError(RkdError):
 
 class BundleError(RkdError):
     """A bundle is not exactly what was written."""
+
+
+class SigningError(RkdError):
+    """A key cannot be used."""
 
 
 class RuntimeUnavailableError(RkdError):

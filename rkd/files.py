@@ -70,8 +70,13 @@ def _explain(error: OSError, path: Path) -> str:
     return f"{path}: {error.strerror or error}"
 
 
-def write_file(path: Path, data: bytes) -> None:
+def write_file(path: Path, data: bytes, mode: int = 0o666) -> None:
     """Write `data` to `path` atomically and durably; an existing file is replaced.
+
+    Args:
+        path: where.
+        data: what.
+        mode: permissions, from which the umask is taken away; 0o600 for secrets.
 
     Raises:
         StorageError: the disk is full, read-only or fails; `path` is then as it was before (where only the fsync of its
@@ -82,7 +87,7 @@ def write_file(path: Path, data: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             temporary.unlink(missing_ok=True)  # left by a killed process of the same number, as containers have them
-            _write(temporary, data)
+            _write(temporary, data, mode)
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
@@ -165,8 +170,8 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
 
 
-def _write(path: Path, data: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+def _write(path: Path, data: bytes, mode: int = 0o666) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
     try:
         _write_all(descriptor, data)
         os.fsync(descriptor)
