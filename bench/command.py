@@ -1,10 +1,10 @@
-"""What `rkd bench` does: find and verify bundles, measure, save, print."""
+"""What `rkd bench` does: find and verify bundles, measure here or on boards, save, print, hold against limits."""
 
 from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,49 +12,75 @@ from rich.console import Console
 
 from rkd.bench import result as bench_result
 from rkd.bench import table
+from rkd.bench.gates import parse_gates
 from rkd.bench.options import BenchOptions
+from rkd.bench.remote import bench_hosts
 from rkd.bench.session import run
-from rkd.bundle import read_bundle
-from rkd.errors import BundleError, StoppedError
+from rkd.bundle import Bundle, read_bundle
+from rkd.errors import BundleError, ConfigError, GateError, RemoteError, StoppedError
 from rkd.files import check_writable
 from rkd.progress import stage_lines
 from rkd.signals import stop_requests
 
 
-def bench_command(
-    paths: Sequence[Path], *, quick: bool, batch: int, threads: int, seed: int, out: Path, json_output: bool
-) -> dict[str, Any]:
-    """Measure bundles and write the result.
+@dataclass(frozen=True)
+class Request:
+    """One call of `rkd bench`.
 
-    Args:
-        paths: bundles; empty for the newest in this folder.
-        quick: a first answer in seconds.
-        batch: images an inference.
-        threads: CPU threads; 0 for all.
-        seed: of the bootstrap.
+    Attributes:
+        bundles: files; empty for the newest in this folder.
+        options: what to measure.
+        gates: limits, as text.
+        require_valid: whether an invalid result fails.
+        per_class: state ACC of each class.
+        hosts: boards to measure on; empty for this machine.
+        remote_rkd: how rkd is called there.
         out: where the result goes.
         json_output: print the result as JSON instead of a table.
+    """
+
+    bundles: tuple[Path, ...] = ()
+    options: BenchOptions = field(default_factory=BenchOptions)
+    gates: tuple[str, ...] = ()
+    require_valid: bool = False
+    per_class: bool = False
+    hosts: tuple[str, ...] = ()
+    remote_rkd: str = "rkd"
+    out: Path = Path("result.json")
+    json_output: bool = False
+
+
+def bench_command(request: Request) -> dict[str, Any]:
+    """Measure bundles and write the result.
 
     Raises:
         BundleError: no bundle, or one that does not verify.
+        ConfigError: a gate that cannot be read, or options that contradict each other.
+        GateError: after the result was written: a limit is broken, or the result is invalid where it must not be.
+        RemoteError: a board cannot be reached or cannot measure; the others' results were written.
         StoppedError: Ctrl-C, after the partial result was written.
     """
-    bundles = [read_bundle(path) for path in paths or [newest_bundle(Path())]]
-    options = BenchOptions(quick=quick, batch=batch, threads=threads or None, seed=seed)
-    check_writable(out)
-    with stop_requests() as stop, stage_lines() as tell:
-        measured = run(bundles, options, tell)
-    bench_result.write(out, measured)
-    if json_output:
-        print(json.dumps(measured, indent=2))  # noqa: T201
-    else:
-        screen = Console(highlight=False)
-        screen.print(table.render(measured))
-        screen.print(f"wrote {out}; next: rkd report {out}", markup=False, soft_wrap=True)
+    gates = parse_gates(request.gates)
+    bundles = [read_bundle(path) for path in request.bundles or [newest_bundle(Path())]]
+    check_writable(request.out)
+    failed: list[str] = []
+    with stop_requests() as stop:
+        if request.hosts:
+            measured, failed = _on_boards(bundles, request)
+        else:
+            with stage_lines() as tell:
+                measured = run(bundles, request.options, tell, per_class=request.per_class)
+    for entry in measured["entries"]:
+        entry["gates"] = [gate.judge(entry) for gate in gates]
+    bench_result.write(request.out, measured)
+    _show(measured, request)
     if measured["interrupted"]:
         raise StoppedError(
-            f"interrupted; what was measured is in {out}, marked invalid", stop.signal_number or signal.SIGINT
+            f"interrupted; what was measured is in {request.out}, marked invalid", stop.signal_number or signal.SIGINT
         )
+    if failed:
+        raise RemoteError("; ".join(failed))
+    _require(measured, request)
     return measured
 
 
@@ -70,3 +96,36 @@ def newest_bundle(folder: Path) -> Path:
             f"no bundle (.rkd) in {folder.resolve()}: name one, or make one on the workstation with rkd export"
         )
     return max(found, key=lambda path: (path.stat().st_mtime_ns, path.name))
+
+
+def _on_boards(bundles: list[Bundle], request: Request) -> tuple[dict[str, Any], list[str]]:
+    if request.options.data is not None:
+        raise ConfigError("--data is a folder of this machine: log in to the board and run rkd bench --data there")
+    return bench_hosts(bundles, request.options, request.hosts, command=request.remote_rkd, per_class=request.per_class)
+
+
+def _show(measured: dict[str, Any], request: Request) -> None:
+    if request.json_output:
+        print(json.dumps(measured, indent=2))  # noqa: T201
+        return
+    screen = Console(highlight=False)
+    screen.print(table.render(measured))
+    screen.print(f"wrote {request.out}; next: rkd report {request.out}", markup=False, soft_wrap=True)
+
+
+def _require(measured: dict[str, Any], request: Request) -> None:
+    broken = [
+        f"{entry['bundle']['name']}: {gate['text']}"
+        for entry in measured["entries"]
+        for gate in entry["gates"]
+        if not gate["passed"]
+    ]
+    if broken:
+        raise GateError(f"{len(broken)} gate{'s' if len(broken) > 1 else ''} failed: {'; '.join(broken)}")
+    invalid = [
+        f"{entry['bundle']['name']}: {reason['code']}: {reason['text']}"
+        for entry in measured["entries"]
+        for reason in entry["validity"]["reasons"]
+    ]
+    if request.require_valid and invalid:
+        raise GateError(f"the result is not valid: {'; '.join(invalid)}")

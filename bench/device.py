@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rkd.bench.sensors.sysfs import power_mode
+
 _LIMIT_CHARS = 200
 _CPU = "sys/devices/system/cpu"
 # MIDR implementer and part of cores found on boards; their /proc/cpuinfo has no model name.
@@ -45,6 +47,7 @@ class Device:
         kernel: its release.
         python: version.
         governor: of CPU frequency; several are joined by commas.
+        power_mode: that nvpmodel has set, on a Jetson.
         max_frequency_hz: of the fastest core, as the governor allows it.
         container: `docker`, `podman` or another; None also where there is none.
         emulator: e.g. `qemu-aarch64`; None where there is none.
@@ -60,6 +63,7 @@ class Device:
     kernel: str
     python: str
     governor: str | None
+    power_mode: str | None
     max_frequency_hz: int | None
     container: str | None
     emulator: str | None
@@ -104,6 +108,7 @@ def identify(root: Path = Path("/")) -> Device:
         kernel=platform.release(),
         python=platform.python_version(),
         governor=", ".join(governors) or None,
+        power_mode=power_mode(root),
         max_frequency_hz=max((int(clock) * 1000 for clock in clocks if clock.isdecimal()), default=None),
         container=_container(root),
         emulator=_emulator(root),

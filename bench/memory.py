@@ -3,6 +3,10 @@
 The child is the same interpreter with the same import path, so it works from a checkout and from a wheel. It gets the
 model's verified bytes through a pipe: no temporary file, and the bundle's images do not count as the model's memory.
 The figures hold Python, numpy and the runtime; `before_bytes` tells how much that was before the model came.
+
+A leak is memory that grows all along: the medians of the resident size in the four quarters of the run rise from each
+to the next by at least a tenth of the whole growth, and that is at least 512 KiB. An arena that takes its size in one
+step is none.
 """
 
 from __future__ import annotations
@@ -11,18 +15,23 @@ import dataclasses
 import json
 import re
 import signal
+import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from rkd.bench.runner import Choice
 from rkd.files import sha256
 
-INFERENCES = 50
+INFERENCES, SECONDS = 400, 3.0
+FEWEST = 40
 TIMEOUT_SECONDS = 120.0
+LEAST_LEAK_BYTES = 512 * 1024
+_LEAST_STEP = 0.1
 _START = "import sys; sys.path[:] = sys.argv[1:]; from rkd.bench.memory_child import main; sys.exit(main())"
 
 
@@ -33,22 +42,48 @@ class Memory:
     Attributes:
         peak_bytes: the most there ever was (VmHWM).
         steady_bytes: after the last inference (VmRSS).
-        growth_bytes: between the tenth and the last inference; lasting growth is a leak.
+        growth_bytes: from the first to the last quarter of the inferences.
+        leak: whether it grows all along.
         before_bytes: before the model was loaded.
+        loaded_bytes: after it was loaded, before its first inference.
+        arena_bytes: what the first inferences added to that: the runtime's arena for activations, and its scratch.
+        device_bytes: what the model holds on a device of its own; None where there is none.
+        system_bytes: by how much the whole system's available memory fell; tells what a GPU that shares it holds.
         inferences: that were run.
         reason: why figures are missing.
     """
 
-    peak_bytes: int | None
-    steady_bytes: int | None
-    growth_bytes: int | None
-    before_bytes: int | None
-    inferences: int
+    peak_bytes: int | None = None
+    steady_bytes: int | None = None
+    growth_bytes: int | None = None
+    leak: bool | None = None
+    before_bytes: int | None = None
+    loaded_bytes: int | None = None
+    arena_bytes: int | None = None
+    device_bytes: int | None = None
+    system_bytes: int | None = None
+    inferences: int = 0
     reason: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As in result.json."""
         return dataclasses.asdict(self)
+
+
+def growth(resident_bytes: Sequence[int]) -> tuple[int, bool] | None:
+    """Growth over a run, and whether it is a leak; None below eight figures.
+
+    Args:
+        resident_bytes: evenly spaced over the inferences, in their order.
+    """
+    n = len(resident_bytes) // 4
+    if n < 2:
+        return None
+    start = len(resident_bytes) - 4 * n
+    quarters = [statistics.median(resident_bytes[start + i * n : start + (i + 1) * n]) for i in range(4)]
+    whole = quarters[3] - quarters[0]
+    rises = all(later - earlier >= _LEAST_STEP * whole for earlier, later in pairwise(quarters))
+    return round(whole), whole >= LEAST_LEAK_BYTES and rises
 
 
 def measure_memory(
@@ -57,6 +92,7 @@ def measure_memory(
     shape: Sequence[int],
     timeout_seconds: float = TIMEOUT_SECONDS,
     inferences: int = INFERENCES,
+    seconds: float = SECONDS,
 ) -> Memory:
     """Load and run a model in a child process.
 
@@ -65,7 +101,8 @@ def measure_memory(
         choice: what runs it.
         shape: of one batch, (N, 3, H, W).
         timeout_seconds: after which the child is killed.
-        inferences: to run.
+        inferences: to run at most.
+        seconds: after which it ends earlier, but not before `FEWEST` inferences.
 
     Returns:
         The figures, or the reason why there are none; a child that crashes is such a reason.
@@ -74,6 +111,7 @@ def measure_memory(
         "choice": dataclasses.asdict(choice),
         "shape": list(shape),
         "inferences": inferences,
+        "seconds": seconds,
         "sha256": sha256(model),
     }
     command = [sys.executable, "-c", _START, *sys.path]
@@ -95,7 +133,7 @@ def measure_memory(
 
 
 def resident(key: str, status: Path = Path("/proc/self/status")) -> int | None:
-    """`VmRSS` or `VmHWM` of this process in bytes; None where the system does not report it."""
+    """`VmRSS` or `VmHWM` of this process, or `MemAvailable` of /proc/meminfo, in bytes; None where not reported."""
     try:
         text = status.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -109,14 +147,14 @@ def _parse(output: bytes, returncode: int) -> Memory:
         answer = json.loads(output.splitlines()[-1])
         if "error" in answer:
             return _missing(" ".join(str(answer["error"]).split())[:500])
-        memory = Memory(**answer)
+        memory = Memory(**answer) if answer else None
     except (ValueError, IndexError, TypeError, KeyError):
-        return _missing(f"its process ended with status {returncode} and no answer")
-    return memory
+        memory = None
+    return memory or _missing(f"its process ended with status {returncode} and no answer")
 
 
 def _missing(reason: str) -> Memory:
-    return Memory(None, None, None, None, 0, reason)
+    return Memory(reason=reason)
 
 
 def _signal_name(number: int) -> str:

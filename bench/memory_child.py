@@ -5,14 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 
-from rkd.bench.memory import Memory, resident
-from rkd.bench.runner import Choice, import_runtime, open_runner
+from rkd.bench.memory import FEWEST, Memory, growth, resident
+from rkd.bench.runner import Choice, Images, Runner, device_memory_of, import_runtime, open_runner
 from rkd.files import sha256
 
 _SETTLED = 10  # inferences after which the runtime's arena has its size
+_POINTS = 100  # resident sizes kept
+_MEMINFO = Path("/proc/meminfo")
 
 
 def main() -> int:
@@ -36,18 +40,56 @@ def _measure() -> Memory:
     # The model's own bytes do not count as "before".
     held = resident("VmRSS")
     before = None if held is None else max(held - len(model), 0)
+    available = resident("MemAvailable", _MEMINFO)
     runner = open_runner(choice, model, "the model")
     del model
-    settled = None
     with runner:
-        for i in range(head["inferences"]):
-            runner.infer(images)
-            if i + 1 == _SETTLED:
-                settled = resident("VmRSS")
+        loaded = resident("VmRSS")
+        inferences, settled, sizes = run(runner, images, head["inferences"], head["seconds"])
+        device = device_memory_of(runner)
+        still = resident("MemAvailable", _MEMINFO)
         steady, peak = resident("VmRSS"), resident("VmHWM")
-    growth = None if steady is None or settled is None else steady - settled
-    reason = None if peak is not None else "this system does not report it"
-    return Memory(peak, steady, growth, before, head["inferences"], reason)
+    grown = growth(sizes)
+    return Memory(
+        peak_bytes=peak,
+        steady_bytes=steady,
+        growth_bytes=grown[0] if grown else None,
+        leak=grown[1] if grown else None,
+        before_bytes=before,
+        loaded_bytes=loaded,
+        arena_bytes=None if settled is None or loaded is None else max(settled - loaded, 0),
+        device_bytes=device,
+        system_bytes=None if available is None or still is None else max(available - still, 0),
+        inferences=inferences,
+        reason=None if peak is not None else "this system does not report it",
+    )
+
+
+def run(runner: Runner, images: Images, most: int, seconds: float) -> tuple[int, int | None, list[int]]:
+    """Run a model and watch the resident size.
+
+    Args:
+        runner: active.
+        images: the batch.
+        most: inferences at most.
+        seconds: after which it ends earlier, but not before `FEWEST` inferences.
+
+    Returns:
+        Inferences, the size after the first ten of them, and the sizes from there on, evenly spaced.
+    """
+    sizes: list[int] = []
+    settled, done, every = None, 0, 1
+    end = time.monotonic() + seconds
+    while done < most and (done < FEWEST or time.monotonic() < end):
+        runner.infer(images)
+        done += 1
+        if done == _SETTLED:
+            settled = resident("VmRSS")
+        if done >= _SETTLED and done % every == 0 and (size := resident("VmRSS")) is not None:
+            sizes.append(size)
+            if len(sizes) == 2 * _POINTS:
+                sizes, every = sizes[1::2], 2 * every
+    return done, settled, sizes
 
 
 if __name__ == "__main__":

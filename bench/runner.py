@@ -15,10 +15,10 @@ worker threads, one operator at a time, and as many threads as there are physica
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from types import ModuleType, TracebackType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,12 +49,14 @@ class Identity:
         version: of the runtime.
         providers: those in use, first choice first; for TensorRT, the GPU and the types that its layers compute in.
         threads: that compute one operator.
+        details: what else the runtime tells about itself, e.g. the precision of an engine's layers; name and text.
     """
 
     runtime: str
     version: str
     providers: tuple[str, ...]
     threads: int
+    details: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,21 @@ class Choice:
     build: Mapping[str, Any] = field(default_factory=dict)
 
 
+class Stages(NamedTuple):
+    """Where the time of one inference went, by the device's own clock, in milliseconds."""
+
+    h2d_ms: float
+    compute_ms: float
+    d2h_ms: float
+
+
 class Runner(Protocol):
-    """One model in one runtime."""
+    """One model in one runtime.
+
+    A runner may also have `stages() -> Stages`, the device's times of the last `infer`, and
+    `device_memory_bytes() -> int | None`, what the model holds on a device of its own. Both are called outside of what
+    is timed; a runner that does not know leaves them out.
+    """
 
     @property
     def identity(self) -> Identity:
@@ -273,6 +288,18 @@ def open_runner(choice: Choice, model: bytes, origin: str) -> Runner:
     if choice.runtime != "onnxruntime":
         return _TensorRt(model, choice, origin)
     return OrtRunner(model, choice.provider, choice.threads, origin)
+
+
+def stages_of(runner: Runner) -> Callable[[], Stages] | None:
+    """How to ask for the device's times of the last inference; None where the runtime does not tell."""
+    found: Callable[[], Stages] | None = getattr(runner, "stages", None)
+    return found
+
+
+def device_memory_of(runner: Runner) -> int | None:
+    """Bytes that the model holds on a device of its own; None where there is none, or it is not told."""
+    ask: Callable[[], int | None] | None = getattr(runner, "device_memory_bytes", None)
+    return ask() if ask else None
 
 
 def import_runtime(choice: Choice) -> None:

@@ -1,35 +1,45 @@
 """The whole bench: several bundles in, one result out.
 
-Order: look at the machine, activate every model, latency of all interleaved, then ACC, ASR and RA of each, then the
-memory of each in a child. Whatever is wrong with a bundle or a runtime is found before the first sample.
+Order: look at the machine, activate every model, latency of all interleaved while another process reads the sensors,
+then ACC, ASR and RA of each, then the memory of each in a child. Whatever is wrong with a bundle or a runtime is found
+before the first sample.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 import rkd
-from rkd.bench.device import Device, Load, identify, load_before
+from rkd.bench.comparison import compare
+from rkd.bench.device import Device, Load, identify, load_before, visible_cores
+from rkd.bench.evaluation import EvaluationSet, evaluation_set
+from rkd.bench.examples import Examples
 from rkd.bench.latency import Latency, Series, measure, summarise
-from rkd.bench.memory import Memory, measure_memory
+from rkd.bench.memory import INFERENCES, SECONDS, Memory, measure_memory
 from rkd.bench.options import BenchOptions
 from rkd.bench.result import SCHEMA, SHA256
-from rkd.bench.runner import Choice, Identity, Runner, choose_runner, open_runner
-from rkd.bench.validity import judge
+from rkd.bench.runner import Choice, Identity, Runner, choose_runner, open_runner, stages_of
+from rkd.bench.sensors.clocks import locked_clocks
+from rkd.bench.sensors.monitor import Monitor
+from rkd.bench.sensors.trace import Conditions, Trace, conditions, power
+from rkd.bench.validity import busy_limit, findings, judge
 from rkd.bundle import Bundle
 from rkd.errors import BundleError, ConfigError
 from rkd.files import sha256
-from rkd.metrics import Images, Labels, Predictions, Scores, evaluate
+from rkd.metrics import Flip, Images, Labels, Predictions, Proportion, Scores, class_accuracies, evaluate, flips
 
-_EVALUATION_BATCH = 64  # fixed, so that two machines run the same batches
-_QUICK_IMAGES = 256
+_QUICK_MEMORY = (60, 0.5)  # inferences and seconds
+_AFTER_SECONDS = 0.3  # sensors are read for so long after the last sample
+_MOST_FLIPS = 1000
 
 __all__ = ["BenchOptions", "OnStage", "label_digest", "run"]
 
@@ -47,18 +57,37 @@ class _Job:
     bundle: Bundle
     choice: Choice
     exported: Scores
-    series: Series | None = None
+    images: EvaluationSet
+    host_labels: dict[str, Labels] | None
+    series: list[Series] = field(default_factory=list)  # one a batch size
     identity: Identity | None = None
-    latency: Latency | None = None
+    latencies: list[Latency] = field(default_factory=list)
     memory: Memory | None = None
     scores: Scores | None = None
     predictions: Predictions | None = None
-    evaluated: int = 0
-    available: int = 0
+    examples: list[dict[str, Any]] = field(default_factory=list)
     not_finite: int = 0
 
 
-def run(bundles: Sequence[Bundle], options: BenchOptions, on_stage: OnStage | None = None) -> dict[str, Any]:
+@dataclass
+class _Machine:
+    """What is known about the machine."""
+
+    device: Device
+    load: Load
+    started: str
+    ready_ns: int
+    trace: Trace | None = None
+    locked: str | None = None
+
+
+def run(
+    bundles: Sequence[Bundle],
+    options: BenchOptions,
+    on_stage: OnStage | None = None,
+    *,
+    per_class: bool = False,
+) -> dict[str, Any]:
     """Measure bundles on this machine.
 
     Ctrl-C gives what was measured so far: `interrupted` is then true, and every entry is invalid and says so.
@@ -67,6 +96,7 @@ def run(bundles: Sequence[Bundle], options: BenchOptions, on_stage: OnStage | No
         bundles: verified, at least one; the first is the one that ratios refer to.
         options: what to measure.
         on_stage: told about progress.
+        per_class: state ACC of each class.
 
     Returns:
         What `rkd.bench.result.write` writes.
@@ -74,42 +104,41 @@ def run(bundles: Sequence[Bundle], options: BenchOptions, on_stage: OnStage | No
     Raises:
         ConfigError: no bundle, or a batch that a bundle does not allow.
         BundleError: a bundle's model cannot be loaded or is not what its manifest says.
-        MissingExtraError, RuntimeUnavailableError: this machine lacks a runtime.
+        DataError: the user's data does not fit a bundle.
+        MissingExtraError, RuntimeUnavailableError: this machine lacks a runtime, or does not let its clocks be fixed.
     """
     tell = on_stage or _silent
-    if not bundles:
-        raise ConfigError("no bundle to measure; give one, or run in a folder that holds one")
-    for bundle in bundles:
-        if options.batch > bundle.target.max_batch:
-            raise ConfigError(
-                f"batch is {options.batch}, {bundle.name} allows at most {bundle.target.max_batch}; use a smaller batch"
-            )
-    jobs = [_Job(b, choose_runner(b.target, options.threads), _exported_scores(b)) for b in bundles]
+    jobs = _jobs(bundles, options)
+    stage, interrupted = "start", None
     started = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-    device, load = identify(), load_before()
-    stage = "start"
-    try:
-        with ExitStack() as stack:
-            runners = [_activate(job, options, stack) for job in jobs]
-            stage = "latency"
-            if options.latency:
-                _latency(jobs, options, tell)
-            stage = "accuracy"
-            if options.accuracy:
-                _accuracy(jobs, runners, options, tell)
-        stage = "memory"
-        if options.memory:
-            _memory(jobs, options, tell)
-        interrupted = None
-    except KeyboardInterrupt:
-        interrupted = stage
+    device = identify()
+    with ExitStack() as outer:
+        watch = options.sensors and options.latency
+        monitor = outer.enter_context(Monitor(visible_cores())) if watch else None
+        machine = _Machine(device, load_before(), started, time.perf_counter_ns())
+        try:
+            with ExitStack() as stack:
+                runners = [_activate(job, options, stack) for job in jobs]
+                stage = "latency"
+                if options.latency:
+                    _latency(jobs, options, tell, machine)
+                    _finish(monitor, machine)
+                stage = "accuracy"
+                if options.accuracy:
+                    _accuracy(jobs, runners, tell)
+            stage = "memory"
+            if options.memory:
+                _memory(jobs, options, tell)
+        except KeyboardInterrupt:
+            interrupted = stage
+        if monitor:
+            machine.trace = monitor.stop()
+    seen = _conditions(jobs, machine)
     return {
         "schema": SCHEMA,
         "interrupted": interrupted is not None,
-        "entries": [
-            _entry(job, options=options, device=device, load=load, started=started, interrupted=interrupted)
-            for job in jobs
-        ],
+        "comparisons": _comparisons(jobs),
+        "entries": [_entry(job, options, machine, seen, interrupted, per_class=per_class) for job in jobs],
     }
 
 
@@ -122,52 +151,80 @@ def label_digest(labels: Labels) -> str:
     return sha256(labels.astype("<i2").tobytes())
 
 
+def _jobs(bundles: Sequence[Bundle], options: BenchOptions) -> list[_Job]:
+    if not bundles:
+        raise ConfigError("no bundle to measure; give one, or run in a folder that holds one")
+    for bundle in bundles:
+        if max(options.batches) > bundle.target.max_batch:
+            raise ConfigError(
+                f"batch is {max(options.batches)}, {bundle.name} allows at most {bundle.target.max_batch}; use a "
+                "smaller batch"
+            )
+    return [
+        _Job(
+            bundle,
+            choose_runner(bundle.target, options.threads),
+            _exported_scores(bundle),
+            evaluation_set(bundle, options.data, quick=options.quick),
+            bundle.host_labels() if options.data is None else None,
+        )
+        for bundle in bundles
+    ]
+
+
 def _activate(job: _Job, options: BenchOptions, stack: ExitStack) -> Runner:
-    """Load a model and see that one batch gives what the manifest says."""
+    """Load a model and see that one batch of each size gives what the manifest says."""
     origin = str(job.bundle.path)
     runner = stack.enter_context(open_runner(job.choice, job.bundle.model, origin))
     job.identity = runner.identity
     images, _ = job.bundle.evaluation()
-    job.available = len(images)
-    batch = np.ascontiguousarray(np.resize(images, (options.batch, *images.shape[1:])))
-    logits = runner.infer(batch)
-    expected = (options.batch, len(job.bundle.classes))
-    if logits.dtype != np.float32 or logits.shape != expected:
-        raise BundleError(f"{origin}: the model gives {logits.dtype}{logits.shape}, expected float32{expected}")
-    job.series = Series(runner.infer, batch)
+    for size in options.batches:
+        batch = np.ascontiguousarray(np.resize(images, (size, *images.shape[1:])))
+        logits = runner.infer(batch)
+        expected = (size, len(job.bundle.classes))
+        if logits.dtype != np.float32 or logits.shape != expected:
+            raise BundleError(f"{origin}: the model gives {logits.dtype}{logits.shape}, expected float32{expected}")
+        job.series.append(Series(runner.infer, batch, stages=stages_of(runner)))
     return runner
 
 
-def _latency(jobs: Sequence[_Job], options: BenchOptions, on_stage: OnStage) -> None:
-    series = [job.series for job in jobs if job.series]
+def _latency(jobs: Sequence[_Job], options: BenchOptions, on_stage: OnStage, machine: _Machine) -> None:
+    series = [one for job in jobs for one in job.series]
     try:
-        measure(series, options.plan, lambda done, total: on_stage("latency", done, total))
+        with locked_clocks(visible_cores()) if options.lock_clocks else nullcontext() as locked:
+            machine.locked = locked
+            measure(series, options.plan, lambda done, total: on_stage("latency", done, total))
     finally:
         for job in jobs:
-            if job.series:
-                job.latency = summarise(job.series, options.seed)
+            job.latencies = [found for one in job.series if (found := summarise(one, options.seed))]
 
 
-def _accuracy(jobs: Sequence[_Job], runners: Sequence[Runner], options: BenchOptions, on_stage: OnStage) -> None:
-    wanted = [min(job.available, _QUICK_IMAGES) if options.quick else job.available for job in jobs]
-    done, total = 0, sum(wanted)
+def _finish(monitor: Monitor | None, machine: _Machine) -> None:
+    """Look at the machine for a moment after the last sample."""
+    if monitor:
+        time.sleep(_AFTER_SECONDS)
+        machine.trace = monitor.stop()
+
+
+def _accuracy(jobs: Sequence[_Job], runners: Sequence[Runner], on_stage: OnStage) -> None:
+    done, total = 0, sum(len(job.images.rows) for job in jobs)
     on_stage("accuracy", done, total)
 
-    def batches(job: _Job, images: Images, labels: Labels) -> Iterator[tuple[Images, Labels]]:
+    def batches(job: _Job, examples: Examples) -> Iterator[tuple[Images, Labels]]:
         nonlocal done
-        size = min(job.bundle.target.max_batch, _EVALUATION_BATCH)
-        for i in range(0, len(labels), size):
-            yield images[i : i + size], labels[i : i + size]
-            done += len(labels[i : i + size])
+        at = 0
+        for images, labels in job.images.batches(job.bundle.target.max_batch):
+            examples.add(at, images, labels)
+            yield images, labels
+            at += len(labels)
+            done += len(labels)
             on_stage("accuracy", done, total)
 
-    for job, runner, count in zip(jobs, runners, wanted, strict=True):
-        images, labels = job.bundle.evaluation()
-        # The images may be sorted by class: a part of them is drawn, the same on every machine.
-        part = np.sort(np.random.default_rng(0).permutation(len(labels))[:count])
+    for job, runner in zip(jobs, runners, strict=True):
         triggers = job.bundle.triggers()
-        found = evaluate(_predictor(job, runner), batches(job, images[part], labels[part]), triggers)
-        (job.scores, job.predictions), job.evaluated = found, count
+        examples = Examples(triggers)
+        job.scores, job.predictions = evaluate(_predictor(job, runner), batches(job, examples), triggers)
+        job.examples = examples.to_json(job.predictions, job.bundle.classes)
 
 
 def _predictor(job: _Job, runner: Runner) -> Callable[[Images], NDArray[Any]]:
@@ -180,10 +237,11 @@ def _predictor(job: _Job, runner: Runner) -> Callable[[Images], NDArray[Any]]:
 
 
 def _memory(jobs: Sequence[_Job], options: BenchOptions, on_stage: OnStage) -> None:
+    inferences, seconds = _QUICK_MEMORY if options.quick else (INFERENCES, SECONDS)
     for done, job in enumerate(jobs):
         on_stage("memory", done, len(jobs))
         shape = (options.batch, *job.bundle.manifest["input"]["shape"])
-        job.memory = measure_memory(job.bundle.model, job.choice, shape)
+        job.memory = measure_memory(job.bundle.model, job.choice, shape, inferences=inferences, seconds=seconds)
     on_stage("memory", len(jobs), len(jobs))
 
 
@@ -196,9 +254,26 @@ def _exported_scores(bundle: Bundle) -> Scores:
     return scores
 
 
+def _conditions(jobs: Sequence[_Job], machine: _Machine) -> Conditions | None:
+    if machine.trace is None:
+        return None
+    slices = [span for job in jobs for one in job.series for span in one.slices]
+    return conditions(machine.trace, slices, machine.ready_ns, busy_limit(machine.device.cores))
+
+
+def _comparisons(jobs: Sequence[_Job]) -> list[dict[str, Any]]:
+    """Every pair of bundles, at every batch size."""
+    found = []
+    for (i, first), (j, second) in combinations(enumerate(jobs), 2):
+        for one, other in zip(first.series, second.series, strict=False):
+            if pair := compare(one, other):
+                found.append({"first": i, "second": j, "batch": len(one.images), **pair.to_json()})
+    return found
+
+
 def _differences(job: _Job) -> list[dict[str, Any]] | None:
     """Where this machine's hits differ from the exporting host's; None if not all images were evaluated."""
-    if job.scores is None or job.evaluated < job.available:
+    if job.scores is None or job.images.source != "bundle" or len(job.images.rows) < job.images.available:
         return None
     here, host = _figures(job.scores), _figures(job.exported)
     return [
@@ -216,54 +291,113 @@ def _figures(scores: Scores) -> dict[str, dict[str, Any]]:
     return figures
 
 
+def _agreement(job: _Job) -> tuple[Proportion, list[Flip]] | None:
+    if job.predictions is None or job.host_labels is None:
+        return None
+    return flips(job.predictions, job.host_labels, job.images.rows)
+
+
 def _entry(
-    job: _Job, *, options: BenchOptions, device: Device, load: Load, started: str, interrupted: str | None
+    job: _Job,
+    options: BenchOptions,
+    machine: _Machine,
+    seen: Conditions | None,
+    interrupted: str | None,
+    *,
+    per_class: bool,
 ) -> dict[str, Any]:
-    bundle, predictions, identity = job.bundle, job.predictions, job.identity
-    student = bundle.manifest["chain"].get("student")
+    predictions, identity, images = job.predictions, job.identity, job.images
+    agreement, evaluated = _agreement(job), predictions is not None
     validity = judge(
         instead=job.choice.instead,
-        device=device,
-        load=load,
-        latency=job.latency,
+        device=machine.device,
+        load=machine.load,
+        conditions=seen,
+        latencies={latency.batch: latency for latency in job.latencies},
         min_samples=options.plan.min_samples,
         not_finite=job.not_finite,
+        classes_present=images.classes_present if evaluated else None,
         interrupted=interrupted,
     )
     return {
-        "bundle": {
-            "name": bundle.name,
-            "sha256": bundle.digest,
-            "model_sha256": sha256(bundle.model),
-            "student_sha256": student if isinstance(student, str) and SHA256.fullmatch(student) else None,
-            "target": bundle.target.name,
-            "runtime": bundle.target.runtime,
-            "precision": bundle.target.precision,
-        },
-        "started": started,
-        "device": device.to_json(),
-        "load": load.to_json(),
+        "bundle": _bundle(job.bundle),
+        "host": None,
+        "started": machine.started,
+        "device": machine.device.to_json(),
+        "load": machine.load.to_json(),
         "software": {
             "rkd": rkd.__version__,
-            "python": device.python,
+            "python": machine.device.python,
             "numpy": np.__version__,
             "runtime": job.choice.runtime,
             "runtime_version": identity.version if identity else None,
             "providers": list(identity.providers) if identity else [],
             "threads": job.choice.threads,
+            "details": dict(identity.details) if identity else {},
         },
-        "settings": options.to_json(),
-        "latency": job.latency.to_json() if job.latency else None,
+        "settings": {**options.to_json(), "clocks_locked_by": machine.locked},
+        "latency": job.latencies[0].to_json() if job.latencies else None,
+        "sweep": [latency.to_json() for latency in job.latencies[1:]],
         "memory": job.memory.to_json() if job.memory else None,
+        "power": _power(job, machine),
+        "conditions": seen.to_json() if seen else None,
         "scores": job.scores.to_json() if job.scores else None,
-        "evaluated": {"images": job.evaluated, "of": job.available},
+        "classes": _classes(predictions, job.bundle.classes) if per_class and predictions else None,
+        "evaluated": {
+            "source": images.source,
+            "images": len(images.rows) if evaluated else 0,
+            "of": images.available,
+        },
         "labels": {
             "clean": label_digest(predictions.clean),
             "triggers": {name: label_digest(got) for name, got in predictions.triggered.items()},
         }
         if predictions
         else None,
+        "agreement": {
+            "share": agreement[0].to_json(),
+            "flips": [dict(flip.__dict__) for flip in agreement[1][:_MOST_FLIPS]],
+        }
+        if agreement
+        else None,
+        "examples": job.examples,
         "exported_scores": job.exported.to_json(),
         "differences": _differences(job),
+        "gates": [],
+        "findings": findings(
+            job.memory,
+            images=(len(images.rows), images.available) if evaluated else None,
+            notes=images.notes if evaluated else (),
+            flips=len(agreement[1]) if agreement else 0,
+        ),
         "validity": validity.to_json(),
     }
+
+
+def _bundle(bundle: Bundle) -> dict[str, Any]:
+    student = bundle.manifest["chain"].get("student")
+    return {
+        "name": bundle.name,
+        "sha256": bundle.digest,
+        "model_sha256": sha256(bundle.model),
+        "student_sha256": student if isinstance(student, str) and SHA256.fullmatch(student) else None,
+        "target": bundle.target.name,
+        "runtime": bundle.target.runtime,
+        "precision": bundle.target.precision,
+    }
+
+
+def _power(job: _Job, machine: _Machine) -> dict[str, Any] | None:
+    """Of the first batch size's slices."""
+    if machine.trace is None or not job.latencies:
+        return None
+    mean_s = job.latencies[0].mean_ms / 1e3
+    found = power(machine.trace, job.series[0].slices, machine.ready_ns, mean_s)
+    return found.to_json() if found else None
+
+
+def _classes(predictions: Predictions, names: Sequence[str]) -> list[dict[str, Any]]:
+    return [
+        {"name": "".join(c for c in name if c.isprintable())[:80], "acc": share.to_json()}
+        for name, share in zip(names, class_accuracies(predictions, len(names)), strict=True)
+    ]

@@ -1,4 +1,7 @@
-"""Results on a terminal of 80 columns: one row a bundle, what the words mean, and why a row is not to be trusted."""
+"""Results on a terminal of 80 columns: one row a bundle, what the words mean, and why a row is not to be trusted.
+
+A serial console without colour loses nothing: what colour says is also said in words.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 NOT_REPORTED = "-"
+_MOST_FLIPS = 5
 
 
 def render(result: dict[str, Any]) -> Group:
@@ -17,31 +21,32 @@ def render(result: dict[str, Any]) -> Group:
     entries = result["entries"]
     several_triggers = any(len(entry["scores"]["triggers"]) > 1 for entry in entries if entry["scores"])
     parts: list[Table | Text] = [_figures(entries)]
+    if any(entry["latency"] for entry in entries):
+        parts.append(_latencies(entries))
+    if any(entry["memory"] or entry["power"] for entry in entries):
+        parts.append(_costs(entries))
     if several_triggers:
         parts.append(_triggers(entries))
+    parts += [_classes(entry) for entry in entries if entry["classes"]]
+    parts += [Text(line) for line in _ratios(result)]
     parts += [Text(line) for line in _legend(entries)]
-    for entry in entries:
-        parts += [Text(line, style="yellow") for line in _remarks(entry)]
+    parts += [Text(line) for line in _machine(entries)]
+    parts += [Text(line, style="yellow") for line in _by_remark(entries)]
     return Group(*parts)
 
 
 def _figures(entries: list[dict[str, Any]]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
-    table.add_column("bundle", overflow="fold", min_width=12)
+    table = _table("bundle")
     for name in ("p50 ms", "p90 ms", "p99 ms", "img/s", "MB", "ACC %", "ASR %", "RA %"):
         table.add_column(name, justify="right", no_wrap=True)
-    first = entries[0]["latency"]
     for entry in entries:
         latency, scores = entry["latency"], entry["scores"]
-        title = Text(entry["bundle"]["name"])
-        if not entry["validity"]["valid"]:
-            title.append("\nINVALID", style="bold red")
         worst = max(scores["triggers"], key=_asr, default=None) if scores else None
         table.add_row(
-            title,
-            *(_time(latency, first if entry is not entries[0] else None, key) for key in ("p50", "p90", "p99")),
+            _title(entry),
+            *(_short(latency[key]["ms"]) if latency else NOT_REPORTED for key in ("p50", "p90", "p99")),
             _short(latency["images_per_second"]) if latency else NOT_REPORTED,
-            _megabytes(entry["memory"]),
+            _megabytes(entry["memory"], "peak_bytes"),
             _proportion(scores["acc"] if scores else None),
             _proportion(worst["asr"] if worst else None),
             _proportion(worst["ra"] if worst else None),
@@ -49,22 +54,100 @@ def _figures(entries: list[dict[str, Any]]) -> Table:
     return table
 
 
+def _latencies(entries: list[dict[str, Any]]) -> Table:
+    """Each batch size: the intervals, the tail, and the device's share."""
+    table = _table("bundle")
+    for name in ("batch", "p50 ms", "p99 ms", "p99.9 ms", "h2d", "comp", "d2h", "img/s"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for entry in entries:
+        for latency in [entry["latency"], *entry["sweep"]] if entry["latency"] else ():
+            stages = latency["stages"]
+            table.add_row(
+                Text(_name(entry)),
+                f"{latency['batch']:,}",
+                *(_interval(latency[key]) for key in ("p50", "p99", "p999")),
+                *(_short(stages[key]["ms"]) if stages else NOT_REPORTED for key in ("h2d", "compute", "d2h")),
+                _short(latency["images_per_second"]),
+            )
+    return table
+
+
+def _costs(entries: list[dict[str, Any]]) -> Table:
+    """Memory in detail, and power."""
+    table = _table("bundle")
+    for name in ("peak MB", "steady", "arena", "device", "grew", "W", "idle W", "mJ"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for entry in entries:
+        memory, power = entry["memory"], entry["power"]
+        table.add_row(
+            Text(_name(entry)),
+            *(_megabytes(memory, f"{key}_bytes") for key in ("peak", "steady", "arena", "device", "growth")),
+            _optional(power["watts"] if power else None),
+            _optional(power["idle_watts"] if power else None),
+            _optional(1e3 * power["joules"] if power and power["joules"] is not None else None),
+        )
+    return table
+
+
 def _triggers(entries: list[dict[str, Any]]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
-    for name in ("bundle", "trigger"):
-        table.add_column(name, overflow="fold")
+    table = _table("bundle", "trigger")
     for name in ("ASR %", "RA %", "n"):
         table.add_column(name, justify="right")
     for entry in entries:
         for trigger in entry["scores"]["triggers"] if entry["scores"] else ():
             table.add_row(
-                Text(entry["bundle"]["name"]),
+                Text(_name(entry)),
                 Text(trigger["name"]),
                 _proportion(trigger["asr"]),
                 _proportion(trigger["ra"]),
                 f"{trigger['asr']['n']:,}",
             )
     return table
+
+
+def _classes(entry: dict[str, Any]) -> Table:
+    table = _table(f"{_name(entry)}: class")
+    for name in ("ACC %", "n"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for one in entry["classes"]:
+        share = one["acc"]
+        table.add_row(Text(one["name"]), _proportion(share).replace("\n", "  "), f"{share['n']:,}")
+    return table
+
+
+def _table(*headings: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)  # rich draws ASCII where a terminal has no more
+    for heading in headings:
+        table.add_column(Text(heading), overflow="fold", min_width=12)
+    return table
+
+
+def _title(entry: dict[str, Any]) -> Text:
+    title = Text(_name(entry))
+    validity = entry["validity"]
+    if not validity["valid"]:
+        spoiled = [word for word in ("timing", "scores") if not validity[word]]
+        title.append("\nINVALID" + (f" {spoiled[0]}" if len(spoiled) == 1 else ""), style="bold red")
+    return title
+
+
+def _name(entry: dict[str, Any]) -> str:
+    host = entry["host"]
+    return f"{entry['bundle']['name']}{f' on {host}' if host else ''}"
+
+
+def _ratios(result: dict[str, Any]) -> list[str]:
+    """Pairs of bundles at the main batch size, from their interleaved rounds."""
+    entries = result["entries"]
+    lines = []
+    for pair in result["comparisons"]:
+        first, second = entries[pair["first"]], entries[pair["second"]]
+        if pair["batch"] == first["settings"]["batch"]:
+            lines.append(
+                f"{_name(second)} takes {_ratio(pair['ratio'])} [{_ratio(pair['low'])}, "
+                f"{_ratio(pair['high'])}] times as long as {_name(first)}."
+            )
+    return lines
 
 
 def _legend(entries: list[dict[str, Any]]) -> list[str]:
@@ -74,54 +157,122 @@ def _legend(entries: list[dict[str, Any]]) -> list[str]:
         threads = _span([entry["software"]["threads"] for entry in entries])
         lines.append(
             f"ms: wall time of one inference, batch {_span([m['batch'] for m in measured])}, closed loop, "
-            f"threads {threads}, n {_span([m['n'] for m in measured])}; img/s: in that loop."
+            f"threads {threads}, n {_span([m['n'] for m in measured])}, with 95 % bootstrap intervals; "
+            "img/s: in that loop."
         )
-        if len(entries) > 1:
-            lines.append("x: times the first bundle's.")
+        if any(m["p999"] is None for m in measured):
+            lines.append("p99.9 needs 1,000 samples.")
+        if any(m["stages"] for m in measured):
+            lines.append("h2d, comp, d2h: the device's own p50 of copy in, compute and copy out, in ms.")
     if any(entry["memory"] for entry in entries):
-        lines.append("MB: peak resident memory of a process that only loads and runs the model, 10^6 bytes.")
-    scored = [entry["scores"] for entry in entries if entry["scores"]]
-    if scored:
-        attacked = [trigger["asr"]["n"] for scores in scored for trigger in scores["triggers"]]
         lines.append(
-            f"ACC: accuracy on clean images, n {_span([s['acc']['n'] for s in scored])}; below it the "
-            "95 % Wilson interval."
+            "MB: peak resident memory of a process that only loads and runs the model, 10^6 bytes; arena: what the "
+            "first inferences added; device: on a device of its own; grew: over the run."
         )
-        if attacked:
-            lines.append(
-                "ASR: triggered images taken for the attacker's class (low is good); RA: still right; "
-                f"n {_span(attacked)}."
-            )
-        if any(len(scores["triggers"]) > 1 for scores in scored):
-            lines.append("Of several triggers, the first table shows the one with the highest ASR.")
+    if any(entry["power"] for entry in entries):
+        lines.append("W: mean power while the bundle was timed; mJ: that times its mean latency, idle power included.")
+    elif measured and entries[0]["conditions"]:
+        lines.append("Power is not reported by this machine.")
+    return lines + _score_legend([entry["scores"] for entry in entries if entry["scores"]])
+
+
+def _score_legend(scored: list[dict[str, Any]]) -> list[str]:
+    if not scored:
+        return []
+    attacked = [trigger["asr"]["n"] for scores in scored for trigger in scores["triggers"]]
+    lines = [
+        f"ACC: accuracy on clean images, n {_span([s['acc']['n'] for s in scored])}; below it the 95 % Wilson interval."
+    ]
+    if attacked:
+        lines.append(
+            f"ASR: triggered images taken for the attacker's class (low is good); RA: still right; n {_span(attacked)}."
+        )
+    if any(len(scores["triggers"]) > 1 for scores in scored):
+        lines.append("Of several triggers, the first table shows the one with the highest ASR.")
     return lines
+
+
+def _machine(entries: list[dict[str, Any]]) -> list[str]:
+    """Clocks and heat, once a machine."""
+    lines: dict[str, None] = {}
+    for entry in entries:
+        seen, device = entry["conditions"], entry["device"]
+        if not seen:
+            continue
+        if seen["reason"]:
+            lines[f"Sensors: not reported: {seen['reason']}."] = None
+            continue
+        cpu, gpu = (seen["clocks_hz"].get(name) for name in ("cpu", "gpu"))
+        hottest = [span["during"] for span in seen["celsius"].values() if span["during"] is not None]
+        facts = [
+            f"mode {device['power_mode']}" if device["power_mode"] else "",
+            f"governor {device['governor'] or 'not reported'}",
+            f"CPU {_clock(cpu)}",
+            f"GPU {_clock(gpu)}" if gpu else "",
+            f"hottest {max(hottest):.0f} C" if hottest else "heat not reported",
+            f"others {seen['others']['mean_cores']:.2f} cores" if seen["others"] else "",
+        ]
+        lines[f"While timed: {', '.join(filter(None, facts))}."] = None
+    return list(lines)
+
+
+def _clock(span: dict[str, Any] | None) -> str:
+    if not span or span["during"] is None:
+        return "clock not reported"
+    return f"at least {span['during'] / 1e6:,.0f} MHz"
+
+
+def _by_remark(entries: list[dict[str, Any]]) -> list[str]:
+    """What is to be said, once, and of which bundles."""
+    found: dict[str, list[str]] = {}
+    for entry in entries:
+        for remark in _remarks(entry):
+            found.setdefault(remark, []).append(_name(entry))
+    return [
+        f"{'every bundle' if len(names) == len(entries) > 1 else ', '.join(names)}{remark}"
+        for remark, names in found.items()
+    ]
 
 
 def _remarks(entry: dict[str, Any]) -> list[str]:
-    name = entry["bundle"]["name"]
-    lines = [f"{name} is INVALID: {reason}" for reason in entry["validity"]["reasons"]]
+    lines = [f" is INVALID ({r['code']}): {r['text']}" for r in entry["validity"]["reasons"]]
+    lines += [f": {finding['text']}" for finding in entry["findings"] if finding["code"] != "flips"]
     if entry["memory"] and entry["memory"]["reason"]:
-        lines.append(f"{name}: memory not reported: {entry['memory']['reason']}")
+        lines.append(f": memory not reported: {entry['memory']['reason']}")
+    if agreement := entry["agreement"]:
+        share = agreement["share"]
+        if share["hits"] < share["n"]:
+            lines.append(
+                f": {share['percent']:.2f} % of {share['n']:,} predictions agree with the exporting host's"
+            )
+        lines += [f": {_flip(flip)}" for flip in agreement["flips"][:_MOST_FLIPS]]
+        if len(agreement["flips"]) > _MOST_FLIPS:
+            lines.append(f": ... {len(agreement['flips']) - _MOST_FLIPS} more in the result")
     lines += [
-        f"{name}: {d['figure']} differs from the exporting host's: {_hits(d['here'])} here, {_hits(d['host'])} there"
+        f": {d['figure']} differs from the exporting host's: {_hits(d['here'])} here, {_hits(d['host'])} there"
         for d in entry["differences"] or ()
     ]
-    return lines
+    return lines + [f": gate {'kept' if g['passed'] else 'BROKEN'}: {g['text']}" for g in entry["gates"]]
 
 
-def _time(latency: dict[str, Any] | None, first: dict[str, Any] | None, key: str) -> str:
-    if not latency:
+def _flip(flip: dict[str, Any]) -> str:
+    what = f"with {flip['trigger']}" if flip["trigger"] else "clean"
+    return f"image {flip['image']} ({what}) is class {flip['here']} here, {flip['host']} there, truly {flip['truth']}"
+
+
+def _interval(found: dict[str, Any] | None) -> str:
+    return f"{_short(found['ms'])}\n{_short(found['low'])}-{_short(found['high'])}" if found else NOT_REPORTED
+
+
+def _megabytes(memory: dict[str, Any] | None, key: str) -> str:
+    if not memory or memory[key] is None:
         return NOT_REPORTED
-    text = _short(latency[key]["ms"])
-    if first and first[key]["ms"] > 0:
-        text += f"\n{latency[key]['ms'] / first[key]['ms']:.2f}x"
-    return text
+    value = memory[key] / 1e6
+    return f"{value:.0f}" if abs(value) >= 10 else f"{value:.1f}"
 
 
-def _megabytes(memory: dict[str, Any] | None) -> str:
-    if not memory or memory["peak_bytes"] is None:
-        return NOT_REPORTED
-    return f"{memory['peak_bytes'] / 1e6:.0f}"
+def _optional(value: float | None) -> str:
+    return NOT_REPORTED if value is None else _short(value)
 
 
 def _proportion(value: dict[str, Any] | None) -> str:
@@ -136,6 +287,10 @@ def _hits(value: dict[str, Any] | None) -> str:
 
 def _asr(trigger: dict[str, Any]) -> float:
     return float(trigger["asr"]["percent"] or 0)
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.3f}" if value < 10 else f"{value:.1f}"
 
 
 def _short(value: float) -> str:

@@ -1,35 +1,75 @@
-"""When a result's figures do not mean what they seem to mean, and why.
+"""When a result's figures do not mean what they seem to mean, and why; and what else a reader should know.
 
-Thresholds: another program kept more than 0.5 cores (or 5 % of them, if that is more) busy just before the start; the
-medians of the first and last third of the samples differ by more than 10 %; fewer samples than asked for.
+Thresholds: other programs kept more than 0.5 cores (or 5 % of them, if that is more) busy just before the start or in
+more than a tenth of the seconds of the timing; a clock's median in the last third of the timing differs from that of
+the first third by more than 5 %; the medians of latency in the same thirds by more than 10 %; anything throttled;
+fewer samples than asked for.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from rkd.bench.device import Device, Load
 from rkd.bench.latency import Latency
+from rkd.bench.memory import Memory
+from rkd.bench.sensors.trace import Conditions, Others, Span
 
 BUSY_CORES, BUSY_SHARE = 0.5, 0.05
-DRIFT = 0.10
+BUSY_SECONDS = 0.1
+DRIFT, CLOCK_DRIFT, CAP_DROP = 0.10, 0.05, 0.01
+
+Affects = Literal["all", "timing", "scores"]
+CODES = (
+    "interrupted", "other-runtime", "emulated", "not-finite", "one-class", "too-short", "not-stationary",
+    "latency-drifted", "throttled", "clocks-drifted", "shared-cpu",
+)  # fmt: skip
+FINDINGS = ("leak", "part-of-the-images", "classes-missing", "flips")
+
+
+@dataclass(frozen=True)
+class Reason:
+    """One fault: its name, which figures it spoils, and what happened and what to do in a line."""
+
+    code: str
+    affects: Affects
+    text: str
+
+    def to_json(self) -> dict[str, str]:
+        """All of it."""
+        return dict(self.__dict__)
 
 
 @dataclass(frozen=True)
 class Validity:
     """Valid if there is no reason against it."""
 
-    reasons: tuple[str, ...]
+    reasons: tuple[Reason, ...]
 
     @property
     def valid(self) -> bool:
-        """Whether the figures may be used."""
+        """Whether all figures may be used."""
         return not self.reasons
 
+    def holds(self, what: Literal["timing", "scores"]) -> bool:
+        """Whether latency, memory and power, or ACC, ASR and RA, may be used."""
+        return all(reason.affects not in ("all", what) for reason in self.reasons)
+
     def to_json(self) -> dict[str, Any]:
-        """`{valid, reasons}`."""
-        return {"valid": self.valid, "reasons": list(self.reasons)}
+        """`{valid, timing, scores, reasons}`."""
+        return {
+            "valid": self.valid,
+            "timing": self.holds("timing"),
+            "scores": self.holds("scores"),
+            "reasons": [reason.to_json() for reason in self.reasons],
+        }
+
+
+def busy_limit(cores: int) -> float:
+    """How many of the cores others may keep busy."""
+    return max(BUSY_CORES, BUSY_SHARE * cores)
 
 
 def judge(
@@ -37,9 +77,11 @@ def judge(
     instead: str,
     device: Device,
     load: Load,
-    latency: Latency | None,
+    conditions: Conditions | None,
+    latencies: Mapping[int, Latency],
     min_samples: int,
     not_finite: int,
+    classes_present: int | None,
     interrupted: str | None,
 ) -> Validity:
     """All reasons against one bundle's figures.
@@ -48,44 +90,135 @@ def judge(
         instead: why another runtime than the target's was used; empty if it was the target's.
         device: the machine.
         load: what others did on it before the start.
-        latency: None if it was not measured.
+        conditions: what the sensors said; None if they were not read.
+        latencies: by batch size; empty if none was measured.
         min_samples: as asked for.
         not_finite: images with a NaN or infinite logit.
+        classes_present: classes with an image in the evaluation set; None if nothing was evaluated.
         interrupted: the stage that was interrupted, if any.
     """
     reasons = []
     if interrupted:
-        reasons.append(f"interrupted during {interrupted}; run it again to the end")
+        reasons.append(Reason("interrupted", "all", f"interrupted during {interrupted}; run it again to the end"))
     if instead:
-        reasons.append(instead)
+        reasons.append(Reason("other-runtime", "timing", instead))
     if device.emulator:
-        reasons.append(f"emulated CPU ({device.emulator}): scores hold for the file, latency and memory mean nothing")
+        text = f"emulated CPU ({device.emulator}): scores hold for the file, latency, memory and power mean nothing"
+        reasons.append(Reason("emulated", "timing", text))
     if not_finite:
-        reasons.append(f"{not_finite} images gave NaN or infinite logits: the model overflows in this runtime")
-    if latency:
-        reasons += _latency_reasons(latency, min_samples)
-        reasons += _load_reasons(load, device.cores)
+        text = f"{not_finite} images gave NaN or infinite logits: the model overflows in this runtime"
+        reasons.append(Reason("not-finite", "scores", text))
+    if classes_present == 1:
+        text = "all evaluation images are of one class: a model that always says it would score the same; add others"
+        reasons.append(Reason("one-class", "scores", text))
+    for batch, latency in latencies.items():
+        reasons += _latency_reasons(latency, min_samples, f"batch {batch}: " if len(latencies) > 1 else "")
+    if latencies:
+        reasons += _before(load, device.cores)
+        if conditions:
+            reasons += _throttled(conditions.throttle)
+            reasons += _capped(conditions.clocks)
+            reasons += _clocks(conditions.thirds)
+            reasons += _shared(conditions.others)
     return Validity(tuple(reasons))
 
 
-def _latency_reasons(latency: Latency, min_samples: int) -> list[str]:
+def findings(
+    memory: Memory | None, *, images: tuple[int, int] | None, notes: tuple[str, ...], flips: int
+) -> list[dict[str, str]]:
+    """What a reader should know although it makes nothing invalid.
+
+    Args:
+        memory: as measured.
+        images: evaluated and available; None if nothing was evaluated.
+        notes: about the evaluation set.
+        flips: images that the exporting host sees differently.
+    """
+    found = []
+    if memory and memory.leak and memory.growth_bytes:
+        rate = memory.growth_bytes / max(memory.inferences, 1)
+        text = (
+            f"memory leak: resident memory grew all along, by {memory.growth_bytes / 1e6:.1f} MB over "
+            f"{memory.inferences:,} inferences (about {rate / 1e3:.1f} kB each)"
+        )
+        found.append({"code": "leak", "text": text})
+    if images and images[0] < images[1]:
+        found.append({"code": "part-of-the-images", "text": f"{images[0]:,} of {images[1]:,} images were evaluated"})
+    found += [{"code": "classes-missing", "text": note} for note in notes]
+    if flips:
+        found.append({"code": "flips", "text": f"{flips:,} predictions differ from the exporting host's"})
+    return found
+
+
+def _latency_reasons(latency: Latency, min_samples: int, prefix: str) -> list[Reason]:
     reasons = []
     if latency.n < min_samples:
-        reasons.append(f"{latency.n} latency samples, {min_samples} wanted; allow more seconds")
+        text = f"{prefix}{latency.n} latency samples, {min_samples} wanted; allow more seconds"
+        reasons.append(Reason("too-short", "timing", text))
     if not latency.stationary:
-        reasons.append(f"latency was not stationary after {latency.warm_up} warm-up inferences; allow more seconds")
+        text = f"{prefix}latency was not stationary after {latency.warm_up} warm-up inferences; allow more seconds"
+        reasons.append(Reason("not-stationary", "timing", text))
     first, last = latency.first_third_ms, latency.last_third_ms
     if first is not None and last is not None and abs(last - first) > DRIFT * first:
-        reasons.append(
-            f"latency drifted from {first:.3g} ms (median of the first third) to {last:.3g} ms (last third); "
+        text = (
+            f"{prefix}latency drifted from {first:.3g} ms (median of the first third) to {last:.3g} ms (last third); "
             "check cooling and other programs"
         )
+        reasons.append(Reason("latency-drifted", "timing", text))
     return reasons
 
 
-def _load_reasons(load: Load, cores: int) -> list[str]:
+def _before(load: Load, cores: int) -> list[Reason]:
     busy, what = (load.busy_cores, "cores busy") if load.busy_cores is not None else (load.average, "load average")
-    limit = max(BUSY_CORES, BUSY_SHARE * cores)
+    limit = busy_limit(cores)
     if busy is None or busy <= limit:
         return []
-    return [f"{what} before the start: {busy:.2f}, at most {limit:.2f} wanted; stop other programs and run again"]
+    text = f"{what} before the start: {busy:.2f}, at most {limit:.2f} wanted; stop other programs and run again"
+    return [Reason("shared-cpu", "timing", text)]
+
+
+def _shared(others: Others | None) -> list[Reason]:
+    if others is None or others.busy_seconds <= BUSY_SECONDS * others.seconds:
+        return []
+    text = (
+        f"another program shared the CPU: it kept {others.mean_cores:.2f} cores busy (worst second "
+        f"{others.highest_cores:.2f}), more than {others.limit_cores:.2f} in {others.busy_seconds} of "
+        f"{others.seconds} seconds of the timing; stop it and run again"
+    )
+    return [Reason("shared-cpu", "timing", text)]
+
+
+def _throttled(throttle: Mapping[str, Span]) -> list[Reason]:
+    said = []
+    for name, span in throttle.items():
+        if span.during:
+            kind, _, what = name.partition(": ")
+            said.append(f"{what} (+{span.during:.0f})" if kind == "count" else f"{what} (level {span.during:.0f})")
+    if not said:
+        return []
+    text = f"the board throttled while it was timed: {', '.join(said)}; cool it, or give it a stronger supply"
+    return [Reason("throttled", "timing", text)]
+
+
+def _capped(clocks: Mapping[str, Span]) -> list[Reason]:
+    reasons = []
+    for name, span in clocks.items():
+        if name.endswith(" cap") and span.before and span.during and span.during < (1 - CAP_DROP) * span.before:
+            text = (
+                f"the board throttled while it was timed: the {name.removesuffix(' cap')} was allowed "
+                f"{span.before / 1e6:,.0f} MHz before and {span.during / 1e6:,.0f} MHz during it; cool it"
+            )
+            reasons.append(Reason("throttled", "timing", text))
+    return reasons
+
+
+def _clocks(thirds: Mapping[str, tuple[float, float]]) -> list[Reason]:
+    reasons = []
+    for name, (first, last) in thirds.items():
+        if name in ("cpu", "gpu") and first > 0 and abs(last - first) > CLOCK_DRIFT * first:
+            text = (
+                f"the {name} clock drifted from {first / 1e6:,.0f} MHz (median of the first third of the timing) to "
+                f"{last / 1e6:,.0f} MHz (last third); fix it with --lock-clocks, or cool the board"
+            )
+            reasons.append(Reason("clocks-drifted", "timing", text))
+    return reasons

@@ -12,6 +12,7 @@
     ├── BundleError                a .rkd file that is not exactly what was written
     ├── SigningError               a key that cannot be used
     ├── RuntimeUnavailableError    a runtime or provider that this machine lacks
+    ├── RemoteError                a board that cannot be reached or cannot measure
     ├── MissingExtraError          a command whose optional dependencies are not installed
     ├── StorageError               the disk said no: full, read-only, no permission, I/O error
     ├── GateError                  exit 3: a measured figure is on the wrong side of its gate
@@ -71,6 +72,10 @@ class SigningError(RkdError):
 
 class RuntimeUnavailableError(RkdError):
     """A runtime, provider or device that this machine lacks."""
+
+
+class RemoteError(RkdError):
+    """A board that cannot be reached, or lacks what it takes to measure."""
 
 
 class MissingExtraError(RkdError):

@@ -10,7 +10,7 @@ Low ASR with low RA is not a repair: the three are always reported together.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -171,6 +171,50 @@ def score(predictions: Predictions, triggers: Sequence[Trigger] = ()) -> Scores:
         ra = Proportion(int(((got == truth) & counted).sum()), n)
         results.append(TriggerScore(trigger.name, trigger.target, asr, ra))
     return Scores(Proportion(int((predictions.clean == truth).sum()), len(truth)), tuple(results))
+
+
+def class_accuracies(predictions: Predictions, classes: int) -> list[Proportion]:
+    """ACC of each class: of its clean images, those predicted as it."""
+    right = predictions.clean == predictions.labels
+    counts = np.bincount(predictions.labels, minlength=classes)
+    hits = np.bincount(predictions.labels[right], minlength=classes)
+    return [Proportion(int(hit), int(count)) for hit, count in zip(hits, counts, strict=True)]
+
+
+@dataclass(frozen=True)
+class Flip:
+    """One image that two machines see differently.
+
+    Attributes:
+        image: its place in the evaluation set.
+        trigger: that it carries; empty for the clean image.
+        truth, host, here: its class, and what each of the two predicted.
+    """
+
+    image: int
+    trigger: str
+    truth: int
+    host: int
+    here: int
+
+
+def flips(predictions: Predictions, host: Mapping[str, Labels], rows: Labels) -> tuple[Proportion, list[Flip]]:
+    """Agreement with another machine's labels over all clean and triggered images, and where it fails.
+
+    Args:
+        predictions: of this machine, over the images `rows`.
+        host: the other's labels by trigger name, and under the empty name for the clean images; of the whole set.
+        rows: places in the evaluation set, (n,), in the order of `predictions`.
+    """
+    found, total = [], 0
+    for name, here in {"": predictions.clean, **predictions.triggered}.items():
+        theirs = host[name][rows]
+        total += len(here)
+        found += [
+            Flip(int(rows[i]), name, int(predictions.labels[i]), int(theirs[i]), int(here[i]))
+            for i in np.flatnonzero(theirs != here)
+        ]
+    return Proportion(total - len(found), total), found
 
 
 def _top1(logits: NDArray[Any]) -> Labels:

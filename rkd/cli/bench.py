@@ -23,21 +23,92 @@ def bench(
     quick: Annotated[
         bool, typer.Option("--quick", help="A first answer in seconds: fewer samples, at most 256 test images.")
     ] = False,
-    batch: Annotated[int, typer.Option(help="Images an inference.")] = 1,
+    mlperf: Annotated[
+        bool, typer.Option("--mlperf", help="As long as MLPerf's single stream: 600 s of samples a bundle.")
+    ] = False,
+    batch: Annotated[
+        str, typer.Option(help="Images an inference; several, as in 1,4,16, give a sweep, the first is the main one.")
+    ] = "1",
     threads: Annotated[int, typer.Option(help="CPU threads; 0 for all that this process may use.")] = 0,
+    data: Annotated[
+        Optional[Path],
+        typer.Option(
+            help="Evaluate on this instead of the bundle's images: a folder with one folder a class (needs Pillow), or "
+            "an .npz.",
+            show_default=False,
+        ),
+    ] = None,
+    per_class: Annotated[bool, typer.Option("--per-class", help="Also ACC of each class.")] = False,
+    gate: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            help="Limits, held against the bad end of each interval; exit 3 if one is broken. As in "
+            "'acc>=90, asr_upper<=2, p99<=5ms, memory<=200MB, agreement>=99.5'; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    require_valid: Annotated[
+        bool,
+        typer.Option("--require-valid", help="Exit 3 where a result is invalid (throttled, drifted, shared, ...)."),
+    ] = False,
+    lock_clocks: Annotated[
+        bool,
+        typer.Option(
+            "--lock-clocks", help="Fix the clocks while the latency is measured (needs root); they are set back after."
+        ),
+    ] = False,
+    host: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            help="Measure on this board (user@board, or a name of ~/.ssh/config) through ssh; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    remote_rkd: Annotated[str, typer.Option(help="How rkd is called on the boards of --host.")] = "rkd",
     seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
     out: Annotated[Path, typer.Option(help="Where the result goes.")] = Path("result.json"),
     json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of a table.")] = False,
 ) -> None:
-    """Measure bundles on this machine: latency, memory, ACC, ASR and RA. Needs no torch.
+    """Measure bundles on this machine or on boards: latency, memory, power, ACC, ASR and RA. Needs no torch.
 
     Examples:
         rkd bench
 
-        rkd bench a.ort-cpu.rkd b.ort-cpu.rkd
+        rkd bench student.ort-cpu.rkd teacher.ort-cpu.rkd --batch 1,8
 
-        rkd bench --quick --threads 1
+        rkd bench --gate 'acc>=90, asr<=2, p99<=5ms' --require-valid
+
+        rkd bench student.jetson-fp16.rkd --host nvidia@orin --host nvidia@thor
     """
-    from rkd.bench.command import bench_command
+    from rkd.bench.command import Request, bench_command
+    from rkd.bench.options import BenchOptions, parse_batches
+    from rkd.errors import ConfigError
 
-    bench_command(bundles or [], quick=quick, batch=batch, threads=threads, seed=seed, out=out, json_output=json_output)
+    if quick and mlperf:
+        raise ConfigError("--quick and --mlperf contradict each other; give one of them")
+    try:
+        first, *rest = parse_batches(batch)
+    except ConfigError as error:
+        raise typer.BadParameter(str(error), param_hint="--batch") from error
+    options = BenchOptions(
+        mode="quick" if quick else "mlperf" if mlperf else "default",
+        batch=first,
+        sweep=tuple(rest),
+        threads=threads or None,
+        seed=seed,
+        data=data,
+        lock_clocks=lock_clocks,
+    )
+    bench_command(
+        Request(
+            bundles=tuple(bundles or ()),
+            options=options,
+            gates=tuple(gate or ()),
+            require_valid=require_valid,
+            per_class=per_class,
+            hosts=tuple(host or ()),
+            remote_rkd=remote_rkd,
+            out=out,
+            json_output=json_output,
+        )
+    )

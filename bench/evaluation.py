@@ -1,0 +1,162 @@
+"""What ACC, ASR and RA are measured on: the bundle's images, or a folder or .npz of the user's.
+
+One batch is held at a time besides what the bundle holds anyway; a folder is decoded as it is read (with Pillow).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from rkd.bundle import Bundle
+from rkd.errors import DataError
+from rkd.files import storage_errors
+from rkd.metrics import Images, Labels
+
+_BATCH = 64  # fixed, so that two machines run the same batches
+_QUICK_IMAGES = 256
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """Images and labels, in a fixed order.
+
+    Attributes:
+        source: `bundle`, or the name of the user's folder or file.
+        labels: true classes, (N,), of all that are evaluated.
+        rows: their places in the whole set, (N,).
+        available: images in the whole set.
+        batches_of: gives them in batches of a size.
+        notes: what was left out.
+    """
+
+    source: str
+    labels: Labels
+    rows: Labels
+    available: int
+    batches_of: Callable[[int], Iterator[tuple[Images, Labels]]]
+    notes: tuple[str, ...] = ()
+
+    def batches(self, most: int) -> Iterator[tuple[Images, Labels]]:
+        """Batches of at most 64 images and at most `most`."""
+        yield from self.batches_of(min(most, _BATCH))
+
+    @property
+    def classes_present(self) -> int:
+        """How many classes have an image."""
+        return len(np.unique(self.labels))
+
+
+@dataclass(frozen=True)
+class _Held:
+    images: Images
+    labels: Labels
+    rows: Labels
+
+    def __call__(self, size: int) -> Iterator[tuple[Images, Labels]]:
+        for start in range(0, len(self.rows), size):
+            part = self.rows[start : start + size]
+            yield self.images[part], self.labels[part]
+
+
+@dataclass(frozen=True)
+class _Folder:
+    root: Path
+    paths: tuple[str, ...]
+    labels: Labels
+    size: tuple[int, int]
+    rows: Labels
+
+    def __call__(self, size: int) -> Iterator[tuple[Images, Labels]]:
+        from rkd.data import FolderSource
+
+        yield from FolderSource(self.root, self.paths, self.labels, self.size, rows=self.rows).batches(size)
+
+
+def evaluation_set(bundle: Bundle, data: Path | None, *, quick: bool) -> EvaluationSet:
+    """The images to evaluate a bundle on.
+
+    Args:
+        bundle: whose classes and image size count.
+        data: a folder or .npz instead of the bundle's own images.
+        quick: at most 256 of them, the same on every machine.
+
+    Raises:
+        BundleError: the bundle's images are damaged.
+        DataError: the data does not fit the bundle.
+        MissingExtraError: a folder needs Pillow.
+        StorageError: the data cannot be read.
+    """
+    if data is None:
+        images, labels = bundle.evaluation()
+        rows = _part(len(labels), quick=quick)
+        return EvaluationSet("bundle", labels[rows], rows, len(labels), _Held(images, labels, rows))
+    if data.is_file() and data.suffix.lower() == ".npz":
+        return _npz(bundle, data, quick=quick)
+    return _folder(bundle, data, quick=quick)
+
+
+def _part(count: int, *, quick: bool) -> Labels:
+    """The images may be sorted by class: a part of them is drawn."""
+    if not quick or count <= _QUICK_IMAGES:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(0).permutation(count)[:_QUICK_IMAGES])
+
+
+def _npz(bundle: Bundle, path: Path, *, quick: bool) -> EvaluationSet:
+    from rkd.npz import read_npz
+
+    limit_bytes = 2**31
+    try:
+        with storage_errors(path), path.open("rb") as file:
+            arrays = read_npz(file, limit_bytes)
+    except ValueError as error:
+        raise DataError(f"{path} is not an evaluation set: {error}") from error
+    key = "x_test" if "x_test" in arrays else "x"
+    x, y = arrays.get(key), arrays.get(key.replace("x", "y"))
+    height, width = _size(bundle)
+    if x is None or y is None or x.dtype != np.uint8 or x.shape[1:] != (height, width, 3) or y.shape != (len(x),):
+        raise DataError(
+            f"{path}: expected x uint8 (N, {height}, {width}, 3) and y (N,), or x_test and y_test, as {bundle.name} has"
+        )
+    if not len(x) or y.dtype.kind not in "iu" or int(y.min()) < 0 or int(y.max()) >= len(bundle.classes):
+        raise DataError(f"{path}: labels must be 0 to {len(bundle.classes) - 1}, the classes of {bundle.name}")
+    images, labels = x.transpose(0, 3, 1, 2), y.astype(np.int64)
+    rows = _part(len(labels), quick=quick)
+    return EvaluationSet(path.name, labels[rows], rows, len(labels), _Held(images, labels, rows))
+
+
+def _folder(bundle: Bundle, root: Path, *, quick: bool) -> EvaluationSet:
+    from rkd import _images
+
+    _images.require_pillow()
+    with storage_errors(root):
+        if not root.is_dir():
+            raise DataError(f"{root} is not a folder of images or an .npz; expected one folder a class below it")
+        below = next((name for name in ("test", "val", "valid") if (root / name).is_dir()), ".")
+        place = root / below
+        folders = sorted(path.name for path in place.iterdir() if path.is_dir() and not path.name.startswith("."))
+    index = {name: i for i, name in enumerate(bundle.classes)}
+    if not folders or (unknown := [name for name in folders if name not in index]):
+        seen = f"{unknown[0]!r} is none of them" if folders else "there is no folder"
+        raise DataError(
+            f"{place}: {seen}; expected folders named as the classes of {bundle.name}: "
+            f"{', '.join(bundle.classes[:8])}{', ...' if len(bundle.classes) > 8 else ''}"
+        )
+    paths = [(f"{name}/{file}", index[name]) for name in folders for file in _images.image_files(place / name)]
+    if not paths:
+        raise DataError(f"{place} holds no image; expected one folder a class with images in it")
+    labels = np.array([label for _, label in paths], dtype=np.int64)
+    rows = _part(len(paths), quick=quick)
+    batches = _Folder(place, tuple(path for path, _ in paths), labels, _size(bundle), rows)
+    absent = [name for name in bundle.classes if name not in folders]
+    notes = (f"no images of class {', '.join(absent[:8])}{', ...' if len(absent) > 8 else ''}",) if absent else ()
+    return EvaluationSet(root.resolve().name or str(root), labels[rows], rows, len(paths), batches, notes)
+
+
+def _size(bundle: Bundle) -> tuple[int, int]:
+    _, height, width = bundle.manifest["input"]["shape"]
+    return height, width

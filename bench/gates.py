@@ -1,0 +1,139 @@
+"""Limits that a board's figures must keep, e.g. `acc>=90, asr_upper<=2, p99<=5ms, memory<=200MB, agreement>=99.5`.
+
+A limit is held against the bad end of a figure's 95 % interval where it has one: `acc>=90` asks that the lower end is
+at least 90. Of several triggers the worst counts; `asr:NAME` and `ra:NAME` ask for one. A figure that was not measured
+keeps no limit.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rkd.errors import ConfigError
+
+_GATE = re.compile(
+    r"\s*(?P<figure>[a-z_][a-z0-9_]*)(?::(?P<trigger>[a-z0-9][a-z0-9-]*))?\s*(?P<operator>>=|<=|>|<)\s*"
+    r"(?P<value>\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)\s*(?P<unit>%|[a-zA-Z/]*)\s*"
+)
+_UNITS = {
+    "percent": {"": 1.0, "%": 1.0},
+    "milliseconds": {"": 1.0, "ms": 1.0, "us": 1e-3, "s": 1e3},
+    "bytes": {"": 1e6, "MB": 1e6, "kB": 1e3, "GB": 1e9, "MiB": 2.0**20, "GiB": 2.0**30, "B": 1.0},
+    "images/s": {"": 1.0, "img/s": 1.0},
+    "watts": {"": 1.0, "W": 1.0, "mW": 1e-3},
+    "joules": {"": 1.0, "J": 1.0, "mJ": 1e-3},
+}
+_FIGURES = {
+    "acc": "percent", "asr": "percent", "asr_upper": "percent", "ra": "percent", "agreement": "percent",
+    "p50": "milliseconds", "p90": "milliseconds", "p99": "milliseconds", "p999": "milliseconds",
+    "memory": "bytes", "throughput": "images/s", "watts": "watts", "joules": "joules",
+}  # fmt: skip
+_SHOWN = {"percent": " %", "milliseconds": " ms", "bytes": " MB", "images/s": " img/s", "watts": " W", "joules": " J"}
+
+Ends = tuple[float, float]  # low and high end of an interval; the same where there is none
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One limit.
+
+    Attributes:
+        text: as the user wrote it, without spaces.
+        figure: what is limited.
+        trigger: that it is about; empty for the worst.
+        operator: `>=`, `<=`, `>` or `<`.
+        limit: in the figure's own unit.
+    """
+
+    text: str
+    figure: str
+    trigger: str
+    operator: str
+    limit: float
+
+    def judge(self, entry: Mapping[str, Any]) -> dict[str, Any]:
+        """Hold an entry of a result against it: `{gate, value, passed, text}`."""
+        ends = _ends(self.figure, self.trigger, entry)
+        if ends is None:
+            return self._verdict(None, passed=False, text=f"{self.text}: {self.figure} was not measured")
+        value = ends[0] if self.operator.startswith(">") else ends[1]
+        passed = {
+            ">=": value >= self.limit, "<=": value <= self.limit, ">": value > self.limit, "<": value < self.limit
+        }[self.operator]  # fmt: skip
+        kind = _FIGURES[self.figure]
+        shown = f"{value / 1e6 if kind == 'bytes' else value:.4g}{_SHOWN[kind]}"
+        end = "" if ends[0] == ends[1] else f" ({'lower' if self.operator.startswith('>') else 'upper'} 95 % limit)"
+        return self._verdict(value, passed=passed, text=f"{self.text}: {self.figure} is {shown}{end}")
+
+    def _verdict(self, value: float | None, *, passed: bool, text: str) -> dict[str, Any]:
+        return {"gate": self.text, "value": value, "passed": passed, "text": text}
+
+
+def parse_gates(texts: Sequence[str]) -> tuple[Gate, ...]:
+    """Read gates; each text may hold several, separated by commas.
+
+    Raises:
+        ConfigError: a gate that cannot be read, naming it and what is known.
+    """
+    return tuple(_parse(part) for text in texts for part in text.split(",") if part.strip())
+
+
+def _parse(text: str) -> Gate:
+    found = _GATE.fullmatch(text)
+    if not found:
+        raise ConfigError(
+            f"--gate {text.strip()!r}: expected a figure, <= or >=, and a number, as in acc>=90 or p99<=5ms"
+        )
+    figure, unit = found["figure"], found["unit"]
+    if figure not in _FIGURES:
+        raise ConfigError(f"--gate {text.strip()!r}: no figure is called {figure!r}; expected {', '.join(_FIGURES)}")
+    units = _UNITS[_FIGURES[figure]]
+    if unit not in units:
+        known = ", ".join(name for name in units if name)
+        raise ConfigError(f"--gate {text.strip()!r}: {figure} is not in {unit!r}; expected {known}")
+    if found["trigger"] and figure not in ("asr", "asr_upper", "ra"):
+        raise ConfigError(f"--gate {text.strip()!r}: only asr and ra belong to a trigger")
+    limit = float(found["value"]) * units[unit]
+    if not math.isfinite(limit):
+        raise ConfigError(f"--gate {text.strip()!r}: that number is too large")
+    return Gate("".join(text.split()), figure, found["trigger"] or "", found["operator"], limit)
+
+
+def _ends(figure: str, trigger: str, entry: Mapping[str, Any]) -> Ends | None:
+    """Both ends of a figure's interval; None where it was not measured."""
+    latency, memory, power, scores = (entry[key] for key in ("latency", "memory", "power", "scores"))
+    if figure.startswith("p"):
+        found = latency[figure] if latency else None
+        return (found["low"], found["high"]) if found else None
+    if figure == "throughput":
+        return _exactly(latency["images_per_second"] if latency else None)
+    if figure == "memory":
+        return _exactly(memory["peak_bytes"] if memory else None)
+    if figure in ("watts", "joules"):
+        return _exactly(power[figure] if power else None)
+    if figure == "agreement":
+        return _share(entry["agreement"]["share"] if entry["agreement"] else None)
+    if figure == "acc":
+        return _share(scores["acc"] if scores else None)
+    return _worst(figure, trigger, scores)
+
+
+def _worst(figure: str, trigger: str, scores: Mapping[str, Any] | None) -> Ends | None:
+    key = "ra" if figure == "ra" else "asr"
+    shares = [t[key] for t in (scores["triggers"] if scores else ()) if trigger in ("", t["name"])]
+    ends = [found for share in shares if (found := _share(share)) is not None]
+    if not ends:
+        return None
+    return min(ends) if key == "ra" else max(ends, key=lambda pair: pair[1])
+
+
+def _share(share: Mapping[str, Any] | None) -> Ends | None:
+    return (share["low"], share["high"]) if share and share["n"] else None
+
+
+def _exactly(value: float | None) -> Ends | None:
+    return None if value is None else (value, value)
