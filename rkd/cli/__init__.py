@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rkd.cli import bench, demo, distill, doctor, export, inspect, report, students, targets, teacher
+from rkd.cli import bench, demo, distill, doctor, export, inspect, report, students, suite, targets, teacher
 from rkd.cli.app import app
 
 
@@ -22,6 +22,7 @@ __all__ = [
     "main",
     "report",
     "students",
+    "suite",
     "targets",
     "teacher",
 ]
