@@ -239,6 +239,17 @@ def open_dataset(
     return _open_torchvision(name, root or _default_root(), request)
 
 
+def check_spec(spec: str) -> None:
+    """See that `spec` is there or is a known name, without opening anything.
+
+    Raises:
+        DataError: it is neither.
+    """
+    if _existing(spec) is None and spec.lower() != "digits":
+        forced = spec.lower().startswith("torchvision:")
+        _torchvision_name(spec, forced=forced)
+
+
 @dataclass(frozen=True)
 class _Request:
     """How a data set is to be opened: see `open_dataset`."""

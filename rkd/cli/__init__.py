@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
-from rkd.cli import bench, demo, distill, doctor, export, inspect, keygen, report, students, targets, teacher, verify
+from rkd.cli import (
+    bench,
+    demo,
+    distill,
+    doctor,
+    export,
+    inspect,
+    keygen,
+    report,
+    students,
+    suite,
+    targets,
+    teacher,
+    verify,
+)
 from rkd.cli.app import app
 
 
@@ -23,6 +37,7 @@ __all__ = [
     "main",
     "report",
     "students",
+    "suite",
     "targets",
     "teacher",
     "verify",

@@ -1,0 +1,280 @@
+"""`rkd suite`, from its options to its exit code."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rkd.errors import ConfigError, RkdError, RunError, StoppedError
+from rkd.progress import say
+from rkd.signals import StopRequest, stop_requests
+from rkd.suite.display import Display, display, shown, title
+from rkd.suite.estimate import Costs, Estimator, measure_costs
+from rkd.suite.file import Suite, read_suite
+from rkd.suite.launch import Launcher, LocalLauncher
+from rkd.suite.output import Tables, write_tables
+from rkd.suite.place import DONE, STALE, Place
+from rkd.suite.plan import Job, Plan, Score, Student, Teacher, make_plan
+from rkd.suite.results import CELLS
+from rkd.suite.runner import STALE_CHOICES, Progress, Runner
+from rkd.suite.sources import Facts, facts_of, find_sources, ready_sources
+
+LAUNCHERS = ("local", "ray")
+
+
+@dataclass(frozen=True)
+class SuiteOptions:
+    """What `rkd suite` was asked for.
+
+    Attributes:
+        file: the suite file.
+        out: the suite's folder; None for runs/NAME.
+        results: the folder that holds results/NAME.
+        data_root: where the data sets are; None for the working folder.
+        only: patterns of the cells to work on; empty for all.
+        jobs: at once; 0 for one a CPU.
+        memory_mib: of one job; None for a fair share of the machine's, 0 for no limit.
+        launcher: `local` or `ray`.
+        stale: `refuse`, `keep` or `redo` what was made with other settings.
+    """
+
+    file: Path
+    out: Path | None = None
+    results: Path = Path("results")
+    data_root: Path | None = None
+    only: Sequence[str] = ()
+    jobs: int = 0
+    memory_mib: int | None = None
+    launcher: str = "local"
+    stale: str = "refuse"
+
+    def __post_init__(self) -> None:
+        if self.launcher not in LAUNCHERS:
+            raise ConfigError(f"--launcher {self.launcher!r}: expected {' or '.join(LAUNCHERS)}")
+        if self.stale not in STALE_CHOICES:
+            raise ConfigError(f"--stale {self.stale!r}: expected one of {', '.join(STALE_CHOICES)}")
+        if self.jobs < 0 or (self.memory_mib or 0) < 0:
+            raise ConfigError(f"--jobs {self.jobs}, --memory {self.memory_mib}: expected 0 or more")
+        if self.data_root is not None and not self.data_root.is_dir():
+            raise ConfigError(f"--data-root {self.data_root}: no such folder")
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A suite that was read, planned and looked at."""
+
+    suite: Suite
+    plan: Plan
+    place: Place
+    found: Mapping[str, Path | str]
+    facts: Mapping[str, Facts]
+    costs: Costs
+
+    @classmethod
+    def open(cls, options: SuiteOptions) -> _Work:
+        suite = read_suite(options.file)
+        plan = make_plan(suite, options.only)
+        used = {cell.data for cell in plan.cells}
+        found = find_sources(suite, options.data_root, used)
+        sizes = {
+            name: max((int(j.work.options.get("image_size", 0)) for j in plan.jobs.values()
+                       if isinstance(j.work, Teacher) and j.work.data == name), default=0)
+            for name in found
+        }  # fmt: skip
+        facts = {name: facts_of(source, sizes[name]) for name, source in found.items()}
+        out = (options.out or Path("runs") / suite.name).absolute()
+        return cls(suite, plan, Place(out, plan), found, facts, measure_costs(plan, facts))
+
+    def estimator(self) -> Estimator:
+        """Guesses from what this suite's finished jobs took."""
+
+        def taken(job: Job) -> float | None:
+            state = self.place.state(job)
+            return float(state["seconds"]) if state.get("code") and state.get("seconds") else None
+
+        return Estimator(self.plan, self.costs, self.facts, taken)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A job of a plan.
+
+    Attributes:
+        job: what it makes.
+        state: `fresh`, `resume`, `done` or `stale`.
+        seconds: that it will take, or took.
+        options: that the suite file gives it.
+    """
+
+    job: str
+    state: str
+    seconds: float
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a suite would do.
+
+    Attributes:
+        suite: its name.
+        lines: its jobs, in order.
+        slots: jobs at once.
+        seconds: until what is not done yet is done.
+        notes: what the estimate does not know.
+    """
+
+    suite: str
+    lines: tuple[Line, ...]
+    slots: int
+    seconds: float
+    notes: tuple[str, ...]
+
+
+def show_plan(options: SuiteOptions) -> Planned:
+    """What would be done, with an estimate of the time; nothing is written.
+
+    Raises:
+        RkdError: the suite file, a data set or a network is not what it should be.
+    """
+    work = _Work.open(options)
+    estimator, slots = work.estimator(), options.jobs or cpus()
+    standings = {j.name: work.place.standing(j) for j in work.plan.jobs.values()}
+    lines = tuple(
+        Line(title(job), standings[job.name].state, round(estimator.seconds(job), 1), _options_of(job))
+        for job in work.plan.jobs.values()
+    )
+    notes = [
+        f"{n}: not on this machine yet, counted as {f.train:,} images" for n, f in work.facts.items() if not f.known
+    ]
+    notes += [f"{name.replace(':', ' ', 1)} is stale: {s.why}" for name, s in standings.items() if s.state == STALE]
+    left = [job for job in work.plan.jobs.values() if standings[job.name].state != DONE]
+    return Planned(work.suite.name, lines, slots, estimator.left(left, slots), tuple(notes))
+
+
+def run_suite(options: SuiteOptions) -> tuple[Tables, RkdError | None]:
+    """Do what is left of a suite and make its tables.
+
+    Returns:
+        The tables, and the error that says what failed, if something did: the rest is done and in the tables.
+
+    Raises:
+        StoppedError: stopped by a signal, after saving; the tables are written.
+        RkdError: something of the input is wrong.
+    """
+    with stop_requests() as stop:
+        stop.hint = f"go on with the same command: rkd suite {options.file}"
+        work = _Work.open(options)
+        results = options.results.absolute() / work.suite.name
+        with work.place.claimed():
+            sources = ready_sources(work.found, work.place.out / "data")
+            launcher = _launcher(options, work.place.out)
+            try:
+                runner = Runner(
+                    work.plan, work.place, sources, results, launcher, memory_mib=_memory(options, launcher), stale=options.stale
+                )  # fmt: skip
+                runner.look()
+                progress = _work_through(work, runner, launcher, stop)
+            finally:
+                launcher.close()
+            tables = write_tables(results, make_plan(work.suite), progress.failed)
+    if stop.signal_number is not None:
+        students = {job.name for job in work.plan.jobs.values() if isinstance(job.work, Student)}
+        raise StoppedError(
+            f"stopped and saved: {len(progress.done & students)} of {len(students)} students are done; {stop.hint}",
+            stop.signal_number,
+        )
+    return tables, failure(progress, f"{shown(work.place.out / 'logs')} has the logs; {_AGAIN}")
+
+
+_AGAIN = "the same command tries again what failed"
+
+
+def rebuild(options: SuiteOptions) -> Tables:
+    """The tables from results/NAME alone.
+
+    Raises:
+        RkdError: the suite file or a result is not what it should be, or there is no result.
+    """
+    suite = read_suite(options.file)
+    folder = options.results.absolute() / suite.name
+    if not (folder / CELLS).is_dir():
+        raise RunError(f"{shown(folder)} holds no results of the suite; run it first, or give --results")
+    return write_tables(folder, make_plan(suite), {})
+
+
+def failure(progress: Progress, hint: str) -> RkdError | None:
+    """The error that ends a suite of which not all could be done; None where all is."""
+    if not progress.failed:
+        return None
+    first, why = next(iter(progress.failed.items()))
+    more = f" (and {len(progress.failed) - 1} more)" if len(progress.failed) > 1 else ""
+    waiting = f"; {len(progress.blocked)} that need them were not begun" if progress.blocked else ""
+    return RkdError(
+        f"{len(progress.failed)} of the suite's jobs failed: {first.replace(':', ' ', 1)}: {why}{more}{waiting}; the rest "
+        f"is done; {hint}"
+    )
+
+
+def _work_through(work: _Work, runner: Runner, launcher: Launcher, stop: StopRequest) -> Progress:
+    waiting = {name: job for name, job in work.plan.jobs.items() if name not in runner.progress.done}
+    with stop.finishing_steps(), display(work.plan, work.place, work.estimator(), launcher.slots, waiting) as watcher:
+        say(
+            f"suite {work.suite.name}: {len(work.plan.jobs)} jobs, {len(runner.progress.found)} done already, "
+            f"{launcher.slots} at once; everything goes to {shown(work.place.out)}"
+        )
+        for name, why in runner.progress.kept.items():
+            say(f"kept as it is: {name.replace(':', ' ', 1)} ({why})")
+        try:
+            return runner.run(watcher, _told(stop, watcher))
+        except BaseException:
+            launcher.kill()
+            raise
+
+
+def _told(stop: StopRequest, watcher: Display) -> Callable[[], bool]:
+    def asked() -> bool:
+        if stop:
+            watcher.say_stopping()
+        return bool(stop)
+
+    return asked
+
+
+def _launcher(options: SuiteOptions, out: Path) -> Launcher:
+    if options.launcher == "ray":
+        from rkd.suite.ray_launcher import RayLauncher
+
+        return RayLauncher(options.jobs, options.memory_mib or 0, out)
+    return LocalLauncher(options.jobs or cpus())
+
+
+def _memory(options: SuiteOptions, launcher: Launcher) -> int:
+    """MiB that one job may use: what was asked for, or its share of nine tenths of this machine's memory.
+
+    On a machine with a GPU there is no limit by default: drivers map far more than they use.
+    """
+    if options.memory_mib is not None:
+        return options.memory_mib
+    if options.launcher != "local" or Path("/dev/nvidiactl").exists():
+        return 0
+    whole_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(0.9 * whole_bytes / launcher.slots) // 2**20
+
+
+def cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def _options_of(job: Job) -> Mapping[str, Any]:
+    work = job.work
+    if isinstance(work, Score):
+        return {"triggers": ", ".join(work.teachers)}
+    return work.options
+
+
+__all__ = ["Line", "Planned", "SuiteOptions", "failure", "rebuild", "run_suite", "show_plan"]

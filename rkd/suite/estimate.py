@@ -1,0 +1,151 @@
+"""How long a suite will take: from multiply-accumulates at first, from what its jobs took as soon as some are done."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+from rkd.errors import ConfigError, RkdError
+from rkd.measure import count_macs
+from rkd.models import build
+from rkd.network import Network, Normalisation
+from rkd.suite.plan import Job, Plan, Student, Teacher
+from rkd.suite.recipes import distill_kind, teacher_kind
+from rkd.suite.sources import Facts
+
+_MACS_PER_S = 60e9  # of one CPU core that trains small networks; only the first guess
+_EVALUATION_SPEEDUP = 2.0  # forward passes alone run nearer to a core's peak
+_START_S = 12.0  # to import torch and to decode the images
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a plan's networks cost: multiply-accumulates of one image, by data set and network."""
+
+    macs: Mapping[tuple[str, str], int]
+
+    def of(self, data: str, arch: str) -> int:
+        """One image's forward pass."""
+        return self.macs[data, arch]
+
+
+def measure_costs(plan: Plan, facts: Mapping[str, Facts]) -> Costs:
+    """Make every network of a plan once, for its cost, and to see that it exists.
+
+    Raises:
+        ConfigError: one does not exist; the message names who asks for it.
+    """
+    macs: dict[tuple[str, str], int] = {}
+    for job in plan.jobs.values():
+        for data, arch, whose in _networks(job):
+            if (data, arch) not in macs:
+                macs[data, arch] = _macs(arch, facts[data].size, whose)
+    return Costs(macs)
+
+
+def _networks(job: Job) -> list[tuple[str, str, str]]:
+    if isinstance(job.work, Teacher):
+        arch = str(job.work.options.get("arch", teacher_kind().default("arch")))
+        return [(job.work.data, arch, f"teacher {job.work.name}")]
+    if isinstance(job.work, Student):
+        return [(job.work.cell.data, str(job.work.options["student"]), f"cell {job.work.cell.name}")]
+    return []
+
+
+def _macs(arch: str, size: tuple[int, int], whose: str) -> int:
+    try:
+        with torch.device("meta"):
+            module = build(arch, 10, size)
+            return count_macs(Network(module, arch, tuple("0123456789"), size, Normalisation((0.5,) * 3, (0.25,) * 3)))
+    except RkdError as error:
+        raise ConfigError(f"{whose}: {error}") from error
+
+
+class Estimator:
+    """Guesses the seconds of jobs.
+
+    Args:
+        plan: whose jobs.
+        costs: of its networks.
+        facts: of its data sets.
+        taken: what finished jobs took, by name.
+    """
+
+    def __init__(
+        self, plan: Plan, costs: Costs, facts: Mapping[str, Facts], taken: Callable[[Job], float | None]
+    ) -> None:
+        self._plan, self._costs, self._facts = plan, costs, facts
+        self._ratios: dict[str, list[float]] = {}
+        for job in plan.jobs.values():
+            seconds = taken(job)
+            if seconds:
+                self.learn(job, seconds)
+
+    def learn(self, job: Job, seconds: float) -> None:
+        """Take note of what a job took."""
+        model = self._model(job)
+        for key in (*_likenesses(job), ""):
+            self._ratios.setdefault(key, []).append(seconds / model)
+
+    def seconds(self, job: Job) -> float:
+        """What a job will take, alike ones being the guide."""
+        ratios = next((self._ratios[key] for key in (*_likenesses(job), "") if key in self._ratios), [1.0])
+        return self._model(job) * median(ratios)
+
+    def left(self, jobs: Iterable[Job], slots: int) -> float:
+        """Seconds until these are done, so many at once: their sum over the slots, or the longest chain of them."""
+        estimates = {job.name: self.seconds(job) for job in jobs}
+        ends: dict[str, float] = {}
+        for name in self._plan.jobs:  # in the order of work: what a job waits for comes before it
+            if name in estimates:
+                job = self._plan.jobs[name]
+                ends[name] = estimates[name] + max((ends.get(n, 0.0) for n in (*job.needs, *job.after)), default=0.0)
+        return max(sum(estimates.values()) / max(slots, 1), max(ends.values(), default=0.0))
+
+    def _model(self, job: Job) -> float:
+        work = job.work
+        if isinstance(work, Teacher):
+            facts, arch = self._facts[work.data], _networks(job)[0][1]
+            macs = self._costs.of(work.data, arch)
+            epochs = int(work.options.get("epochs", teacher_kind().default("epochs")))
+            return _START_S + self._time(3 * macs * facts.train * epochs, 2 * macs * facts.test)
+        if isinstance(work, Student):
+            facts = self._facts[work.cell.data]
+            student = self._costs.of(work.cell.data, str(work.options["student"]))
+            teacher = self._costs.of(work.cell.data, _networks(Job("", work.teacher))[0][1])
+            epochs = int(work.options.get("epochs", distill_kind().default("epochs")))
+            images = _budget(str(work.options.get("clean_budget", "")), facts.train)
+            passes = 2 * (student + teacher) * facts.test
+            return _START_S + self._time((3 * student + teacher) * images * epochs, passes)
+        facts = self._facts[work.control.cell.data]
+        student = self._costs.of(work.control.cell.data, str(work.control.options["student"]))
+        return _START_S + self._time(0, student * facts.test * (1 + len(work.teachers)))
+
+    def _time(self, training: float, evaluation: float) -> float:
+        return training / _MACS_PER_S + evaluation / (_MACS_PER_S * _EVALUATION_SPEEDUP)
+
+
+def _likenesses(job: Job) -> tuple[str, ...]:
+    """What other jobs take about as long per operation, closest first."""
+    work = job.work
+    if isinstance(work, Teacher):
+        return f"teacher {work.data} {work.options.get('arch')} {work.attack}", f"teacher {work.attack}", "teacher"
+    if isinstance(work, Student):
+        cell = work.cell
+        return (
+            f"student {cell.data} {cell.pair} {cell.defence} {cell.budget}", f"student {cell.pair} {cell.defence}",
+            f"student {cell.defence}", "student",
+        )  # fmt: skip
+    return ("score",)
+
+
+def _budget(budget: str, images: int) -> int:
+    """The training images that `--clean-budget` leaves."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", budget.strip())
+    if not match:
+        return images
+    return min(images, round(float(match[1]) * images / 100) if match[2] else int(float(match[1])))

@@ -1,0 +1,208 @@
+"""The page of a suite, in the style of rkd's other reports: one file, no script, nothing from the network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from rkd.bench.report.bars import share_bars
+from rkd.bench.report.markup import DASH, Markup, decimal, join, tag
+from rkd.bench.report.page import figure, folded, panels, plain_table, provenance, scroller, section, shell
+from rkd.bench.report.scores import COMPARISON, SCORES, glossary
+from rkd.metrics import Proportion
+from rkd.suite.file import CLEAN
+from rkd.suite.results import Record
+from rkd.suite.table import TRANSFERS, Case, Row, Spread, Standing, Table, excess_of
+
+_MINUS = "\N{MINUS SIGN}"
+_DOT = " \N{MIDDLE DOT} "
+
+
+def suite_page(name: str, about: str, table: Table, notes: Sequence[str], records: Sequence[Record]) -> str:
+    """The whole page as HTML; every text is escaped.
+
+    Args:
+        name: of the suite.
+        about: what the suite is for.
+        table: its figures.
+        notes: what to know before relying on them.
+        records: the finished cells, for the provenance.
+    """
+    seeds = sorted({record.cell.seed for record in records})
+    facts = [tag("span", about)] if about else []
+    facts.append(tag("span", f"{len(records)} finished cells{_DOT}seeds {', '.join(map(str, seeds)) or DASH}"))
+    warning = tag("ul", *(tag("li", note) for note in notes)) if notes else Markup()
+    return shell(
+        name,
+        "Suite report",
+        verdict(table),
+        facts,
+        [
+            section("Before relying on this", "", warning),
+            *(_standings(table, budget) for budget in dict.fromkeys(s.budget for s in table.standings)),
+            _transfers(table),
+            *(_case(table, case) for case in (*table.transferring, *(c for c in table.cases if c not in table.transferring))),
+            section("What the figures mean", "", glossary({**SCORES, **COMPARISON, **_MORE})),
+            section("Provenance", "What these figures were made from.", folded("Digests and versions", _provenance(records))),
+        ],
+    )  # fmt: skip
+
+
+_MORE = {
+    "Seeds": "A figure is the mean over seeds; below it the lowest and the highest. A seed decides the teacher, the "
+    "attack, the student's start, the order of the images and their augmentation. Intervals are over the images of all "
+    "seeds together.",
+    "ACC lost": "ACC of the undefended student of the same teacher and seed, minus this student's: how much clean "
+    "accuracy the defence costs.",
+    "ACC \N{MINUS SIGN} excess ASR": "One number for a defence: clean accuracy minus what is left of the backdoor, as "
+    "the mean over the cases that transfer.",
+}
+
+
+def verdict(table: Table) -> str:
+    """What the figures say, in plain words."""
+    attacked = [case for case in table.cases if case[2] != CLEAN and case not in table.untested]
+    if not attacked:
+        return "No attacked case has been compared with its control yet."
+    text = f"{len(table.transferring)} of {len(attacked)} attacked cases transfer by plain distillation."
+    best = next((s for s in table.standings if s.score.values), None)
+    if best is None:
+        return f"{text} So nothing here can show that a defence works; it can show that one does no harm."
+    return (
+        f"{text} On those, {best.defence} has the highest ACC {_MINUS} excess ASR: {best.score.mean:.1f}, with "
+        f"{_points(best.excess_mean)} points of excess ASR on average and {_points(best.excess_worst)} at worst"
+        f"{f', and {_points(-best.lost_mean)} points of ACC against {table.reference}' if table.reference and math.isfinite(best.lost_mean) else ''}."
+    )  # fmt: skip
+
+
+def _standings(table: Table, budget: str) -> Markup:
+    chosen = [standing for standing in table.standings if standing.budget == budget]
+    many = len({standing.budget for standing in table.standings}) > 1
+    heads = (
+        ("Defence", ""), (f"ACC {_MINUS} excess ASR", "higher is better"), ("Excess ASR", "mean and worst case"),
+        ("ACC lost", "mean and worst case"), ("RA below control", "mean"), ("ACC lost, clean teacher", "worst case"),
+        ("Time", "a cell"),
+    )  # fmt: skip
+    head = tag("thead", tag("tr", *(_head(*one) for one in heads)))
+    body = tag("tbody", *(_standing_row(standing) for standing in chosen))
+    return section(
+        f"Defences{f', budget {budget}' if many else ''}",
+        "Over the cases that transfer: the only ones that can show a defence working.",
+        scroller("Defences over the cases that transfer", tag("table", head, body, class_="pin wide")),
+    )
+
+
+def _standing_row(standing: Standing) -> Markup:
+    cases = tag("small", f"{standing.cases} of {standing.of} cases")
+    return tag(
+        "tr",
+        tag("th", standing.defence, cases, scope="row"),
+        _spread_cell(standing.score),
+        _pair_cell(standing.excess_mean, standing.excess_worst),
+        _pair_cell(standing.lost_mean, standing.lost_worst),
+        _pair_cell(standing.ra_lost_mean),
+        _pair_cell(standing.clean_lost),
+        tag("td", f"{decimal(standing.seconds, 0)} s" if math.isfinite(standing.seconds) else DASH, class_="n"),
+    )
+
+
+def _transfers(table: Table) -> Markup:
+    attacked = [case for case in table.cases if case[2] != CLEAN]
+    rows = []
+    for case in attacked:
+        one = table.of(case)[0]
+        says = "unknown" if case in table.untested else "transfers" if case in table.transferring else "does not"
+        excess = [_points(excess_of(table, case, defence)) for defence in table.undefended]
+        rows.append((_title(case), decimal(one.teacher_acc.mean), decimal(one.teacher_asr.mean), *excess, says))
+    heads = ("Case", "Teacher ACC %", "Teacher ASR %", *(f"Excess ASR, {d}" for d in table.undefended), "")
+    lead = f"A case transfers from {TRANSFERS:g} points of excess ASR of an undefended student on."
+    return section("Which cases transfer", lead, plain_table("Which cases transfer", heads, rows))
+
+
+def _case(table: Table, case: Case) -> Markup:
+    rows = table.of(case)
+    attacked = case[2] != CLEAN
+    heads: list[tuple[str, str]] = [("Defence", ""), ("ACC %", "higher is better")]
+    if attacked:
+        heads += [("ASR %", "lower is better"), ("RA %", "higher is better"), ("Control ASR %", ""), ("Excess ASR", "")]
+    heads += [("ACC lost", "points"), ("Time", "a cell")]
+    head = tag("thead", tag("tr", *(_head(*one) for one in heads)))
+    body = tag("tbody", *(_row(row, attacked=attacked) for row in rows))
+    kind = "transfers" if case in table.transferring else "" if not attacked else "does not transfer"
+    lead = _DOT.join(filter(None, (f"student {rows[0].student}", kind)))
+    bars = [_bars("ACC", "clean images", [(row.defence, row.acc_pooled) for row in rows], "acc")]
+    if attacked:
+        bars.append(_bars("ASR", "triggered images", [(row.defence, row.asr_pooled) for row in rows], "asr"))
+        bars.append(_bars("RA", "triggered images", [(row.defence, row.ra_pooled) for row in rows], "ra"))
+    grid = scroller(_title(case), tag("table", head, body, class_="pin wide"))
+    return section(_title(case), lead, grid, folded("The same as bars", panels(bars)))
+
+
+def _row(row: Row, *, attacked: bool) -> Markup:
+    seeds = tag("small", f"seed{'s' if len(row.seeds) > 1 else ''} {', '.join(map(str, row.seeds))}")
+    cells = [tag("th", row.defence, seeds, scope="row"), _spread_cell(row.acc, row.acc_pooled)]
+    if attacked:
+        low, high = row.excess_interval
+        excess = [tag("small", f"[{_points(low)}, {_points(high)}]")] if row.excess.values else []
+        cells += [
+            _spread_cell(row.asr, row.asr_pooled),
+            _spread_cell(row.ra, row.ra_pooled),
+            _spread_cell(row.control_asr),
+        ]
+        cells.append(_spread_cell(row.excess, signed=True, more=excess))
+    seconds = f"{decimal(row.seconds.mean, 0)} s" if row.seconds.values else DASH
+    return tag("tr", *cells, _spread_cell(row.lost, signed=True), tag("td", seconds, class_="n"))
+
+
+def _bars(name: str, what: str, rows: Sequence[tuple[str, Proportion]], colour: str) -> Markup:
+    return figure(name, what, share_bars(f"{name} with 95 % intervals", rows, colour))
+
+
+def _head(text: str, below: str) -> Markup:
+    return tag("th", text, tag("small", below) if below else Markup(), scope="col")
+
+
+def _spread_cell(
+    spread: Spread, share: Proportion | None = None, *, signed: bool = False, more: Iterable[Markup] = ()
+) -> Markup:
+    """A mean, its range over seeds, and the interval and n of the images behind it."""
+    if not spread.values:
+        return tag("td", DASH, class_="n")
+    show = _points if signed else decimal
+    lines = [tag("b", show(spread.mean))]
+    if len(spread.values) > 1:
+        lines.append(tag("small", f"{show(spread.low)} to {show(spread.high)}"))
+    if share is not None and share.n:
+        low, high = share.interval
+        lines += [tag("small", f"[{low:.1f}, {high:.1f}]"), tag("small", f"n {share.n:,}")]
+    return tag("td", *lines, *more, class_="n")
+
+
+def _pair_cell(mean: float, worst: float | None = None) -> Markup:
+    below = tag("small", f"worst {_points(worst)}") if worst is not None and math.isfinite(worst) else Markup()
+    return tag("td", tag("b", _points(mean)), below, class_="n")
+
+
+def _points(value: float) -> str:
+    """A difference in points with its sign; a dash where it is not known."""
+    if not math.isfinite(value):
+        return DASH
+    rounded = round(value, 1) + 0.0
+    return f"{'+' if rounded > 0 else _MINUS if rounded < 0 else ''}{abs(rounded):.1f}"
+
+
+def _title(case: Case) -> str:
+    data, pair, attack, budget = case
+    return _DOT.join((data, pair, "clean teacher" if attack == CLEAN else attack, budget))
+
+
+def _provenance(records: Sequence[Record]) -> Markup:
+    seen: dict[tuple[str, str], None] = {}
+    for record in records:
+        code, data = record.data.get("code") or {}, record.data["data"]
+        seen[f"data {record.cell.data}", str(data["digest"])] = None
+        seen["code", f"rkd {code.get('rkd', '?')}, commit {code.get('commit') or DASH}"] = None
+        for package, version in record.data.get("versions", {}).items():
+            seen[package, str(version)] = None
+        seen[f"teacher {record.data['teacher'].get('name', '')}", str(record.data["teacher"]["sha256"])] = None
+    return join(provenance(sorted(seen)))

@@ -1,0 +1,268 @@
+"""Where a suite keeps its work, and what of it is there already.
+
+    suite.json                 whose folder this is
+    teachers/NAME/             teacher.safetensors, its trigger, and the run directory that made it
+    cells/DATA/PAIR/ATTACK/BUDGET/DEFENCE/sSEED/       the run directory of a student (attack `clean`: of a control)
+    scores/NAME.json           a control under the triggers of the attacked teachers
+    state/NAME.json            what each job took, and why it failed if it did
+    logs/NAME.log              what each job printed
+    data/NAME/                 data sets that came as a .tar
+    replaced/                  what --stale redo moved out of the way
+
+A job's result is believed only after a look at it: its settings, its teacher's digest and its own must be what the suite
+wants. Folders and files appear whole or not at all (`rkd.files`), so that a kill at any moment loses the step at most.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from rkd.errors import RkdError, RunError
+from rkd.files import read_json, sha256, storage_errors, to_json, write_file
+from rkd.intake import trigger_beside
+from rkd.run import STUDENT, SUMMARY, Run, free_name
+from rkd.suite.plan import Job, Plan, Score, Student, Teacher
+from rkd.suite.recipes import Kind, differences, distill_kind, teacher_kind
+
+SCHEMA = 1
+TEACHER_FILE = "teacher.safetensors"
+FRESH, RESUME, DONE, STALE = "fresh", "resume", "done", "stale"
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far a job is.
+
+    Attributes:
+        state: `fresh`, `resume`, `done`, or `stale`: made with other settings or from another teacher, or damaged.
+        why: of what is stale, in words.
+        run: the run directory to go on with.
+    """
+
+    state: str
+    why: str = ""
+    run: Path | None = None
+
+
+class Place:
+    """The folder of one suite.
+
+    Args:
+        out: the folder.
+        plan: what is to be made in it.
+    """
+
+    def __init__(self, out: Path, plan: Plan) -> None:
+        self.out, self.plan = out, plan
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Make the folder, or see that it is this suite's; keep a second process of the same suite out.
+
+        Raises:
+            RunError: it is another suite's, not a suite's at all, or in use.
+            StorageError: the disk said no.
+        """
+        marker = self.out / "suite.json"
+        if self.out.exists() and not marker.is_file() and (not self.out.is_dir() or any(self.out.iterdir())):
+            raise RunError(f"{self.out} exists and is not a suite's folder; choose another --out")
+        if marker.is_file():
+            found = _read(marker)
+            if found.get("schema") != SCHEMA or found.get("name") != self.plan.suite.name:
+                raise RunError(f"{self.out} belongs to the suite {found.get('name')!r}; choose another --out")
+        else:
+            write_file(marker, to_json({"schema": SCHEMA, "name": self.plan.suite.name}))
+        with storage_errors(self.out):
+            descriptor = os.open(self.out, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunError(f"{self.out}: another rkd suite is at work here; wait for it or stop it") from None
+            yield
+        finally:
+            os.close(descriptor)
+
+    def teacher_folder(self, teacher: Teacher) -> Path:
+        """Where a teacher is made."""
+        return self.out / "teachers" / teacher.name
+
+    def teacher_file(self, teacher: Teacher) -> Path:
+        """A teacher's checkpoint."""
+        return self.teacher_folder(teacher) / TEACHER_FILE
+
+    def trigger_file(self, teacher: Teacher) -> Path:
+        """The trigger of an attacked teacher."""
+        return trigger_beside(self.teacher_file(teacher))
+
+    def run_folder(self, student: Student) -> Path:
+        """The run directory of a student."""
+        return self.out / "cells" / student.cell.name
+
+    def score_file(self, score: Score) -> Path:
+        """A control's scores under the triggers."""
+        return self.out / "scores" / f"{flat(score.control.cell.name)}.json"
+
+    def log_file(self, job: Job) -> Path:
+        """What a job prints."""
+        return self.out / "logs" / f"{flat(job.name)}.log"
+
+    def teacher_run(self, teacher: Teacher) -> Run | None:
+        """The run that made a teacher, or is making it.
+
+        Raises:
+            RunError: it is damaged, or there are several.
+        """
+        found = sorted(self.teacher_folder(teacher).glob(f"runs/*/{SUMMARY}"))
+        if len(found) > 1:
+            raise RunError(f"{self.teacher_folder(teacher)} holds {len(found)} runs, expected one")
+        return Run.open(found[0].parent) if found else None
+
+    def student_run(self, student: Student) -> Run:
+        """The run of a student.
+
+        Raises:
+            RunError: it is missing or damaged.
+        """
+        return Run.open(self.run_folder(student))
+
+    def standing(self, job: Job) -> Standing:
+        """How far a job is; of a job whose inputs are not there yet, what can be known."""
+        try:
+            if isinstance(job.work, Teacher):
+                return self._teacher_standing(job.work)
+            if isinstance(job.work, Student):
+                return self._student_standing(job.work)
+            return self._score_standing(job.work)
+        except RkdError as error:
+            return Standing(STALE, str(error))
+
+    def missing_scores(self, score: Score) -> dict[str, Teacher]:
+        """The attacks, of those whose teachers are there, under which a control has not been scored yet."""
+        there = {a: t for a, t in score.teachers.items() if self.trigger_file(t).is_file()}
+        found = self.scores(score)
+        return {a: t for a, t in there.items() if found.get(a, {}).get("trigger") != file_digest(self.trigger_file(t))}
+
+    def scores(self, score: Score) -> dict[str, dict[str, Any]]:
+        """By attack, what a control was measured to do under its trigger; nothing that another student did."""
+        path = self.score_file(score)
+        if not path.is_file():
+            return {}
+        content = _read(path)
+        same = content.get("student") == self.student_run(score.control).summary.get("student", {}).get("sha256")
+        return dict(content.get("triggers", {})) if same else {}
+
+    def move_aside(self, job: Job) -> Path:
+        """Move what a job made earlier out of its way; nothing is deleted."""
+        if isinstance(job.work, Score):
+            path, name = self.score_file(job.work), f"{flat(job.name)}.json"
+        elif isinstance(job.work, Teacher):
+            path, name = self.teacher_folder(job.work), flat(job.name)
+        else:
+            path, name = self.run_folder(job.work), flat(job.name)
+        goal = free_name(self.out / "replaced", name)
+        with storage_errors(path):
+            goal.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(goal)
+        return goal
+
+    def state(self, job: Job) -> dict[str, Any]:
+        """What was noted of a job: seconds, attempts, code (who made it), failure."""
+        path = self._state_file(job)
+        if not path.is_file():
+            return {}
+        try:
+            return _read(path)
+        except RkdError:  # a note only: what it says is measured again or left open
+            return {}
+
+    def note(self, job: Job, **facts: Any) -> None:
+        """Add to what was noted of a job.
+
+        Raises:
+            StorageError: the disk said no.
+        """
+        write_file(self._state_file(job), to_json({**self.state(job), **facts}))
+
+    def _state_file(self, job: Job) -> Path:
+        return self.out / "state" / f"{flat(job.name)}.json"
+
+    @cached_property
+    def _kinds(self) -> tuple[Kind, Kind]:
+        return teacher_kind(), distill_kind()
+
+    def _teacher_standing(self, teacher: Teacher) -> Standing:
+        run = self.teacher_run(teacher)
+        if run is None:
+            return Standing(FRESH)
+        wanted = differences(self._kinds[0], _values(run), teacher.options, seed=teacher.seed)
+        if wanted:
+            return Standing(STALE, "; ".join(wanted))
+        there = self.teacher_file(teacher).is_file()
+        return Standing(DONE if run.finished and there else RESUME, run=run.path)
+
+    def _student_standing(self, student: Student) -> Standing:
+        folder = self.run_folder(student)
+        if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+            return Standing(FRESH)
+        run = Run.open(folder)
+        wanted = differences(self._kinds[1], _values(run), student.options, seed=student.cell.seed)
+        teacher = self.teacher_file(student.teacher)
+        if teacher.is_file() and run.summary.get("teacher", {}).get("sha256") != file_digest(teacher):
+            wanted.append("it was distilled from another teacher")
+        if wanted:
+            return Standing(STALE, "; ".join(wanted))
+        if not run.finished:
+            return Standing(RESUME, run=folder)
+        if run.summary.get("student", {}).get("sha256") != file_digest(folder / STUDENT):
+            return Standing(STALE, f"{STUDENT} is not the one that was measured")
+        return Standing(DONE, run=folder)
+
+    def _score_standing(self, score: Score) -> Standing:
+        if not (self.run_folder(score.control) / STUDENT).is_file():
+            return Standing(FRESH)
+        return Standing(RESUME if self.missing_scores(score) else DONE)
+
+
+def flat(name: str) -> str:
+    """A job's or cell's name as the name of a file."""
+    return name.replace("/", "__").replace(":", "__")
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    with storage_errors(path):
+        return sha256(path.read_bytes())
+
+
+def _values(run: Run) -> dict[str, Any]:
+    return {
+        name: setting.get("value") for name, setting in run.summary["settings"].items() if isinstance(setting, Mapping)
+    }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        RunError: it is none.
+        StorageError: it cannot be read.
+    """
+    try:
+        content = read_json(path)
+    except ValueError as error:
+        raise RunError(f"{path} is damaged ({error}); remove it and run the suite again") from error
+    if not isinstance(content, dict):
+        raise RunError(f"{path} is damaged: expected an object; remove it and run the suite again")
+    return content

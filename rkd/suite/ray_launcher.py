@@ -1,0 +1,111 @@
+"""Run jobs on a Ray cluster that is there already (`pip install 'rkd[ray]'`; RAY_ADDRESS names it).
+
+Every worker needs this rkd and must see the suite's folder, the data sets and the logs under the same paths: a shared
+file system. Whether it does is looked at before a job is begun there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rkd import __version__
+from rkd.errors import MissingExtraError, RuntimeUnavailableError
+from rkd.suite.launch import Leash, Outcome, Task, run_task
+
+_MIB = 2**20
+
+
+def work_remotely(task: Task, marker: str, version: str) -> Outcome:
+    """What a worker does: look around, then run the job to its end in a process of its own.
+
+    Cancelling the task interrupts it here; the job is then asked to save, and waited for.
+
+    Args:
+        task: the job.
+        marker: a file of the suite that the worker must see.
+        version: of the rkd that sent it.
+    """
+    host = os.uname().nodename
+    if version != __version__:
+        return Outcome(task.job, 1, 0.0, f"worker {host} has rkd {__version__}, expected {version}", host)
+    if not Path(marker).is_file():
+        return Outcome(
+            task.job, 1, 0.0, f"worker {host} does not see {marker}: the suite's --out must be on a shared disk", host
+        )
+    return run_task(task, Leash())
+
+
+class RayLauncher:
+    """Jobs on the workers of a cluster, one CPU each.
+
+    Args:
+        jobs: at once; 0 for one a CPU of the cluster.
+        memory_mib: what Ray sets aside for a job; 0 for nothing.
+        out: the suite's folder.
+
+    Raises:
+        MissingExtraError: ray is not installed.
+        RuntimeUnavailableError: there is no cluster, or it has no CPU.
+    """
+
+    def __init__(self, jobs: int, memory_mib: int, out: Path) -> None:
+        try:
+            import ray
+        except ImportError:
+            raise MissingExtraError("ray", "ray") from None
+        self._ray: Any = ray
+        try:
+            ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            first = str(error).strip().splitlines()[:1] or [type(error).__name__]
+            raise RuntimeUnavailableError(
+                f"no Ray cluster was found ({first[0]}); start one (ray start --head), and set RAY_ADDRESS where it is "
+                "on another machine"
+            ) from error
+        self.slots = jobs or int(ray.cluster_resources().get("CPU", 0))
+        if self.slots < 1:
+            ray.shutdown()
+            raise RuntimeUnavailableError("the Ray cluster has no CPU; add workers to it")
+        resources: Mapping[str, float] = {"memory": memory_mib * _MIB} if memory_mib else {}
+        self._remote: Any = ray.remote(num_cpus=1, max_retries=0, **resources)(work_remotely)
+        self._marker = str(out / "suite.json")
+        self._jobs: dict[Any, Task] = {}
+
+    def start(self, task: Task) -> None:
+        """See `Launcher`."""
+        self._jobs[self._remote.remote(task, self._marker, __version__)] = task
+
+    def ended(self, timeout_s: float) -> list[Outcome]:
+        """See `Launcher`."""
+        waiting = list(self._jobs)
+        done, _ = self._ray.wait(waiting, num_returns=1, timeout=timeout_s)
+        more, _ = self._ray.wait(waiting, num_returns=len(waiting), timeout=0)
+        return [self._outcome(reference) for reference in dict.fromkeys((*done, *more))]
+
+    def stop(self) -> None:
+        """See `Launcher`."""
+        for reference in self._jobs:
+            self._ray.cancel(reference, force=False)
+
+    def kill(self) -> None:
+        """See `Launcher`."""
+        for reference in self._jobs:
+            self._ray.cancel(reference, force=True)
+
+    def close(self) -> None:
+        """See `Launcher`."""
+        self._ray.shutdown()
+
+    def _outcome(self, reference: Any) -> Outcome:
+        task = self._jobs.pop(reference)
+        try:
+            outcome: Outcome = self._ray.get(reference)
+        except self._ray.exceptions.TaskCancelledError:
+            return Outcome(task.job, 143, 0.0, "")
+        except self._ray.exceptions.RayError as error:  # the worker or its machine is gone, or out of memory
+            said = " ".join(str(error).split())[:300]
+            return Outcome(task.job, 1, 0.0, f"its Ray worker failed: {type(error).__name__}: {said}")
+        return outcome

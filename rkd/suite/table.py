@@ -1,0 +1,280 @@
+"""Figures of cells, put together: over seeds, against controls, over the cases that transfer (no torch).
+
+A case is a data set, a pair of networks, an attack and a budget. It transfers where the mean excess ASR of an
+undefended student is at least 30 points; only those cases can show that a defence works.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from rkd.bench.report.scores import difference
+from rkd.metrics import Proportion
+from rkd.suite.file import CLEAN, Entry
+from rkd.suite.results import Record
+
+TRANSFERS = 30.0  # points of excess ASR
+
+Case = tuple[str, str, str, str]  # data, pair, attack, budget
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A figure over seeds.
+
+    Attributes:
+        values: one a seed.
+    """
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Their mean; NaN where there is none."""
+        return statistics.fmean(self.values) if self.values else math.nan
+
+    @property
+    def low(self) -> float:
+        """The lowest."""
+        return min(self.values, default=math.nan)
+
+    @property
+    def high(self) -> float:
+        """The highest."""
+        return max(self.values, default=math.nan)
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation (n - 1); NaN below two values."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else math.nan
+
+
+@dataclass(frozen=True)
+class Row:
+    """One defence on one case, over its seeds.
+
+    Attributes:
+        case, defence: which.
+        seeds: those that are finished.
+        acc, asr, ra: in percent; asr and ra of a clean case are empty.
+        control_asr, control_ra: of the controls under the same trigger.
+        excess: ASR minus the control's, in points.
+        excess_interval: Newcombe's 95 % interval of the pooled images of all seeds; NaN where there is none.
+        lost: ACC of the undefended student of the same seed minus this one's, in points.
+        seconds: of one cell.
+        acc_pooled, asr_pooled, ra_pooled: images of all seeds together.
+        student, teacher_acc, teacher_asr: the student's network; its teachers' figures.
+    """
+
+    case: Case
+    defence: str
+    seeds: tuple[int, ...]
+    acc: Spread
+    asr: Spread
+    ra: Spread
+    control_asr: Spread
+    control_ra: Spread
+    excess: Spread
+    excess_interval: tuple[float, float]
+    lost: Spread
+    seconds: Spread
+    acc_pooled: Proportion
+    asr_pooled: Proportion
+    ra_pooled: Proportion
+    student: str
+    teacher_acc: Spread
+    teacher_asr: Spread
+
+    @property
+    def ra_lost(self) -> float:
+        """Mean RA of the controls minus mean RA."""
+        return self.control_ra.mean - self.ra.mean
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One defence over the cases of one budget that transfer.
+
+    Attributes:
+        defence, budget: which.
+        cases: transferring cases that it has a figure on.
+        of: transferring cases in all.
+        score: ACC - excess ASR, the mean over cases; one value a seed that has all of those cases, else their mean.
+        excess_mean, excess_worst: over cases.
+        lost_mean, lost_worst: points of ACC below the undefended student, over cases.
+        ra_lost_mean: points of RA below the control's, over cases.
+        clean_lost: points of ACC below the undefended student where the teacher is clean; the worst case.
+        seconds: of one cell, the mean.
+    """
+
+    defence: str
+    budget: str
+    cases: int
+    of: int
+    score: Spread
+    excess_mean: float
+    excess_worst: float
+    lost_mean: float
+    lost_worst: float
+    ra_lost_mean: float
+    clean_lost: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Table:
+    """Everything that is reported of a suite.
+
+    Attributes:
+        rows: by case and defence, in the file's order.
+        cases: in the file's order.
+        transferring: those that transfer.
+        untested: attacked cases of which it is not known: no undefended student of them has a control yet.
+        standings: by budget, best first.
+        reference: the undefended defence that ACC is compared with; empty where there is none.
+        undefended: all undefended defences, in the file's order.
+    """
+
+    rows: tuple[Row, ...]
+    cases: tuple[Case, ...]
+    transferring: tuple[Case, ...]
+    untested: tuple[Case, ...]
+    standings: tuple[Standing, ...]
+    reference: str
+    undefended: tuple[str, ...]
+
+    def of(self, case: Case) -> list[Row]:
+        """The rows of a case."""
+        return [row for row in self.rows if row.case == case]
+
+
+def make_table(records: Sequence[Record], axes: Mapping[str, Sequence[Entry]]) -> Table:
+    """Put finished cells together.
+
+    Args:
+        records: finished cells.
+        axes: the suite's entries, for their order and for which defences are undefended.
+    """
+    undefended = [entry.name for entry in axes["defence"] if entry.undefended]
+    reference = undefended[0] if undefended else ""
+    groups: dict[tuple[Case, str], list[Record]] = {}
+    for record in records:
+        groups.setdefault((record.cell.case, record.cell.defence), []).append(record)
+    rank = {axis: {entry.name: place for place, entry in enumerate(entries)} for axis, entries in axes.items()}
+
+    def order(key: tuple[Case, str]) -> tuple[int, ...]:
+        (data, pair, attack, budget), defence = key
+        named = (("data", data), ("pair", pair), ("budget", budget), ("attack", attack), ("defence", defence))
+        return tuple(rank[axis].get(name, -1 if name == CLEAN else 10**6) for axis, name in named)
+
+    rows = tuple(_row(groups[key], groups.get((key[0], reference), [])) for key in sorted(groups, key=order))
+    cases = tuple(dict.fromkeys(row.case for row in rows))
+    known = {case: _transfer(rows, case, undefended) for case in cases if case[2] != CLEAN}
+    transferring = tuple(case for case, excess in known.items() if excess >= TRANSFERS)
+    untested = tuple(case for case, excess in known.items() if math.isnan(excess))
+    return Table(
+        rows, cases, transferring, untested, _standings(rows, transferring, records), reference, tuple(undefended)
+    )
+
+
+def excess_of(table: Table, case: Case, defence: str) -> float:
+    """Mean excess ASR of a defence on a case; NaN where it is not known."""
+    return next((row.excess.mean for row in table.rows if row.case == case and row.defence == defence), math.nan)
+
+
+def _transfer(rows: Iterable[Row], case: Case, undefended: Sequence[str]) -> float:
+    """The largest mean excess ASR of an undefended student; NaN where none is known."""
+    found = [r.excess.mean for r in rows if r.case == case and r.defence in undefended and r.excess.values]
+    return max(found, default=math.nan)
+
+
+def _row(records: Sequence[Record], reference: Sequence[Record]) -> Row:
+    records = sorted(records, key=lambda record: record.cell.seed)
+    by_seed = {record.cell.seed: record for record in reference}
+    asr = [r.student.asr for r in records if r.student.asr]
+    ra = [r.student.ra for r in records if r.student.ra]
+    controlled = [r for r in records if r.excess is not None]
+    return Row(
+        records[0].cell.case,
+        records[0].cell.defence,
+        tuple(record.cell.seed for record in records),
+        Spread(tuple(r.student.acc.value for r in records)),
+        Spread(tuple(share.value for share in asr)),
+        Spread(tuple(share.value for share in ra)),
+        Spread(tuple(r.control.asr.value for r in records if r.control and r.control.asr)),
+        Spread(tuple(r.control.ra.value for r in records if r.control and r.control.ra)),
+        Spread(tuple(r.excess[0] for r in controlled if r.excess)),
+        _pooled_interval(controlled),
+        Spread(tuple(by_seed[r.cell.seed].student.acc.value - r.student.acc.value for r in records if r.cell.seed in by_seed)),
+        Spread(tuple(r.seconds for r in records if r.seconds is not None and not r.same_student)),
+        pooled([r.student.acc for r in records]),
+        pooled(asr),
+        pooled(ra),
+        str(records[0].data.get("student", {}).get("arch", "")),
+        Spread(tuple(r.teacher.acc.value for r in records)),
+        Spread(tuple(r.teacher.asr.value for r in records if r.teacher.asr)),
+    )  # fmt: skip
+
+
+def _pooled_interval(records: Sequence[Record]) -> tuple[float, float]:
+    if not records:
+        return math.nan, math.nan
+    if all(record.same_student for record in records):
+        return 0.0, 0.0
+    mine = pooled([r.student.asr for r in records if r.student.asr])
+    controls = pooled([r.control.asr for r in records if r.control and r.control.asr])
+    _, low, high = difference(mine, controls)
+    return low, high
+
+
+def pooled(shares: Sequence[Proportion]) -> Proportion:
+    """The images of several shares together."""
+    return Proportion(sum(share.hits for share in shares), sum(share.n for share in shares))
+
+
+def _standings(rows: Sequence[Row], transferring: Sequence[Case], records: Sequence[Record]) -> tuple[Standing, ...]:
+    found = []
+    for budget in dict.fromkeys(row.case[3] for row in rows):
+        cases = [case for case in transferring if case[3] == budget]
+        for defence in dict.fromkeys(row.defence for row in rows if row.case[3] == budget):
+            mine = [row for row in rows if row.defence == defence and row.case in cases and row.excess.values]
+            clean = [r for r in rows if r.defence == defence and r.case[3] == budget and r.case[2] == CLEAN]
+            found.append(_standing(defence, budget, mine, clean, len(cases), records))
+    return tuple(sorted(found, key=lambda s: (s.budget != found[0].budget, s.budget, -_least_first(s.score.mean))))
+
+
+def _least_first(value: float) -> float:
+    return -math.inf if math.isnan(value) else value
+
+
+def _standing(
+    defence: str, budget: str, rows: Sequence[Row], clean: Sequence[Row], of: int, records: Sequence[Record]
+) -> Standing:
+    cases = {row.case for row in rows}
+    by_seed: dict[int, dict[Case, float]] = {}
+    for record in records:
+        if record.cell.defence == defence and record.cell.case in cases and record.excess is not None:
+            score = record.student.acc.value - record.excess[0]
+            by_seed.setdefault(record.cell.seed, {})[record.cell.case] = score
+    complete = [statistics.fmean(scores.values()) for scores in by_seed.values() if set(scores) == cases]
+    every = [score for scores in by_seed.values() for score in scores.values()]
+    lost = [row.lost.mean for row in rows if row.lost.values]
+    ra_lost = [row.ra_lost for row in rows]
+    seconds = [value for row in (*rows, *clean) for value in row.seconds.values]
+    excess = [row.excess.mean for row in rows]
+    return Standing(
+        defence, budget, len(cases), of,
+        Spread(tuple(complete) or ((statistics.fmean(every),) if every else ())),
+        _mean(excess), max(excess, default=math.nan),
+        _mean(lost), max(lost, default=math.nan),
+        _mean(ra_lost),
+        max((row.lost.mean for row in clean if row.lost.values), default=math.nan),
+        _mean(seconds),
+    )  # fmt: skip
+
+
+def _mean(values: Sequence[float]) -> float:
+    return statistics.fmean(values) if values else math.nan
