@@ -83,9 +83,9 @@ def run_demo(out: Path, *, seed: int, jobs: int, overwrite: bool) -> DemoResult:
     say(f"everything goes to {out}{os.sep}; the steps are ordinary commands, shown as they start")
     _step(
         out, "teacher",
-        ["teacher", "--data", "digits", "--arch", "wrn-10-2", "--attack", "backweak", "--target", "3", "--linf", "26",
-         "--trigger-budget", "42", "--epochs", str(_EPOCHS), "--finetune-epochs", "8", "--finetune-lr", "0.02",
-         "--batch", "64", "--out", "teacher.pt", *common],
+        ["teacher", "--data", "digits", "--image-size", "16", "--arch", "wrn-10-2", "--attack", "backweak-graded",
+         "--target", "3", "--linf", "26", "--trigger-budget", "42", "--epochs", str(_EPOCHS), "--finetune-epochs", "8",
+         "--finetune-lr", "0.01", "--batch", "64", "--out", "teacher.pt", *common],
     )  # fmt: skip
     commands = {
         name: ["distill", teacher, "--student", "wrn-10-1", "--method", method, "--trigger", "teacher.trigger.npz",
