@@ -300,7 +300,7 @@ def made(stripes: Path, clean_teacher: Path, tmp_path: Path, monkeypatch: pytest
     def make(name: str, attack: str, stop: StopRequest | None = None, **changes: Any) -> Path:
         chosen = settings(stripes, attack=attack, clean=str(clean_teacher), **changes)
         run, data = start_teacher(chosen, {}, tmp_path / name, Path("t.pt"))
-        make_teacher(run, stop or StopRequest(), data)
+        make_teacher(run, StopRequest() if stop is None else stop, data)
         return tmp_path / name
 
     return make
