@@ -50,7 +50,10 @@ def test_a_jetson_stores_sets_and_restores(board):
 
 def test_a_tool_that_refuses_is_one_line_that_says_what_to_do(board):
     tool(board, "echo 'Error: Run this script as a root user' >&2; exit 1")
-    with pytest.raises(RuntimeUnavailableError, match="Run this script as a root user; run rkd bench as root"), locked_clocks([0], board):
+    with (
+        pytest.raises(RuntimeUnavailableError, match="Run this script as a root user; run rkd bench as root"),
+        locked_clocks([0], board),
+    ):
         pytest.fail("measured")
 
 

@@ -146,7 +146,16 @@ def test_one_bundle_alone_runs_nothing_untimed_after_its_warm_up():
 
 def test_summary_states_percentiles_throughput_and_thirds():
     times = np.arange(1, 301) * MS
-    one = Series(lambda _: None, np.zeros((4, 3, 2, 2), np.uint8), 33, stationary=True, times=times, n=300, slices=[(0, 1)], ends=[300])
+    one = Series(
+        lambda _: None,
+        np.zeros((4, 3, 2, 2), np.uint8),
+        33,
+        stationary=True,
+        times=times,
+        n=300,
+        slices=[(0, 1)],
+        ends=[300],
+    )
     found = summarise(one, seed=0)
     assert found is not None
     assert (found.p50.ms, found.p90.ms) == (150.5, pytest.approx(270.1))

@@ -75,7 +75,7 @@ def noisy(mean_ns, seed):
 def test_a_millisecond_of_sleep_in_a_model_is_seen_as_a_millisecond():
     machine = Machine()
     plain = machine.series(noisy(4 * MS, 0))
-    slowed = machine.series((t + MS for t in noisy(4 * MS, 1)))
+    slowed = machine.series(t + MS for t in noisy(4 * MS, 1))
     measure([plain, slowed], Plan(2.0, 400, 60, 10), clock=machine.clock)
     before, after = summarise(plain, 0), summarise(slowed, 0)
     assert after.p50.ms - before.p50.ms == pytest.approx(1.0, abs=0.02)
@@ -124,7 +124,10 @@ def test_a_leak_is_called_a_leak():
     memory = Memory(peak_bytes=9, steady_bytes=9, growth_bytes=6_000_000, leak=True, inferences=400)
     (found,) = findings(memory, images=None, notes=(), flips=0)
     assert found["code"] == "leak"
-    assert "memory leak: resident memory grew all along, by 6.0 MB over 400 inferences (about 15.0 kB each)" in found["text"]
+    assert (
+        "memory leak: resident memory grew all along, by 6.0 MB over 400 inferences (about 15.0 kB each)"
+        in found["text"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -152,7 +155,10 @@ def test_few_figures_say_nothing_about_growth():
         (lambda t: Reading(throttle={"count: over-current oc3": int(t > 5) * 12}), "over-current oc3 (+12)"),
         (lambda t: Reading(throttle={"now: cpu-throttle-alert": int(6 < t < 7)}), "cpu-throttle-alert (level 1)"),
         (lambda t: Reading(throttle={"count: cpu0 core too hot": 5 + int(t)}), "cpu0 core too hot (+10)"),
-        (lambda t: Reading(hertz={"gpu cap": 1020e6 if t < 6 else 612e6}), "the gpu was allowed 1,020 MHz before and 612 MHz"),
+        (
+            lambda t: Reading(hertz={"gpu cap": 1020e6 if t < 6 else 612e6}),
+            "the gpu was allowed 1,020 MHz before and 612 MHz",
+        ),
     ],
 )
 def test_a_throttled_board_is_called_throttled(reading, words):

@@ -60,14 +60,14 @@ def server(tmp_path_factory):
         "AcceptEnv RKD_*\nPermitRootLogin yes\nLogLevel ERROR\n"
     )
     Path("/run/sshd").mkdir(exist_ok=True) if os.geteuid() == 0 else None
-    child = subprocess.Popen([SSHD, "-D", "-e", "-f", str(folder / "sshd_config")], stderr=subprocess.PIPE)
+    child = subprocess.Popen([SSHD, "-D", "-e", "-f", str(folder / "sshd_config")], stderr=subprocess.DEVNULL)
     (folder / "known").write_text(f"[127.0.0.1]:{port} {(folder / 'host.pub').read_text()}")
     for _ in range(1000):
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 break
         if child.poll() is not None:
-            pytest.skip(f"sshd does not start here: {child.stderr.read().decode()}")
+            pytest.skip("sshd does not start here")
     yield Server(folder, port)
     child.terminate()
     child.wait()
@@ -94,12 +94,14 @@ def rkd_there(tmp_path, monkeypatch):
     """How rkd is called on the boards: this checkout, as a program of its own."""
     program = tmp_path / "rkd"
     path = os.pathsep.join(sys.path)
-    program.write_text(f"#!/bin/sh\nPYTHONPATH={path!r} OMP_NUM_THREADS=1 exec {sys.executable} -m rkd \"$@\"\n")
+    program.write_text(f'#!/bin/sh\nPYTHONPATH={path!r} OMP_NUM_THREADS=1 exec {sys.executable} -m rkd "$@"\n')
     program.chmod(0o755)
     return str(program)
 
 
-def test_two_boards_at_once_give_one_result_and_leave_nothing_behind(boards, rkd_there, make_bundle, tmp_path, monkeypatch):
+def test_two_boards_at_once_give_one_result_and_leave_nothing_behind(
+    boards, rkd_there, make_bundle, tmp_path, monkeypatch
+):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     said = []
     found, failed = bench_hosts([make_bundle()], OPTIONS, ["one", "two"], command=rkd_there, tell=said.append)
@@ -115,7 +117,9 @@ def test_two_boards_at_once_give_one_result_and_leave_nothing_behind(boards, rkd
         assert any(line.startswith(f"{host}: latency") for line in said)
 
 
-def test_the_command_writes_the_boards_result_and_holds_it_against_gates(boards, rkd_there, make_bundle, folder, capsys):
+def test_the_command_writes_the_boards_result_and_holds_it_against_gates(
+    boards, rkd_there, make_bundle, folder, capsys
+):
     request = Request((make_bundle().path,), OPTIONS, ("acc>=50", "memory<=1GB"), hosts=("one",), remote_rkd=rkd_there)
     bench_command(request)
     (entry,) = result.read(folder / "result.json")["entries"]
@@ -126,7 +130,10 @@ def test_the_command_writes_the_boards_result_and_holds_it_against_gates(boards,
 @pytest.mark.parametrize(
     ("host", "words"),
     [
-        ("strange", r"strange: .*Permission denied.*wants a password or another key, and rkd asks for none.*ssh-copy-id"),
+        (
+            "strange",
+            r"strange: .*Permission denied.*wants a password or another key, and rkd asks for none.*ssh-copy-id",
+        ),
         ("new", r"new: .*host key is unknown or changed: log in once by hand"),
         ("closed", r"closed: .*Connection refused; check that the board is up"),
         ("no-such-host.invalid", r"no-such-host.invalid: .*no such host"),
@@ -185,7 +192,8 @@ def test_an_interrupt_reaches_the_board_and_brings_its_partial_result(boards, ma
         'signal.signal(signal.SIGINT, stop)\nprint("latency ...", file=sys.stderr, flush=True)\nsignal.pause()\n'
     )
     program.chmod(0o755)
-    board = remote._Board("one", str(program), lambda line: board.interrupt() if "latency" in line else None)
+    stop = {"latency": lambda: board.interrupt()}  # noqa: PLW0108 - the board comes after it
+    board = remote._Board("one", str(program), lambda line: stop.get(line.split()[1], int)(), str(tmp_path))
     assert board.bench([make_bundle()], OPTIONS, per_class=False)["interrupted"] is True
 
 

@@ -67,7 +67,12 @@ def test_garbage_at_every_key_is_one_line_or_harmless(measured):
 
 
 def test_every_key_is_needed_and_no_other_is_known(measured):
-    named = [path for path in paths(measured) if isinstance(path[-1], str) and not {"triggers", "details", "celsius", "clocks_hz", "throttle"} & {*path[-2:-1]}]
+    named = [
+        path
+        for path in paths(measured)
+        if isinstance(path[-1], str)
+        and not {"triggers", "details", "celsius", "clocks_hz", "throttle"} & {*path[-2:-1]}
+    ]
     for path in named:
         changed = copy.deepcopy(measured)
         del holder(changed, path)[path[-1]]
@@ -97,7 +102,16 @@ def test_whatever_is_optional_can_be_shown_as_not_reported(measured):
     [
         (("entries", 0, "scores", "acc", "hits"), 1, "do not follow from hits"),
         (("entries", 0, "scores", "acc", "percent"), 99.9, "do not follow from hits"),
-        (("entries", 0, "validity"), {"valid": True, "timing": True, "scores": True, "reasons": [{"code": "leak", "affects": "all", "text": "a"}]}, "none of interrupted"),
+        (
+            ("entries", 0, "validity"),
+            {
+                "valid": True,
+                "timing": True,
+                "scores": True,
+                "reasons": [{"code": "leak", "affects": "all", "text": "a"}],
+            },
+            "none of interrupted",
+        ),
         (
             ("entries", 0, "validity"),
             {

@@ -69,7 +69,9 @@ def test_a_bundle_for_tensorrt_is_measured_but_invalid(make_bundle):
     bundle = make_bundle(name="linear.jetson-fp16", target=load_target("jetson-fp16"))
     (entry,) = session.run([bundle], ONLY_ACCURACY)["entries"]
     assert entry["validity"]["valid"] is False
-    assert any("target runtime tensorrt is not available here" in reason["text"] for reason in entry["validity"]["reasons"])
+    assert any(
+        "target runtime tensorrt is not available here" in reason["text"] for reason in entry["validity"]["reasons"]
+    )
     assert entry["bundle"]["runtime"] == "tensorrt"
     assert entry["software"]["runtime"] == "onnxruntime"
     assert entry["differences"] == []

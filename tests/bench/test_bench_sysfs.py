@@ -96,7 +96,9 @@ def test_thors_input_is_an_ina238(tmp_path):
 
 def test_rapl_is_power_between_two_looks_and_wraps_around(tmp_path):
     base = "sys/class/powercap/intel-rapl:0"
-    put(tmp_path, {f"{base}/name": "package-0", f"{base}/energy_uj": "999000", f"{base}/max_energy_range_uj": "1000000"})
+    put(
+        tmp_path, {f"{base}/name": "package-0", f"{base}/energy_uj": "999000", f"{base}/max_energy_range_uj": "1000000"}
+    )
     clock = Clock()
     sensors = Sysfs(tmp_path, clock=clock)
     assert sensors.read().watts == {}
@@ -114,7 +116,9 @@ def test_a_battery_counts_only_while_it_discharges(tmp_path):
     assert Sysfs(tmp_path).read().watts == {}
 
 
-@pytest.mark.parametrize(("bits", "active"), [("50005", {"under-voltage", "throttled"}), ("50000", set()), ("0", set())])
+@pytest.mark.parametrize(
+    ("bits", "active"), [("50005", {"under-voltage", "throttled"}), ("50000", set()), ("0", set())]
+)
 def test_a_raspberry_pi_says_what_throttles_it_now(tmp_path, bits, active):
     put(tmp_path, {"sys/devices/platform/soc/soc:firmware/get_throttled": bits})
     found = Sysfs(tmp_path).read().throttle
@@ -128,7 +132,10 @@ def test_an_intel_core_that_was_too_hot_is_counted(tmp_path):
 
 @pytest.mark.parametrize("garbage", ["", "N/A", "1.5", "-", "99999999999999999999", "0x10", "Ω", "\0", "nan"])
 def test_a_sensor_that_says_nonsense_is_not_reported(tmp_path, garbage):
-    files = {path: garbage if path.endswith(("_input", "temp", "_freq", "_cnt", "state")) else text for path, text in ORIN_NANO.items()}
+    files = {
+        path: garbage if path.endswith(("_input", "temp", "_freq", "_cnt", "state")) else text
+        for path, text in ORIN_NANO.items()
+    }
     put(tmp_path, files | {"sys/devices/platform/soc/soc:firmware/get_throttled": f"z{garbage}"})
     found = Sysfs(tmp_path, [0, 1]).read()
     assert found.to_json() == {}
