@@ -220,7 +220,8 @@ def _latency_rows(entry: Entry) -> list[Markup]:
             decimal(latency["images_per_second"]), f"{latency['batch']:,}", f"{entry.data['software']['threads']}"
         )  # fmt: skip
         cells = (_percentile_cell(latency, percentile) for percentile in _PERCENTILES)
-        first = tag("th", entry.label, tag("small", entry.place), scope="row")
+        size = Markup() if not entry.data["sweep"] else tag("small", f"batch {latency['batch']:,}")
+        first = tag("th", entry.label, size, tag("small", entry.place), scope="row")
         rows.append(tag("tr", first, *cells, *(tag("td", count, class_="n") for count in counts)))
     return rows
 

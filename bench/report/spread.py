@@ -71,10 +71,11 @@ def _hill(axis: Axis, y: float, row: Spread, colour: str) -> list[Markup]:
         tag("path", d="".join(points), fill=colour, fill_opacity="0.8"),
         line(axis.start, base, axis.end, base, "axis"),
     ]
-    for name, value in row.marks.items():
+    for number, (name, value) in enumerate(row.marks.items()):
         x = axis.place(min(max(value, axis.low), axis.high))
         parts.append(line(x, base - _HILL - 2, x, base + 3, "whisker"))
-        anchor = "end" if x > axis.end - 24 else "start"
+        left = x > axis.end - 24 or (number == 0 and x > axis.start + 24)
+        anchor = "end" if left else "start"
         parts.append(text(x - 3 if anchor == "end" else x + 3, base - _HILL + 6, name, anchor=anchor, class_="q"))
     return parts
 

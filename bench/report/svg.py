@@ -202,7 +202,9 @@ def scatter(label: str, spots: Sequence[Spot], x_label: str, y_label: str) -> Ma
             parts.append(tag("circle", cx=x, cy=y, r=r + 3, fill="none", stroke="var(--ink)", stroke_width=1.2))
         disc = {"class_": "spot", "fill": "var(--asr)", "fill-opacity": "0.35", "stroke": "var(--ink)"}
         parts.append(tag("circle", cx=x, cy=y, r=r, **disc))
-    taken: list[Box] = [(x - r, y - r, x + r, y + r) for x, y, r in discs]
+    discs = [(x, y, r + 3 if spot.best else r) for spot, (x, y, r) in zip(shown, discs, strict=True)]
+    taken: list[Box] = [(across.start, down.start - 1, across.end, down.start + 1)]
+    taken += [(x - r, y - r, x + r, y + r) for x, y, r in discs]
     for spot, (x, y, r) in zip(shown, discs, strict=True):
         box = _free_place(x, y, r, len(spot.label) * _GLYPH, taken)
         taken.append(box)
