@@ -278,7 +278,7 @@ def _pairs(results: Sequence[dict[str, Any]], entries: Sequence[Entry]) -> Marku
         "How many times as long one bundle takes as another, from rounds that were interleaved in one run: what the "
         "machine did to one it did to the other. With the 95 % interval over rounds."
     )
-    heads = ("Pair", "Batch", "Times as long", "Rounds", "")
+    heads = ("Pair", "Batch", "Times as long", "Rounds", "Names")
     return section("Pair by pair", lead, plain_table("Pairs of bundles", heads, rows))
 
 

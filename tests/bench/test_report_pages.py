@@ -233,8 +233,7 @@ BARE = {
 
 def document(*entries):
     pairs = [
-        {"first": 0, "second": 1, "batch": 1, "ratio": 2.0, "low": 1.9, "high": 2.1, "rounds": 16}
-        for _ in entries[1:2]
+        {"first": 0, "second": 1, "batch": 1, "ratio": 2.0, "low": 1.9, "high": 2.1, "rounds": 16} for _ in entries[1:2]
     ]
     return {"schema": 2, "interrupted": False, "comparisons": pairs, "entries": list(entries)}
 
