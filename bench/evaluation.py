@@ -99,6 +99,22 @@ def evaluation_set(bundle: Bundle, data: Path | None, *, quick: bool) -> Evaluat
     return _folder(bundle, data, quick=quick)
 
 
+def host_labels(bundle: Bundle) -> dict[str, Labels] | None:
+    """What the exporting host's file predicted for each image of the bundle; None where the bundle has no ledger.
+
+    Returns:
+        Classes, (N,), by trigger name, and under the empty name for the clean images.
+
+    Raises:
+        BundleError: the ledger is damaged.
+    """
+    ledger = bundle.ledger()
+    if ledger is None:
+        return None
+    labels = ledger.steps[-1].labels
+    return {"" if key == "clean" else key.removeprefix("trigger "): found for key, found in labels.items()}
+
+
 def _part(count: int, *, quick: bool) -> Labels:
     """The images may be sorted by class: a part of them is drawn."""
     if not quick or count <= _QUICK_IMAGES:

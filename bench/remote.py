@@ -11,6 +11,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -68,8 +69,11 @@ def bench_hosts(
         raise ConfigError("--host: a board is there twice; it would disturb itself")
     if shutil.which("ssh") is None:
         raise RemoteError("there is no ssh on this machine; install OpenSSH's client, or run rkd bench on the board")
-    boards = [_Board(host, command, tell) for host in hosts]
-    with ThreadPoolExecutor(len(boards), thread_name_prefix="rkd-host") as pool:
+    with (
+        tempfile.TemporaryDirectory(prefix="rkd-ssh-") as sockets,
+        ThreadPoolExecutor(len(hosts), thread_name_prefix="rkd-host") as pool,
+    ):
+        boards = [_Board(host, command, tell, sockets) for host in hosts]
         waiting = [pool.submit(board.bench, bundles, options, per_class=per_class) for board in boards]
         try:
             results = [future.result() for future in waiting if future.exception() is None]
@@ -108,6 +112,7 @@ class _Board:
     host: str
     command: str
     tell: Say
+    sockets: str
     _folder: str = ""
     _running: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -127,6 +132,7 @@ class _Board:
             return self._fetch()
         finally:
             self._ssh(f"rm -rf -- {shlex.quote(self._folder)}", _QUICK_S)
+            subprocess.run(self._command("-O", "exit"), capture_output=True, check=False)  # noqa: S603 - as below
 
     def interrupt(self) -> None:
         """Ask the board's rkd to stop and save what it has."""
@@ -173,10 +179,9 @@ class _Board:
         arguments = [*names, "--out", "result.json", *_arguments(options, per_class=per_class)]
         line = " ".join(shlex.quote(argument) for argument in arguments)
         script = f"{_PATH}cd {shlex.quote(self._folder)} && echo $$ > pid && exec {self.command} bench {line}"
-        command = ["ssh", *_SSH, "--", self.host, f"sh -c {shlex.quote(script)}"]
         self._running = True
         with subprocess.Popen(  # noqa: S603 - the system's ssh
-            command,
+            [*self._command(), f"sh -c {shlex.quote(script)}"],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -210,10 +215,15 @@ class _Board:
             entry["host"] = self.host.rpartition("@")[2]
         return result
 
+    def _command(self, *more: str) -> list[str]:
+        """One connection carries all commands: one login, one touch of a security key."""
+        shared = ("-o", "ControlMaster=auto", "-o", "ControlPersist=120", "-o", f"ControlPath={self.sockets}/%C")
+        return ["ssh", *_SSH, *shared, *more, "--", self.host]
+
     def _ssh(self, line: str, timeout_s: float, stdin: Any = subprocess.DEVNULL) -> subprocess.CompletedProcess[bytes]:
         try:
             return subprocess.run(  # noqa: S603 - the system's ssh
-                ["ssh", *_SSH, "--", self.host, line],  # noqa: S607
+                [*self._command(), line],
                 stdin=stdin,
                 capture_output=True,
                 timeout=timeout_s,
@@ -263,5 +273,6 @@ def _plain(name: str) -> str:
 
 
 def _last_line(text: bytes) -> str:
-    lines = [line for line in printable(text.decode(errors="replace")).splitlines() if line.strip()]
+    plain = text.decode(errors="replace").replace("\r", "")  # ssh ends its lines for a terminal
+    lines = [line for line in printable(plain).splitlines() if line.strip()]
     return lines[-1].strip()[:500] if lines else ""

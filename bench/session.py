@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 import rkd
 from rkd.bench.comparison import compare
 from rkd.bench.device import Device, Load, identify, load_before, visible_cores
-from rkd.bench.evaluation import EvaluationSet, evaluation_set
+from rkd.bench.evaluation import EvaluationSet, evaluation_set, host_labels
 from rkd.bench.examples import Examples
 from rkd.bench.latency import Latency, Series, measure, summarise
 from rkd.bench.memory import INFERENCES, SECONDS, Memory, measure_memory
@@ -166,7 +166,7 @@ def _jobs(bundles: Sequence[Bundle], options: BenchOptions) -> list[_Job]:
             choose_runner(bundle.target, options.threads),
             _exported_scores(bundle),
             evaluation_set(bundle, options.data, quick=options.quick),
-            bundle.host_labels() if options.data is None else None,
+            host_labels(bundle) if options.data is None else None,
         )
         for bundle in bundles
     ]

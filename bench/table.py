@@ -242,9 +242,7 @@ def _remarks(entry: dict[str, Any]) -> list[str]:
     if agreement := entry["agreement"]:
         share = agreement["share"]
         if share["hits"] < share["n"]:
-            lines.append(
-                f": {share['percent']:.2f} % of {share['n']:,} predictions agree with the exporting host's"
-            )
+            lines.append(f": {share['percent']:.2f} % of {share['n']:,} predictions agree with the exporting host's")
         lines += [f": {_flip(flip)}" for flip in agreement["flips"][:_MOST_FLIPS]]
         if len(agreement["flips"]) > _MOST_FLIPS:
             lines.append(f": ... {len(agreement['flips']) - _MOST_FLIPS} more in the result")

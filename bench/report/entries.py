@@ -30,6 +30,10 @@ class Entry:
         """Letter and name, marked where the figures do not count."""
         return f"{self.mark}{self.key} \N{MIDDLE DOT} {self.name}"
 
+    def holds(self, what: str) -> bool:
+        """Whether the figures of `timing` or `scores` may be used."""
+        return bool(self.data["validity"][what])
+
     @property
     def mark(self) -> str:
         """A warning sign before what does not count."""
@@ -43,8 +47,9 @@ class Entry:
     @property
     def place(self) -> str:
         """The machine in a few words."""
-        device = self.data["device"]
-        return str(device["model"] or device["cpu"] or device["architecture"])
+        device, host = self.data["device"], self.data["host"]
+        place = str(device["model"] or device["cpu"] or device["architecture"])
+        return f"{host}: {place}" if host else place
 
     @property
     def worst(self) -> TriggerScore | None:
@@ -83,18 +88,57 @@ def verdict(entries: Sequence[Entry]) -> str:
     """What the figures say, in plain words and about valid entries only."""
     if not entries:
         return "There is nothing to report: no result was given."
-    valid = [entry for entry in entries if entry.valid]
-    if not valid:
+    timing, scores = ([entry for entry in entries if entry.holds(what)] for what in ("timing", "scores"))
+    if not timing and not scores:
         what = f"None of the {len(entries)} measurements is" if len(entries) > 1 else "This measurement is not"
         return f"{what} valid. The figures below must not be used as evidence; the reasons come first."
-    left_out = len(entries) - len(valid)
     sentences = [
-        f"{left_out} of {len(entries)} measurements must not be used." if left_out else "",
-        _speed(valid),
-        _accuracy(valid),
-        _attack(valid),
+        _left_out(len(entries), len(timing), "latency, memory and power"),
+        _left_out(len(entries), len(scores), "ACC, ASR and RA"),
+        _speed(timing),
+        _accuracy(scores),
+        _attack(scores),
+        _gates(entries),
     ]
     return " ".join(filter(None, sentences)) or "Nothing was measured."
+
+
+def best(entries: Sequence[Entry]) -> set[str]:
+    """Keys of the entries on the Pareto front: no other is at least as fast, as accurate and as safe, and better in one.
+
+    Only entries with all three figures, all of which may be used, take part.
+    """
+    figures = {}
+    for entry in entries:
+        if entry.valid and entry.scores and entry.scores.acc.n and entry.p50 > 0:
+            worst = entry.worst
+            figures[entry.key] = (entry.p50, -entry.scores.acc.value, worst.asr.value if worst else 0.0)
+    return {
+        key
+        for key, mine in figures.items()
+        if not any(
+            other != mine and all(o <= m for o, m in zip(other, mine, strict=True)) for other in figures.values()
+        )
+    }
+
+
+def _left_out(count: int, usable: int, what: str) -> str:
+    if usable == count:
+        return ""
+    who = "The" if count == 1 else "All" if not usable else f"{count - usable} of {count}"
+    return (
+        f"{who} figures of {what} must not be used; the reasons come first."
+        if who in ("The", "All")
+        else (f"{who} measurements of {what} must not be used.")
+    )
+
+
+def _gates(entries: Sequence[Entry]) -> str:
+    gates = [gate for entry in entries for gate in entry.data["gates"]]
+    broken = sum(not gate["passed"] for gate in gates)
+    if not gates:
+        return ""
+    return f"{broken} of {len(gates)} gates failed." if broken else f"All {len(gates)} gates were kept."
 
 
 def _speed(valid: Sequence[Entry]) -> str:

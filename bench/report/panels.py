@@ -151,8 +151,17 @@ def _ingredients(trigger: Trigger) -> list[Markup]:
     ]
 
 
-def _example(panel: TriggerPanel, index: int, caption: str) -> Markup:
-    before, after = panel.originals[index], panel.triggered[index]
+@dataclass(frozen=True, eq=False)
+class Shot:
+    """One image without and with a trigger, uint8 (3, H, W)."""
+
+    before: NDArray[np.uint8]
+    after: NDArray[np.uint8]
+
+
+def example_strip(index: int, shot: Shot) -> Markup:
+    """Before, after and amplified difference of example number `index`, beside each other."""
+    before, after = shot.before, shot.after
     pictures = (
         (_hwc(before), "original"),
         (_hwc(after), "with the trigger"),
@@ -161,8 +170,13 @@ def _example(panel: TriggerPanel, index: int, caption: str) -> Markup:
     strip = [
         tag("div", _image(pixels, f"example {index + 1}, {what}"), tag("small", what)) for pixels, what in pictures
     ]
+    return tag("div", *strip, class_="strip")
+
+
+def _example(panel: TriggerPanel, index: int, caption: str) -> Markup:
+    strip = example_strip(index, Shot(panel.originals[index], panel.triggered[index]))
     caption_below = tag("figcaption", caption, class_="after") if caption else Markup()
-    return tag("figure", tag("div", *strip, class_="strip"), caption_below)
+    return tag("figure", strip, caption_below)
 
 
 def _image(pixels: Pixels, alt: str, *, pixelated: bool = False) -> Markup:

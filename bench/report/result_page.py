@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rkd.bench.latency import STAGES
 from rkd.bench.report.bars import LatencyRow, latency_rows, share_text
-from rkd.bench.report.entries import Entry, read_entries, verdict
+from rkd.bench.report.costs import conditions_section, memory_section, power_section
+from rkd.bench.report.entries import Entry, best, read_entries, verdict
+from rkd.bench.report.examples import examples_section
 from rkd.bench.report.markup import DASH, Markup, amount, decimal, join, significant, tag
 from rkd.bench.report.page import command as command_line
-from rkd.bench.report.page import figure, panels, plain_table, provenance, scroller, section, shell
+from rkd.bench.report.page import figure, folded, panels, plain_table, provenance, scroller, section, shell
 from rkd.bench.report.scores import (
     SCORES,
     glossary,
@@ -20,17 +23,21 @@ from rkd.bench.report.scores import (
     trigger_heads,
     trigger_names,
 )
-from rkd.bench.report.svg import Spot, scatter
+from rkd.bench.report.spread import Spread, spreads
+from rkd.bench.report.svg import Series, Spot, line_chart, scatter
 from rkd.metrics import Proportion, Scores
 
-_PERCENTILES = ("p50", "p90", "p99")
+_PERCENTILES = ("p50", "p90", "p99", "p999")
+_NAMES = {"p50": "p50", "p90": "p90", "p99": "p99", "p999": "p99.9"}
+_X_LABEL = "p50 latency, ms, logarithmic"
+_SPOILS = {"all": "all figures", "timing": "latency, memory and power", "scores": "ACC, ASR and RA"}
 _COST = {
     "p50": "The median latency of one batch; its interval and the other percentiles are explained under Latency.",
     "Memory": "Peak resident memory of a process that only loads and runs the model; 1 MB is 1,000,000 bytes.",
 }
 _LATENCY = {
-    "Latency (p50, p90, p99)": "Wall time of one batch, from uint8 images in host memory to float32 logits in host "
-    "memory. p99: 99 % of the batches took at most this long.",
+    "Latency (p50, p90, p99, p99.9)": "Wall time of one batch, from uint8 images in host memory to float32 logits in "
+    "host memory. p99: 99 % of the batches took at most this long. p99.9 needs 1,000 batches.",
     "Closed loop": "The next inference starts when the last has returned. Images/s is what that loop reached, not the "
     "most that the device could do with several at once.",
     "Latency intervals": "[low, high] is the 95 % bootstrap interval of the percentile, n the number of timed batches "
@@ -62,10 +69,17 @@ def result_page(
         [
             _warnings(entries),
             _table(entries),
+            _gates(entries),
             _latency(entries),
+            _pairs(results, entries),
             _shares(entries),
+            examples_section(entries),
             _trade(entries),
+            memory_section(entries),
+            power_section(entries),
+            _classes(entries),
             _against_host(entries),
+            conditions_section(entries),
             _where(entries),
             section("Provenance", "What these figures were made from.", provenance(_digests(entries))),
         ],
@@ -73,16 +87,29 @@ def result_page(
 
 
 def _warnings(entries: Sequence[Entry]) -> Markup:
-    wrong = [entry for entry in entries if not entry.valid]
-    if not wrong:
-        return Markup()
-    items = [
-        tag("li", tag("b", f"{entry.key} \N{MIDDLE DOT} {entry.name}: "), reason)
-        for entry in wrong
-        for reason in entry.data["validity"]["reasons"]
-    ]
-    heading = tag("h2", "\N{WARNING SIGN} Not valid as evidence")
-    return tag("section", heading, tag("ul", *items), class_="warning", role="note")
+    """Reasons against figures, and what else to know, each once and with the bundles that it is about."""
+    against: dict[tuple[str, str], list[str]] = {}
+    notes: dict[tuple[str, str], list[str]] = {}
+    for entry in entries:
+        for reason in entry.data["validity"]["reasons"]:
+            against.setdefault((_SPOILS[reason["affects"]], reason["text"]), []).append(entry.key)
+        for finding in entry.data["findings"]:
+            notes.setdefault(("", finding["text"]), []).append(entry.key)
+    parts = []
+    if against:
+        heading = tag("h2", "\N{WARNING SIGN} Not valid as evidence")
+        parts.append(tag("div", heading, _listed(against), class_="warning"))
+    if notes:
+        parts.append(tag("div", tag("h2", "To know"), _listed(notes), class_="note"))
+    return tag("section", *parts) if parts else Markup()
+
+
+def _listed(said: Mapping[tuple[str, str], Sequence[str]]) -> Markup:
+    items = []
+    for (what, text), keys in said.items():
+        about = f" \N{MIDDLE DOT} {what}" if what else ""
+        items.append(tag("li", tag("b", f"{', '.join(keys)}{about}: "), text))
+    return tag("ul", *items)
 
 
 def _table(entries: Sequence[Entry]) -> Markup:
@@ -128,11 +155,10 @@ def _row(entry: Entry, names: Sequence[str]) -> Markup:
 
 
 def _time_cell(entry: Entry, percentile: str) -> Markup:
-    latency, found = entry.data["latency"], entry.percentile(percentile)
+    latency = entry.data["latency"]
     if not latency:
         return tag("td", tag("b", DASH), tag("small", "not measured"), class_="n")
-    value, low, high = (significant(milliseconds) for milliseconds in found)
-    return tag("td", tag("b", value), tag("small", f"[{low}, {high}]"), tag("small", f"n {latency['n']:,}"), class_="n")
+    return _percentile_cell(latency, percentile)
 
 
 def _memory_cell(memory: dict[str, Any] | None) -> Markup:
@@ -140,6 +166,16 @@ def _memory_cell(memory: dict[str, Any] | None) -> Markup:
         reason = (memory["reason"] if memory else None) or "not measured"
         return tag("td", DASH, tag("small", reason), class_="n why")
     return tag("td", amount(memory["peak_bytes"], "B"), class_="n")
+
+
+def _gates(entries: Sequence[Entry]) -> Markup:
+    rows = [
+        (entry.label, "kept" if gate["passed"] else "\N{WARNING SIGN} broken", gate["text"])
+        for entry in entries
+        for gate in entry.data["gates"]
+    ]
+    lead = "Limits, held against the bad end of each 95 % interval."
+    return section("Gates", lead, plain_table("Gates", ("Bundle", "Verdict", "Limit and figure"), rows))
 
 
 def _latency(entries: Sequence[Entry]) -> Markup:
@@ -150,26 +186,100 @@ def _latency(entries: Sequence[Entry]) -> Markup:
     lead = f"Milliseconds for a batch of {' or '.join(f'{batch:,}' for batch in batches)}. Lower is better."
     if len(batches) > 1:
         lead += " Batches differ: compare images per second instead."
-    heads = ("Bundle", *(f"{percentile} ms" for percentile in _PERCENTILES), "Images/s", "Batch", "Threads")
+    heads = ("Bundle", *(f"{_NAMES[percentile]} ms" for percentile in _PERCENTILES), "Images/s", "Batch", "Threads")
     head = tag("thead", tag("tr", *(tag("th", name, scope="col") for name in heads)))
-    table = tag("table", head, tag("tbody", *(_latency_row(entry) for entry in timed)), class_="pin wide")
-    rows = [LatencyRow(entry.label, *(entry.percentile(name) for name in _PERCENTILES)) for entry in timed]
-    caption = "a dot is the percentile, the thin line its 95 % interval"
-    shown = figure("p50, p90 and p99", caption, latency_rows("Latency by bundle", rows))
+    table = tag(
+        "table", head, tag("tbody", *(row for entry in timed for row in _latency_rows(entry))), class_="pin wide"
+    )
+    rows = [LatencyRow(entry.label, *(entry.percentile(name) for name in _PERCENTILES[:3])) for entry in timed]
+    shown = [
+        figure(
+            "How latencies are spread", "every timed batch", spreads("Spread of latencies", [_spread(e) for e in timed])
+        ),
+        figure(
+            "p50, p90 and p99",
+            "a dot is the percentile, the thin line its 95 % interval",
+            latency_rows("Latency by bundle", rows),
+        ),
+        figure("Over time", "median of each round, ms", _over_time(timed)),
+    ]
     return section(
-        "Latency", lead, scroller("Latency of every bundle", table), glossary(_LATENCY), panels([shown], broad=True)
+        "Latency",
+        lead,
+        scroller("Latency of every bundle", table),
+        _stages(timed),
+        glossary(_LATENCY),
+        panels(shown, broad=True),
     )
 
 
-def _latency_row(entry: Entry) -> Markup:
+def _latency_rows(entry: Entry) -> list[Markup]:
+    rows = []
+    for latency in [entry.data["latency"], *entry.data["sweep"]]:
+        counts = (
+            decimal(latency["images_per_second"]), f"{latency['batch']:,}", f"{entry.data['software']['threads']}"
+        )  # fmt: skip
+        cells = (_percentile_cell(latency, percentile) for percentile in _PERCENTILES)
+        size = Markup() if not entry.data["sweep"] else tag("small", f"batch {latency['batch']:,}")
+        first = tag("th", entry.label, size, tag("small", entry.place), scope="row")
+        rows.append(tag("tr", first, *cells, *(tag("td", count, class_="n") for count in counts)))
+    return rows
+
+
+def _percentile_cell(latency: dict[str, Any], percentile: str) -> Markup:
+    found = latency[percentile]
+    if not found:
+        return tag("td", tag("b", DASH), tag("small", "too few samples"), class_="n")
+    value, low, high = (significant(found[key]) for key in ("ms", "low", "high"))
+    return tag("td", tag("b", value), tag("small", f"[{low}, {high}]"), tag("small", f"n {latency['n']:,}"), class_="n")
+
+
+def _spread(entry: Entry) -> Spread:
     latency = entry.data["latency"]
-    counts = (decimal(latency["images_per_second"]), f"{latency['batch']:,}", f"{entry.data['software']['threads']}")
-    return tag(
-        "tr",
-        tag("th", entry.label, tag("small", entry.place), scope="row"),
-        *(_time_cell(entry, percentile) for percentile in _PERCENTILES),
-        *(tag("td", count, class_="n") for count in counts),
+    found, marks = latency["histogram"], {name: latency[name]["ms"] for name in ("p50", "p99")}
+    return Spread(entry.label, found["low_ms"], found["high_ms"], found["counts"], marks)
+
+
+def _over_time(timed: Sequence[Entry]) -> Markup:
+    series = [
+        Series(
+            entry.key,
+            [point["at_s"] for point in entry.data["latency"]["rounds"]],
+            [point["p50_ms"] for point in entry.data["latency"]["rounds"]],
+        )
+        for entry in timed
+    ]
+    return line_chart("Median latency of each round", series, "seconds since the first sample")
+
+
+def _stages(timed: Sequence[Entry]) -> Markup:
+    rows = [
+        (entry.label, *(f"{significant(stages[key]['ms'])} ms" for key in STAGES))
+        for entry in timed
+        if (stages := entry.data["latency"]["stages"])
+    ]
+    heads = ("Device's own times, p50", "Copy in", "Compute", "Copy out")
+    return plain_table("The device's own times", heads, rows)
+
+
+def _pairs(results: Sequence[dict[str, Any]], entries: Sequence[Entry]) -> Markup:
+    rows, offset = [], 0
+    for result in results:
+        for pair in result["comparisons"]:
+            first, second = entries[offset + pair["first"]], entries[offset + pair["second"]]
+            mark = "" if first.holds("timing") and second.holds("timing") else "\N{WARNING SIGN} "
+            ratio, low, high = (significant(pair[key]) for key in ("ratio", "low", "high"))
+            rows.append(
+                (f"{mark}{second.key} \N{DIVISION SIGN} {first.key}", f"{pair['batch']:,}", f"{ratio} [{low}, {high}]",
+                 f"{pair['rounds']}", f"{second.name} against {first.name}")
+            )  # fmt: skip
+        offset += len(result["entries"])
+    lead = (
+        "How many times as long one bundle takes as another, from rounds that were interleaved in one run: what the "
+        "machine did to one it did to the other. With the 95 % interval over rounds."
     )
+    heads = ("Pair", "Batch", "Times as long", "Rounds", "Names")
+    return section("Pair by pair", lead, plain_table("Pairs of bundles", heads, rows))
 
 
 def _shares(entries: Sequence[Entry]) -> Markup:
@@ -182,41 +292,96 @@ def _shares(entries: Sequence[Entry]) -> Markup:
 
 
 def _trade(entries: Sequence[Entry]) -> Markup:
-    """Latency against accuracy, where there is something to choose between."""
-    spots = []
-    for entry in entries:
-        if entry.scores and entry.scores.acc.n and entry.p50 > 0:
-            worst = entry.worst
-            asr = worst.asr.value if worst else math.nan
-            label = f"{entry.mark}{entry.key} \N{MIDDLE DOT} ASR {decimal(asr)}"
-            spots.append(Spot(entry.p50, entry.scores.acc.value, asr / 100, label))
-    if len(spots) < 2:
+    """Latency, ACC and ASR together, where there is something to choose between."""
+    shown = [entry for entry in entries if entry.scores and entry.scores.acc.n and entry.p50 > 0]
+    if len(shown) < 2:
         return Markup()
+    front = best(shown)
+    acc, asr = [], []
+    for entry in shown:
+        worst, scores = entry.worst, entry.scores
+        rate, accuracy = worst.asr.value if worst else math.nan, scores.acc.value if scores else math.nan
+        name = f"{entry.mark}{entry.key}"
+        acc.append(
+            Spot(entry.p50, accuracy, rate / 100, f"{name} \N{MIDDLE DOT} ASR {decimal(rate)}", entry.key in front)
+        )
+        asr.append(
+            Spot(entry.p50, rate, accuracy / 100, f"{name} \N{MIDDLE DOT} ACC {decimal(accuracy)}", entry.key in front)
+        )
     lead = (
-        "Up and to the left is better, and small is better: the area of a disc grows with the highest ASR of the "
-        "bundle's triggers, in percent. Letters are those of the table."
+        "Letters are those of the table. A double ring: no other valid bundle is as fast, as accurate and as safe, and "
+        "better in one of the three (Pareto front). ASR is the highest of the bundle's triggers."
     )
-    spoken = "; ".join(f"{s.label}: p50 {significant(s.x)} ms, ACC {decimal(s.y)} %" for s in spots)
-    drawn = scatter(f"Latency against accuracy. {spoken}.", spots, "p50 latency, ms, logarithmic", "ACC %")
-    return section("What speed costs", lead, panels([figure("Latency against accuracy", "", drawn)], broad=True))
+    pictures = [
+        figure(
+            "ACC against latency",
+            "up and to the left is better; the larger the disc, the higher its ASR",
+            scatter(f"ACC against latency. {_spoken(acc, 'ACC')}.", acc, _X_LABEL, "ACC %"),
+        ),
+        figure(
+            "ASR against latency",
+            "down and to the left is better; the larger the disc, the higher its ACC",
+            scatter(f"ASR against latency. {_spoken(asr, 'ASR')}.", asr, _X_LABEL, "ASR %"),
+        ),
+    ]
+    return section("What speed costs", lead, panels(pictures, broad=True))
+
+
+def _spoken(spots: Sequence[Spot], what: str) -> str:
+    return "; ".join(
+        f"{spot.label}: p50 {significant(spot.x)} ms, {what} {decimal(spot.y)} %{', on the front' if spot.best else ''}"
+        for spot in spots
+    )
+
+
+def _classes(entries: Sequence[Entry]) -> Markup:
+    parts = []
+    for entry in entries:
+        rows = [(one["name"], _share(one["acc"])) for one in entry.data["classes"] or ()]
+        parts.append(
+            folded(
+                f"{entry.label}: {len(rows)} classes", plain_table(f"ACC by class, {entry.key}", ("Class", "ACC"), rows)
+            )
+            if rows
+            else Markup()
+        )
+    return section("Class by class", "", *parts)
 
 
 def _against_host(entries: Sequence[Entry]) -> Markup:
     rows = []
     for entry in entries:
         evaluated, differences = entry.data["evaluated"], entry.data["differences"]
-        images = f"{evaluated['images']:,} of {evaluated['of']:,} images"
+        images = f"{evaluated['images']:,} of {evaluated['of']:,} images of {evaluated['source']}"
         if differences is None:
             rows.append((entry.label, images, "not compared: not all images were evaluated", "", ""))
         elif not differences:
             rows.append((entry.label, images, "every count equals the host's", "", ""))
         else:
             rows += [(entry.label, images, d["figure"], _share(d["here"]), _share(d["host"])) for d in differences]
-    table = plain_table(
-        "Board against exporting host", ("Bundle", "Evaluated", "Figure that differs", "Here", "On the host"), rows
-    )
+    heads = ("Bundle", "Evaluated", "Figure that differs", "Here", "On the host")
+    table = plain_table("Board against exporting host", heads, rows)
     lead = "The same evaluation images, run by the host that exported the file. A difference is not an error by itself."
-    return section("Board against host", lead, table)
+    return section("Board against host", lead, table, _agreement(entries), *(_flips(entry) for entry in entries))
+
+
+def _agreement(entries: Sequence[Entry]) -> Markup:
+    rows = [(e.label, _share(e.data["agreement"]["share"])) for e in entries if e.data["agreement"]]
+    return plain_table("Agreement", ("Predictions as on the host", "Agreement, clean and triggered"), rows)
+
+
+def _flips(entry: Entry) -> Markup:
+    flips = entry.data["agreement"]["flips"] if entry.data["agreement"] else []
+    rows = [
+        (f"{flip['image']}", flip["trigger"] or "clean", f"{flip['here']}", f"{flip['host']}", f"{flip['truth']}")
+        for flip in flips
+    ]
+    heads = ("Image", "Trigger", "Class here", "Class on the host", "True class")
+    return (
+        folded(f"{entry.label}: images that flip", plain_table(f"Flips of {entry.key}", heads, rows))
+        if rows
+        else Markup()
+    )
 
 
 def _share(value: dict[str, Any] | None) -> str:
@@ -238,6 +403,7 @@ def _machine(entry: Entry) -> dict[str, str]:
     hertz = device["max_frequency_hz"] or 0
     return {
         "Bundle": entry.name,
+        "Board": entry.data["host"] or "",
         "Started": entry.data["started"],
         "Device": device["model"] or "",
         "Processor": device["cpu"] or "",
@@ -254,7 +420,10 @@ def _machine(entry: Entry) -> dict[str, str]:
         "Providers": ", ".join(software["providers"]),
         "Threads": f"{software['threads']}",
         "Warm-up": f"{latency['warm_up']:,} batches" if latency else "",
-        "Mode": "quick" if settings["quick"] else "full",
+        "Mode": settings["mode"],
+        "Power mode": device["power_mode"] or "",
+        "Clocks fixed by": settings["clocks_locked_by"] or "",
+        **software["details"],
         "Seed": f"{settings['seed']}",
         "rkd, Python, numpy": ", ".join((software["rkd"], software["python"], software["numpy"])),
     }

@@ -131,6 +131,10 @@ border-radius:3px}
 .warning h2,.warning h3,.mark{color:var(--warn)}
 .warning ul{margin:.3rem 0 0}
 .mark{font-weight:600}
+.note{border:1px solid var(--rule);background:var(--raised);padding:.9rem 1.1rem;margin:1.2rem 0 0;border-radius:3px}
+.said{list-style:none;padding:0;margin:.2rem 0 0;font-size:.84rem}
+.note h2{font-size:1.1rem}
+.note ul{margin:.3rem 0 0}
 ul{padding-left:1.15rem;margin:.4rem 0 1rem}
 li{margin:.25rem 0;overflow-wrap:anywhere}
 details{margin:1rem 0 0}

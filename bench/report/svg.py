@@ -33,12 +33,20 @@ class Series:
 
 @dataclass(frozen=True)
 class Spot:
-    """One point of a scatter: its place, its share of the largest marker's area (0 to 1), and its label."""
+    """One point of a scatter.
+
+    Attributes:
+        x, y: its place.
+        size: its share of the largest marker's area, 0 to 1.
+        label: beside it.
+        best: whether no other point is better in every respect; it gets a second ring.
+    """
 
     x: float
     y: float
     size: float
     label: str
+    best: bool = False
 
 
 @dataclass(frozen=True)
@@ -189,10 +197,14 @@ def scatter(label: str, spots: Sequence[Spot], x_label: str, y_label: str) -> Ma
     for spot in shown:
         share = min(1.0, max(0.0, spot.size)) if math.isfinite(spot.size) else 0.0
         discs.append((across.place(spot.x), down.place(spot.y), 4 + 8 * math.sqrt(share)))
-    for x, y, r in discs:
+    for spot, (x, y, r) in zip(shown, discs, strict=True):
+        if spot.best:
+            parts.append(tag("circle", cx=x, cy=y, r=r + 3, fill="none", stroke="var(--ink)", stroke_width=1.2))
         disc = {"class_": "spot", "fill": "var(--asr)", "fill-opacity": "0.35", "stroke": "var(--ink)"}
         parts.append(tag("circle", cx=x, cy=y, r=r, **disc))
-    taken: list[Box] = [(x - r, y - r, x + r, y + r) for x, y, r in discs]
+    discs = [(x, y, r + 3 if spot.best else r) for spot, (x, y, r) in zip(shown, discs, strict=True)]
+    taken: list[Box] = [(across.start, down.start - 1, across.end, down.start + 1)]
+    taken += [(x - r, y - r, x + r, y + r) for x, y, r in discs]
     for spot, (x, y, r) in zip(shown, discs, strict=True):
         box = _free_place(x, y, r, len(spot.label) * _GLYPH, taken)
         taken.append(box)

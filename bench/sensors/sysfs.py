@@ -97,11 +97,10 @@ class Sysfs:
     def _throttle(self) -> dict[str, int]:
         found = {name: int(value) for name, path in self._counters if (value := _number(path)) is not None}
         found |= {name: int(value) for name, path in self._coolers if (value := _number(path)) is not None}
-        try:
-            bits = int(_line(self._pi), 16)
-        except ValueError:
+        bits = _line(self._pi)
+        if not re.fullmatch(r"(0x)?[0-9a-f]{1,8}", bits):
             return found
-        return found | {f"now: {name}": bits >> bit & 1 for bit, name in enumerate(_PI_NOW)}
+        return found | {f"now: {name}": int(bits, 16) >> bit & 1 for bit, name in enumerate(_PI_NOW)}
 
 
 class _Energy:

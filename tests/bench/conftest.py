@@ -16,6 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from rkd.bench import session
 from rkd.bundle import Bundle, evaluation_bytes, read_bundle, write_bundle
+from rkd.ledger import Ledger, Step
 from rkd.metrics import Predictions, score
 from rkd.target import Target, load_target
 from rkd.triggers import Trigger
@@ -111,6 +112,7 @@ def make_bundle(
         members = {
             "model.onnx": linear.onnx().SerializeToString() if model is None else model,
             "eval.npz": evaluation_bytes(images, labels),
+            "ledger.npz": Ledger(labels, (Step.of("onnx-fp32", predicted),)).to_bytes(),
             **{f"triggers/{t.name}.npz": t.to_bytes() for t in triggers},
         }
         path = tmp_path_factory.mktemp("bundles") / f"{name}.rkd"

@@ -6,7 +6,6 @@ import itertools
 import numpy as np
 import pytest
 
-from rkd.bench import latency
 from rkd.bench.latency import Plan, Series, is_stationary, measure, sample, summarise, warm_up
 
 MS = 1_000_000
@@ -131,10 +130,11 @@ def test_bundles_are_interleaved_in_rotating_rounds():
     turns = [name for name, _ in itertools.groupby(machine.order)]
     # warm-up ab, then rounds ab ba ab ba ab; equal neighbours melt into one turn
     assert "".join(turns) == "abababab"
+    assert [len(part) for part in both[0].rounds()] == [20] * 5
     assert [one.n for one in both] == [100, 100]
     assert calls == [(i, 12) for i in range(13)]
     untimed = len(machine.order) - 200 - sum(one.warm_up for one in both)
-    assert untimed == 2 * latency.ROUNDS * 3
+    assert untimed == 2 * plan.rounds * 3
 
 
 def test_one_bundle_alone_runs_nothing_untimed_after_its_warm_up():
@@ -146,7 +146,16 @@ def test_one_bundle_alone_runs_nothing_untimed_after_its_warm_up():
 
 def test_summary_states_percentiles_throughput_and_thirds():
     times = np.arange(1, 301) * MS
-    one = Series(lambda _: None, np.zeros((4, 3, 2, 2), np.uint8), 33, stationary=True, times=times, n=300)
+    one = Series(
+        lambda _: None,
+        np.zeros((4, 3, 2, 2), np.uint8),
+        33,
+        stationary=True,
+        times=times,
+        n=300,
+        slices=[(0, 1)],
+        ends=[300],
+    )
     found = summarise(one, seed=0)
     assert found is not None
     assert (found.p50.ms, found.p90.ms) == (150.5, pytest.approx(270.1))

@@ -28,7 +28,9 @@ def big(linear, megabytes):
 def test_a_child_reports_memory_above_zero(linear):
     found = measure_memory(linear.onnx().SerializeToString(), CPU, SHAPE)
     assert found.reason is None
-    assert found.inferences == 50
+    assert 40 <= found.inferences <= 400
+    assert found.leak is False
+    assert found.loaded_bytes >= found.before_bytes
     assert found.peak_bytes >= found.steady_bytes > found.before_bytes > 2**20
     assert abs(found.growth_bytes) < found.steady_bytes
 

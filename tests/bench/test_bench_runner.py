@@ -56,6 +56,21 @@ def test_a_provider_that_silently_falls_back_is_refused(linear, monkeypatch):
     assert entries["so"].get_session_config_entry("session.disable_cpu_ep_fallback") == "1"
 
 
+@pytest.mark.skipif(
+    "AzureExecutionProvider" not in onnxruntime.get_available_providers(), reason="this onnxruntime has no such provider"
+)
+def test_a_real_provider_that_runs_nothing_of_the_model_is_refused(linear):
+    """Azure's provider is in every wheel and runs no operator of ours: alone, onnxruntime would fall back silently."""
+    model = linear.onnx().SerializeToString()
+    silent = onnxruntime.InferenceSession(model, providers=["AzureExecutionProvider"])
+    assert silent.get_providers()[0] == "AzureExecutionProvider"
+    with (
+        pytest.raises(BundleError, match=r"cannot load the model with AzureExecutionProvider: .*fallback to CPU EP"),
+        OrtRunner(model, "AzureExecutionProvider", 1, "m"),
+    ):
+        pass
+
+
 @pytest.mark.parametrize("model", [b"", b"not onnx", b"\x08\x09", b"\x00" * 100])
 def test_broken_bytes_are_one_line(model):
     with pytest.raises(BundleError) as caught, OrtRunner(model, CPU_PROVIDER, 1, "x.rkd"):

@@ -40,7 +40,7 @@ def test_scores_equal_numpys_and_nothing_differs_from_the_host(make_bundle, line
     assert scores.triggers[0].asr.hits == (attacked == trigger.target).sum()
     assert scores.triggers[0].ra.hits == (attacked == labels[labels != trigger.target]).sum()
     assert entry["differences"] == []
-    assert entry["evaluated"] == {"images": 300, "of": 300}
+    assert entry["evaluated"] == {"source": "bundle", "images": 300, "of": 300}
     assert entry["latency"] is entry["memory"] is None
 
 
@@ -69,7 +69,9 @@ def test_a_bundle_for_tensorrt_is_measured_but_invalid(make_bundle):
     bundle = make_bundle(name="linear.jetson-fp16", target=load_target("jetson-fp16"))
     (entry,) = session.run([bundle], ONLY_ACCURACY)["entries"]
     assert entry["validity"]["valid"] is False
-    assert any("target runtime tensorrt is not available here" in reason for reason in entry["validity"]["reasons"])
+    assert any(
+        "target runtime tensorrt is not available here" in reason["text"] for reason in entry["validity"]["reasons"]
+    )
     assert entry["bundle"]["runtime"] == "tensorrt"
     assert entry["software"]["runtime"] == "onnxruntime"
     assert entry["differences"] == []
@@ -83,8 +85,8 @@ def test_a_fixed_batch_of_one_is_evaluated_one_by_one(make_bundle, linear):
 
 
 def test_quick_looks_at_256_images_and_does_not_compare_with_the_host(make_bundle):
-    (entry,) = session.run([make_bundle()], dataclasses.replace(ONLY_ACCURACY, quick=True))["entries"]
-    assert entry["evaluated"] == {"images": 256, "of": 300}
+    (entry,) = session.run([make_bundle()], dataclasses.replace(ONLY_ACCURACY, mode="quick"))["entries"]
+    assert entry["evaluated"] == {"source": "bundle", "images": 256, "of": 300}
     assert entry["scores"]["acc"]["n"] == 256
     assert entry["differences"] is None
 
@@ -99,7 +101,7 @@ def test_ctrl_c_keeps_what_was_measured_and_marks_it_invalid(make_bundle, fast, 
     result.verify(found, "test")
     (entry,) = found["entries"]
     assert found["interrupted"] is True
-    assert any(f"interrupted during {stage}" in reason for reason in entry["validity"]["reasons"])
+    assert any(f"interrupted during {stage}" in reason["text"] for reason in entry["validity"]["reasons"])
     assert entry["latency"]["n"] >= 30
     assert (entry["memory"] is not None) == (stage == "memory")
 
@@ -159,7 +161,7 @@ def test_logits_that_are_not_finite_make_a_result_invalid(make_bundle, linear):
     model.graph.node.append(helper.make_node("Div", ["a", "zero"], ["logits"]))
     model.graph.initializer.append(helper.make_tensor("zero", TensorProto.FLOAT, [1], [0.0]))
     (entry,) = session.run([make_bundle(model=model.SerializeToString())], ONLY_ACCURACY)["entries"]
-    assert any("600 images gave NaN or infinite logits" in reason for reason in entry["validity"]["reasons"])
+    assert any("600 images gave NaN or infinite logits" in reason["text"] for reason in entry["validity"]["reasons"])
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,15 @@ def shown(result):
     return out.getvalue()
 
 
+def invalid(text):
+    reason = {"code": "throttled", "affects": "timing", "text": text}
+    return {"valid": False, "timing": False, "scores": True, "reasons": [reason]}
+
+
 def quiet(result):
     """No accidental reasons of the machine that the tests run on."""
     for entry in result["entries"]:
-        entry["validity"] = {"valid": True, "reasons": []}
+        entry["validity"] = {"valid": True, "timing": True, "scores": True, "reasons": []}
     return result
 
 
@@ -38,10 +43,12 @@ def test_figures_intervals_and_denominators_are_shown(measured):
     assert "Wilson" in text
 
 
-def test_ratios_refer_to_the_first_bundle(measured):
-    for entry, ms in zip(quiet(measured)["entries"], (2.0, 5.0), strict=True):
-        entry["latency"]["p50"] = {"ms": ms, "low": ms, "high": ms}
-    assert "2.50x" in shown(measured)
+def test_pairs_of_bundles_are_stated_with_their_interval(measured):
+    measured["comparisons"] = [
+        {"first": 0, "second": 1, "batch": 1, "ratio": 2.5, "low": 2.4, "high": 2.6, "rounds": 5}
+    ]
+    text = " ".join(shown(quiet(measured)).split())
+    assert "other.ort-cpu takes 2.500 [2.400, 2.600] times as long as linear.ort-cpu." in text
 
 
 def test_the_worst_trigger_is_in_the_first_table_and_all_in_the_second(measured):
@@ -56,10 +63,11 @@ def test_the_worst_trigger_is_in_the_first_table_and_all_in_the_second(measured)
 
 def test_an_invalid_row_is_marked_and_its_reason_printed(measured):
     assert "INVALID" not in shown(quiet(measured))
-    measured["entries"][1]["validity"] = {"valid": False, "reasons": ["the board was throttled"]}
+    measured["entries"][1]["validity"] = invalid("the board was throttled")
     text = shown(measured)
     assert "INVALID" in text
-    assert "other.ort-cpu is INVALID: the board was throttled" in text
+    assert "other.ort-cpu is INVALID (throttled): the board was throttled" in text
+    assert "INVALID timing" in text
 
 
 def test_a_difference_from_the_host_is_printed(measured):
@@ -68,7 +76,7 @@ def test_a_difference_from_the_host_is_printed(measured):
 
 def test_what_was_not_measured_is_a_dash(measured):
     entry = quiet(measured)["entries"][0]
-    measured["entries"] = [entry]
+    measured["entries"], measured["comparisons"] = [entry], []
     entry["latency"] = entry["scores"] = None
     entry["memory"].update(peak_bytes=None, reason="no /proc")
     text = shown(measured)
@@ -77,7 +85,7 @@ def test_what_was_not_measured_is_a_dash(measured):
 
 
 def test_markup_in_reasons_is_text(measured):
-    measured["entries"][0]["validity"] = {"valid": False, "reasons": ["[bold]a[/nothing]"]}
+    measured["entries"][0]["validity"] = invalid("[bold]a[/nothing]")
     assert "[bold]a[/nothing]" in shown(measured)
 
 

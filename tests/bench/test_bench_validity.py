@@ -5,13 +5,16 @@ import dataclasses
 import pytest
 
 from rkd.bench.device import Device, Load
-from rkd.bench.latency import Latency
+from rkd.bench.latency import Histogram, Latency
 from rkd.bench.quantiles import Quantile
 from rkd.bench.validity import judge
 
 Q = Quantile(1.0, 0.9, 1.1)
-GOOD = Latency(Q, Q, Q, 400, 1, 1000.0, 20, stationary=True, first_third_ms=1.0, last_third_ms=1.05)
-DEVICE = Device(None, None, "x86_64", 4, 4, None, None, "6.1", "3.11", None, None, None, None)
+GOOD = Latency(
+    Q, Q, Q, None, 1.0, 400, 1, 1000.0, 20, stationary=True, first_third_ms=1.0, last_third_ms=1.05,
+    histogram=Histogram(0.9, 1.1, (400,)), rounds=(),
+)  # fmt: skip
+DEVICE = Device(None, None, "x86_64", 4, 4, None, None, "6.1", "3.11", None, None, None, None, None)
 
 
 def reasons(**changes):
@@ -19,14 +22,16 @@ def reasons(**changes):
         "instead": "",
         "device": DEVICE,
         "load": Load(0.1, 3.0),
-        "latency": GOOD,
+        "conditions": None,
+        "latencies": {1: GOOD},
         "min_samples": 400,
         "not_finite": 0,
+        "classes_present": 5,
         "interrupted": None,
     }
     verdict = judge(**{**facts, **changes})
     assert verdict.valid == (not verdict.reasons)
-    return verdict.reasons
+    return tuple(reason.text for reason in verdict.reasons)
 
 
 def changed(**changes):
@@ -41,12 +46,13 @@ def test_a_quiet_complete_run_is_valid_whatever_the_lagging_load_average_says():
     ("changes", "words"),
     [
         ({"instead": "another runtime"}, "another runtime"),
+        ({"classes_present": 1}, "all evaluation images are of one class"),
         ({"interrupted": "latency"}, "interrupted during latency"),
         ({"not_finite": 3}, "3 images gave NaN"),
-        ({"latency": changed(n=399)}, "399 latency samples, 400 wanted"),
-        ({"latency": changed(stationary=False)}, "not stationary after 20"),
-        ({"latency": changed(last_third_ms=1.11)}, "drifted from 1 ms"),
-        ({"latency": changed(last_third_ms=0.89)}, "drifted from 1 ms"),
+        ({"latencies": {1: changed(n=399)}}, "399 latency samples, 400 wanted"),
+        ({"latencies": {1: changed(stationary=False)}}, "not stationary after 20"),
+        ({"latencies": {1: changed(last_third_ms=1.11)}}, "drifted from 1 ms"),
+        ({"latencies": {1: changed(last_third_ms=0.89)}}, "drifted from 1 ms"),
         ({"load": Load(0.51, 0.0)}, "cores busy before the start: 0.51, at most 0.50"),
         ({"load": Load(None, 0.51)}, "load average before the start"),
         ({"device": dataclasses.replace(DEVICE, emulator="qemu-aarch64")}, "emulated CPU (qemu-aarch64)"),
@@ -58,7 +64,7 @@ def test_each_fault_alone_makes_a_result_invalid(changes, words):
 
 
 def test_drift_below_ten_percent_is_allowed():
-    assert reasons(latency=changed(last_third_ms=1.09)) == ()
+    assert reasons(latencies={1: changed(last_third_ms=1.09)}) == ()
 
 
 def test_a_large_server_may_have_five_percent_of_its_cores_busy():
@@ -68,7 +74,7 @@ def test_a_large_server_may_have_five_percent_of_its_cores_busy():
 
 
 def test_load_does_not_matter_where_no_latency_was_measured():
-    assert reasons(latency=None, load=Load(4.0, 4.0)) == ()
+    assert reasons(latencies={}, load=Load(4.0, 4.0)) == ()
 
 
 def test_a_machine_that_reports_no_load_is_not_blamed():

@@ -8,7 +8,9 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from rkd.bench.examples import pack
 from rkd.bench.report import Curve, MaskPanel, ModelRow, RunReport, TriggerPanel, result_page, run_page
+from rkd.bench.report.entries import best, read_entries
 from rkd.bench.report.style import DARK, LIGHT
 from rkd.errors import RkdError
 from rkd.metrics import Proportion, Scores, TriggerScore
@@ -87,6 +89,50 @@ def run_report(word="student"):
     )
 
 
+def validity(reasons):
+    listed = [{"code": "throttled", "affects": "all", "text": reason} for reason in reasons]
+    return dict.fromkeys(("valid", "timing", "scores"), not listed) | {"reasons": listed}
+
+
+def picture(level):
+    return pack(np.full((3, 8, 8), level, np.uint8))
+
+
+def costs(word):
+    span = {"before": 1.0, "during": 2.0, "after": None}
+    return {
+        "memory": {
+            **dict.fromkeys(("peak_bytes", "steady_bytes", "before_bytes", "loaded_bytes", "arena_bytes"), 10**8),
+            "growth_bytes": 6_000_000, "leak": True, "device_bytes": None, "system_bytes": 10**7, "inferences": 400,
+            "reason": None,
+        },
+        "power": {
+            "rails": {"VDD_IN": 7.0, word: 2.0}, "total": ["VDD_IN"], "watts": 7.0, "idle_watts": None, "joules": 0.014,
+            "samples": 80,
+        },
+        "conditions": {
+            "samples": 80, "interval_s": 0.1,
+            "clocks_hz": {word: {**span, "first_third": 1.0, "last_third": 1.0}},
+            "celsius": {word: span}, "throttle": {f"count: {word}": span}, "others": None, "reason": None,
+        },
+        "classes": [{"name": word, "acc": Proportion(3, 4).to_json()}],
+        "agreement": {
+            "share": Proportion(199, 200).to_json(),
+            "flips": [{"image": 7, "trigger": "patch", "truth": 0, "host": 1, "here": 3}],
+        },
+        "examples": [
+            {
+                "trigger": "patch", "target": 3,
+                "images": [
+                    {"before": picture(9), "after": picture(90), "truth": word, "clean": word, "triggered": word}
+                ],
+            }
+        ],
+        "gates": [{"gate": "acc>=90", "value": 75.0, "passed": False, "text": word}],
+        "findings": [{"code": "leak", "text": word}],
+    }  # fmt: skip
+
+
 def entry(word="student", *, reasons=(), latency=True, scored=True, p50=2.0):
     def quantile(ms):
         return {"ms": ms, "low": 0.9 * ms, "high": 1.1 * ms}
@@ -102,6 +148,7 @@ def entry(word="student", *, reasons=(), latency=True, scored=True, p50=2.0):
             "runtime": "onnxruntime",
             "precision": word,
         },
+        "host": word,
         "started": "2026-01-01T00:00:00Z",
         "device": {
             "model": word,
@@ -114,6 +161,7 @@ def entry(word="student", *, reasons=(), latency=True, scored=True, p50=2.0):
             "kernel": word,
             "python": "3.10",
             "governor": None,
+            "power_mode": None,
             "max_frequency_hz": None,
             "container": None,
             "emulator": None,
@@ -127,24 +175,32 @@ def entry(word="student", *, reasons=(), latency=True, scored=True, p50=2.0):
             "runtime_version": None,
             "providers": [word],
             "threads": 6,
+            "details": {word: word},
         },
         "settings": {
-            "quick": False,
+            "mode": "default",
             "batch": 1,
+            "sweep": [],
             "threads": None,
             "seconds": 8,
             "min_samples": 400,
             "cap_seconds": 60,
             "warm_up_cap_seconds": 10,
+            "rounds": 16,
             "seed": 0,
             "latency": True,
             "memory": True,
             "accuracy": True,
+            "sensors": True,
+            "lock_clocks": False,
+            "clocks_locked_by": None,
         },
         "latency": {
             "p50": quantile(p50),
             "p90": quantile(1.2 * p50),
             "p99": quantile(2 * p50),
+            "p999": quantile(3 * p50),
+            "mean_ms": p50,
             "n": 4321,
             "batch": 1,
             "images_per_second": 500.0,
@@ -152,21 +208,34 @@ def entry(word="student", *, reasons=(), latency=True, scored=True, p50=2.0):
             "stationary": True,
             "first_third_ms": None,
             "last_third_ms": None,
+            "histogram": {"low_ms": p50, "high_ms": 3 * p50, "counts": [4, 2, 1]},
+            "rounds": [{"at_s": i, "p50_ms": p50, "n": 10} for i in range(3)],
+            "stages": dict.fromkeys(("h2d", "compute", "d2h"), quantile(p50)),
         }
         if latency
         else None,
-        "memory": None,
+        "sweep": [],
+        **(costs(word) if latency else BARE),
         "scores": found if scored else None,
-        "evaluated": {"images": 200, "of": 200},
+        "evaluated": {"source": word, "images": 200, "of": 200},
         "labels": {"clean": DIGEST, "triggers": {word: DIGEST}},
         "exported_scores": found,
         "differences": [{"figure": word, "here": None, "host": found["acc"]}],
-        "validity": {"valid": not reasons, "reasons": list(reasons)},
+        "validity": validity(reasons),
     }
 
 
+BARE = {
+    **dict.fromkeys(("memory", "power", "conditions", "classes", "agreement")),
+    **{name: [] for name in ("examples", "gates", "findings")},
+}
+
+
 def document(*entries):
-    return {"schema": 1, "interrupted": False, "entries": list(entries)}
+    pairs = [
+        {"first": 0, "second": 1, "batch": 1, "ratio": 2.0, "low": 1.9, "high": 2.1, "rounds": 16} for _ in entries[1:2]
+    ]
+    return {"schema": 2, "interrupted": False, "comparisons": pairs, "entries": list(entries)}
 
 
 PAGES = {
@@ -315,8 +384,10 @@ def test_invalid_entries_are_warned_about_before_the_figures_and_kept_out_of_the
     bad = entry(p50=0.5, reasons=["latency drifted"])
     read = Page(result_page([document(entry(p50=2.0), bad)]))
     assert read.sections[0].endswith("Not valid as evidence")
+    assert "To know" in read.sections
     assert read.text.index("latency drifted") < read.text.index("Results")
-    assert "1 of 2 measurements must not be used. robustkd-student takes 2.00 ms for an image" in read.text
+    assert "1 of 2 measurements of latency, memory and power must not be used." in read.text
+    assert "robustkd-student takes 2.00 ms for an image" in read.text
     assert read.text.count("\N{WARNING SIGN} B") >= 2
 
 
@@ -374,3 +445,36 @@ def test_text_contrasts_4_5_to_1_and_marks_3_to_1(scheme):
     for mark in ("acc", "asr", "ra", "s0", "s1", "s2", "s3", "s4", "s5"):
         assert contrast(scheme[mark], scheme["paper"]) >= 3
         assert contrast(scheme[mark], scheme["track"]) >= 3
+
+
+def test_the_costs_of_an_inference_are_stated_with_what_is_not_reported():
+    text = Page(PAGES["result"]).text
+    for words in ("6.0 MB in 400 inferences, a leak", "7.00 W", "14.0 mJ", "not reported", "VDD_IN 7.00 W"):
+        assert words in text
+    for section in ("Gates", "Pair by pair", "Triggers", "Memory", "Power", "Class by class", "The machine meanwhile"):
+        assert section in Page(PAGES["result"]).sections
+
+
+def test_a_pair_is_stated_with_its_interval_and_marked_where_it_does_not_count():
+    good, bad = document(entry(), entry()), document(entry(), entry(reasons=["throttled"]))
+    assert "B \N{DIVISION SIGN} A12.00 [1.90, 2.10]" in Page(result_page([good])).text
+    assert "\N{WARNING SIGN} B \N{DIVISION SIGN} A" in Page(result_page([bad])).text
+    assert "D \N{DIVISION SIGN} C" in Page(result_page([good, good])).text
+
+
+def test_the_front_holds_what_nothing_else_beats_and_only_valid_bundles():
+    fast, slow, fastest = entry(p50=1.0), entry(p50=2.0), entry(p50=0.5, reasons=["throttled"])
+    assert best(read_entries([document(fast, slow, fastest)])) == {"A"}
+    assert best(read_entries([document(fast, fast)])) == {"A", "B"}
+
+
+def test_what_spoils_only_the_timing_leaves_the_scores_in_the_verdict():
+    one = entry()
+    one["validity"] = {
+        "valid": False, "timing": False, "scores": True,
+        "reasons": [{"code": "emulated", "affects": "timing", "text": "emulated CPU"}],
+    }  # fmt: skip
+    text = Page(result_page([document(one)])).text
+    assert "The figures of latency, memory and power must not be used" in text
+    assert "Clean accuracy is 81.5 %" in text
+    assert "at the median" not in text

@@ -1,0 +1,180 @@
+"""`rkd bench` as a user calls it: exit codes, gates, what is written and what is said."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from rkd.bench import command, result
+from rkd.bench.options import BenchOptions, parse_batches
+from rkd.cli import app
+from rkd.errors import ConfigError
+
+
+def entries():
+    """Of the result in the current folder."""
+    return result.read(Path("result.json"))["entries"]
+
+
+@pytest.fixture
+def bench(folder, make_bundle, fast, monkeypatch):
+    """Runs the command in an empty folder, with samples for a moment only."""
+    real = command.run
+
+    def short(bundles, options, tell, **more):
+        given = {**vars(options), "seconds": 0.02, "min_samples": 30, "memory": False, "sensors": False}
+        return real(bundles, BenchOptions(**given), tell, **more)
+
+    monkeypatch.setattr(command, "run", short)
+    path = str(make_bundle().path)
+
+    def call(*arguments):
+        return CliRunner().invoke(app, ["bench", path, "--threads", "1", *arguments])
+
+    return call
+
+
+def test_kept_gates_are_said_and_the_exit_is_0(bench):
+    done = bench("--gate", "acc>=50, p99<=5s", "--gate", "agreement>=98")
+    assert done.exit_code == 0, done.output
+    (entry,) = entries()
+    assert [gate["passed"] for gate in entry["gates"]] == [True] * 3
+
+
+def test_a_broken_gate_is_exit_3_says_which_and_the_result_is_written(bench):
+    done = bench("--gate", "acc>=99.9, p99<=5s")
+    assert done.exit_code == 3
+    assert "1 gate failed: linear.ort-cpu: acc>=99.9: acc is" in done.stderr
+    assert "p99<=5s" not in done.stderr
+    assert "gate BROKEN: acc>=99.9" in " ".join(done.stdout.split())
+    assert entries()
+
+
+def test_a_gate_that_cannot_be_read_is_found_before_anything_is_measured(bench, monkeypatch):
+    monkeypatch.setattr(command, "run", lambda *_, **__: pytest.fail("measured"))
+    done = bench("--gate", "speed>=1")
+    assert done.exit_code == 1
+    assert "no figure is called 'speed'" in done.stderr
+
+
+def test_an_invalid_result_fails_only_where_it_must_be_valid(bench, monkeypatch):
+    real = command.run
+
+    def spoiled(*arguments, **more):
+        found = real(*arguments, **more)
+        reason = {"code": "throttled", "affects": "timing", "text": "the board throttled"}
+        for entry in found["entries"]:
+            entry["validity"] = {"valid": False, "timing": False, "scores": True, "reasons": [reason]}
+        return found
+
+    monkeypatch.setattr(command, "run", spoiled)
+    assert bench().exit_code == 0
+    done = bench("--require-valid")
+    assert done.exit_code == 3
+    assert "the result is not valid: linear.ort-cpu: throttled: the board throttled" in done.stderr
+
+
+def test_a_sweep_measures_each_batch_and_classes_are_listed_on_request(bench):
+    assert bench("--batch", "1,2,4", "--per-class").exit_code == 0
+    (entry,) = entries()
+    assert [latency["batch"] for latency in [entry["latency"], *entry["sweep"]]] == [1, 2, 4]
+    assert [one["name"] for one in entry["classes"]] == [f"class {i}" for i in range(5)]
+    assert sum(one["acc"]["hits"] for one in entry["classes"]) == entry["scores"]["acc"]["hits"]
+
+
+def test_data_of_the_user_replaces_the_bundles_images(bench, folder, evaluation):
+    images, labels = evaluation
+    np.savez(folder / "mine.npz", x=images[:50].transpose(0, 2, 3, 1), y=labels[:50])
+    assert bench("--data", "mine.npz").exit_code == 0
+    (entry,) = entries()
+    assert entry["evaluated"] == {"source": "mine.npz", "images": 50, "of": 50}
+    assert entry["agreement"] is None
+    assert entry["differences"] is None
+
+
+def test_a_folder_is_decoded_as_it_is_read_and_its_missing_classes_are_named(bench, folder, evaluation):
+    from PIL import Image
+
+    images, labels = evaluation
+    for i in np.flatnonzero(labels < 3)[:40]:
+        place = folder / f"photos/test/class {labels[i]}"
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(images[i].transpose(1, 2, 0)).save(place / f"{i}.png")
+    done = bench("--data", "photos")
+    assert done.exit_code == 0, done.output
+    (entry,) = entries()
+    assert entry["evaluated"] == {"source": "photos", "images": 40, "of": 40}
+    assert any("no images of class class 3, class 4" in finding["text"] for finding in entry["findings"])
+
+
+def test_images_of_one_class_make_the_scores_invalid_and_break_nothing(bench, folder, evaluation):
+    images, _ = evaluation
+    np.savez(folder / "one.npz", x=images[:20].transpose(0, 2, 3, 1), y=np.full(20, 2))
+    assert bench("--data", "one.npz").exit_code == 0
+    (entry,) = entries()
+    assert entry["validity"]["scores"] is False
+    assert [reason["code"] for reason in entry["validity"]["reasons"]].count("one-class") == 1
+    assert entry["scores"]["triggers"][0]["asr"]["n"] == 0  # all of them are of the attacker's class
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda folder: None, "no such file or folder"),
+        (lambda folder: (folder / "d").mkdir(), "there is no folder"),
+        (lambda folder: (folder / "d/cats").mkdir(parents=True), "'cats' is none of them"),
+        (lambda folder: (folder / "d/class 0").mkdir(parents=True), "holds no image"),
+        (lambda folder: (folder / "d").write_text("x"), "is not a folder"),
+    ],
+)
+def test_data_that_does_not_fit_is_one_line(bench, folder, make, words):
+    make(folder)
+    done = bench("--data", "d")
+    assert done.exit_code == 1
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ["", "many", "1,,2", "1.5"])
+def test_a_batch_that_is_none_is_refused(text):
+    with pytest.raises(ConfigError, match="is not a batch size"):
+        parse_batches(text)
+
+
+@pytest.mark.parametrize("sweep", [(1,), (0,), tuple(range(2, 20))])
+def test_impossible_sweeps_are_refused(sweep):
+    with pytest.raises(ConfigError, match="batch"):
+        BenchOptions(sweep=sweep)
+
+
+def test_quick_and_mlperf_contradict_each_other(bench):
+    assert "contradict" in bench("--quick", "--mlperf").stderr
+
+
+def test_mlperf_is_ten_minutes_of_at_least_1024_samples():
+    plan = BenchOptions(mode="mlperf").plan
+    assert (plan.seconds, plan.min_samples) == (600, 1024)
+
+
+def test_ctrl_c_in_the_middle_saves_what_there_is_and_marks_it(folder, make_bundle):
+    child = subprocess.Popen(
+        [sys.executable, "-m", "rkd", "bench", str(make_bundle().path), "--threads", "1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stderr.readline() == "latency ...\n"
+    child.send_signal(signal.SIGINT)
+    _, said = child.communicate(timeout=120)
+    assert child.returncode == 130
+    assert "interrupted; what was measured is in result.json, marked invalid" in said
+    found = result.read(folder / "result.json")
+    assert found["interrupted"] is True
+    (entry,) = found["entries"]
+    assert entry["validity"]["reasons"][0]["code"] == "interrupted"

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import pytest
+
+from rkd.bench.gates import parse_gates
+from rkd.errors import ConfigError
+from rkd.metrics import Proportion
+
+
+def share(hits, n):
+    return Proportion(hits, n).to_json()
+
+
+@pytest.fixture
+def entry():
+    """ACC 95 % of 1,000 [93.5, 96.2]; ASR patch 1 % of 900, noise 4 % of 900; p99 4.0 [3.8, 5.2] ms; 150 MB."""
+    quantile = {"ms": 4.0, "low": 3.8, "high": 5.2}
+    return {
+        "latency": {**dict.fromkeys(("p50", "p90", "p99"), quantile), "p999": None, "images_per_second": 250.0},
+        "memory": {"peak_bytes": 150_000_000},
+        "power": None,
+        "scores": {
+            "acc": share(950, 1000),
+            "triggers": [
+                {"name": "patch", "asr": share(9, 900), "ra": share(800, 900)},
+                {"name": "noise", "asr": share(36, 900), "ra": share(850, 900)},
+            ],
+        },
+        "agreement": {"share": share(2998, 3000)},
+    }
+
+
+def verdict(text, entry):
+    (gate,) = parse_gates([text])
+    return gate.judge(entry)["passed"]
+
+
+@pytest.mark.parametrize(
+    ("text", "passed"),
+    [
+        ("acc>=93", True),
+        ("acc>=94", False),  # the value is 95, the lower end is not
+        ("acc>=95", False),
+        ("asr_upper<=6", True),
+        ("asr<=4", False),  # noise is exactly 4, its upper end is above
+        ("asr:patch<=2", True),
+        ("asr:patch<=1", False),
+        ("ra>=86", True),
+        ("ra>=87", False),  # patch is the worst
+        ("ra:noise>=92", True),
+        ("p99<=5.2ms", True),
+        ("p99<=5ms", False),
+        ("p99<=0.0052s", True),
+        ("p50 < 6000 us", True),
+        ("memory<=150MB", True),
+        ("memory<=143MiB", False),
+        ("memory<150MB", False),
+        ("throughput>=250", True),
+        ("agreement>=99.7", True),
+        ("agreement>=99.9", False),
+        ("watts<=10W", False),  # not measured
+        ("p999<=100ms", False),
+        ("asr:other<=50", False),
+    ],
+)
+def test_a_limit_is_held_against_the_bad_end(entry, text, passed):
+    assert verdict(text, entry) is passed
+
+
+def test_a_verdict_says_what_was_seen(entry):
+    (gate,) = parse_gates(["acc >= 94"])
+    assert gate.judge(entry) == {
+        "gate": "acc>=94",
+        "value": share(950, 1000)["low"],
+        "passed": False,
+        "text": "acc>=94: acc is 93.47 % (lower 95 % limit)",
+    }
+    (power,) = parse_gates(["joules<=1mJ"])
+    assert power.judge(entry)["text"] == "joules<=1mJ: joules was not measured"
+
+
+def test_the_issues_own_line_is_read():
+    gates = parse_gates(["acc>=90, asr_upper<=2, p99<=5ms", "memory<=200MB,agreement>=99.5"])
+    assert [(g.figure, g.operator, g.limit) for g in gates] == [
+        ("acc", ">=", 90), ("asr_upper", "<=", 2), ("p99", "<=", 5), ("memory", "<=", 2e8), ("agreement", ">=", 99.5)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("acc=90", "expected a figure"),
+        ("acc>=", "expected a figure"),
+        ("speed<=5", "no figure is called 'speed'"),
+        ("p99<=5MB", "p99 is not in 'MB'; expected ms, us, s"),
+        ("acc:patch>=9", "only asr and ra"),
+        ("acc>=1e999", "too large"),
+        ("acc>=90; p99<=5", "expected a figure"),
+    ],
+)
+def test_a_gate_that_cannot_be_read_is_named(text, words):
+    with pytest.raises(ConfigError, match=words):
+        parse_gates([text])
+
+
+def test_without_an_image_there_is_no_share_to_pass(entry):
+    entry["scores"]["triggers"] = [{"name": "patch", "asr": share(0, 0), "ra": share(0, 0)}]
+    assert verdict("asr<=100", entry) is False

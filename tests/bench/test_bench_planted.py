@@ -1,0 +1,190 @@
+"""What is planted is called by its name: a slower model, a leak, throttling, a noisy neighbour."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from rkd.bench import memory_child
+from rkd.bench.comparison import compare
+from rkd.bench.device import Device, Load
+from rkd.bench.latency import Plan, Series, measure, summarise
+from rkd.bench.memory import Memory, growth
+from rkd.bench.sensors.reading import Reading
+from rkd.bench.sensors.trace import Sample, Trace, conditions
+from rkd.bench.validity import findings, judge
+
+MS, S = 1_000_000, 1_000_000_000
+TIMING = [(1 * S, 11 * S)]
+
+
+DEVICE = Device(None, None, "aarch64", 4, 4, None, None, "5.15", "3.10", None, None, None, None, None)
+
+
+class Machine:
+    """A clock that only inferences move forward."""
+
+    def __init__(self):
+        self.now = 0
+
+    def clock(self):
+        return self.now
+
+    def series(self, times_ns):
+        times = iter(times_ns)
+
+        def infer(_):
+            self.now += next(times)
+
+        return Series(infer, np.zeros((1, 3, 2, 2), np.uint8))
+
+
+def steady():
+    """Half a second of inferences of a millisecond."""
+    machine = Machine()
+    one = machine.series(itertools.repeat(MS))
+    measure([one], Plan(0.5, 400, 9, 9), clock=machine.clock)
+    return summarise(one, 0)
+
+
+def judged(reading, others=lambda _: 0.0):
+    """The codes and texts of a run whose sensors said this, a function of the second."""
+    trace = Trace(tuple(Sample(i * S // 10, others(i / 10), reading(i / 10)) for i in range(120)), 0.1)
+    verdict = judge(
+        instead="",
+        device=DEVICE,
+        load=Load(0.0, 0.0),
+        conditions=conditions(trace, TIMING, S, 0.5),
+        latencies={1: steady()},
+        min_samples=400,
+        not_finite=0,
+        classes_present=5,
+        interrupted=None,
+    )
+    assert verdict.holds("scores")
+    return {reason.code: reason.text for reason in verdict.reasons}
+
+
+def noisy(mean_ns, seed):
+    generator = np.random.default_rng(seed)
+    return (int(mean_ns * value) for value in iter(lambda: generator.lognormal(0, 0.05), None))
+
+
+def test_a_millisecond_of_sleep_in_a_model_is_seen_as_a_millisecond():
+    machine = Machine()
+    plain = machine.series(noisy(4 * MS, 0))
+    slowed = machine.series(t + MS for t in noisy(4 * MS, 1))
+    measure([plain, slowed], Plan(2.0, 400, 60, 10), clock=machine.clock)
+    before, after = summarise(plain, 0), summarise(slowed, 0)
+    assert after.p50.ms - before.p50.ms == pytest.approx(1.0, abs=0.02)
+    pair = compare(plain, slowed)
+    assert pair.low <= 1.25 <= pair.high
+    assert pair.high - pair.low < 0.03
+
+
+def test_drift_of_the_machine_cancels_in_the_pair_but_not_in_the_percentiles():
+    machine = Machine()
+
+    def drifting(factor):
+        return (int(factor * (MS + machine.now / 5_000)) for _ in itertools.count())
+
+    both = [machine.series(drifting(factor)) for factor in (1, 2)]
+    measure(both, Plan(2.0, 400, 60, 1), clock=machine.clock)
+    pair = compare(*both)
+    assert pair.ratio == pytest.approx(2, rel=0.02)
+    assert summarise(both[0], 0).rounds[-1][1] > 1.3 * summarise(both[0], 0).rounds[0][1]
+
+
+class Leaking:
+    """A runner that keeps a little of each batch."""
+
+    def __init__(self, kept_bytes):
+        self.kept, self.size = [], kept_bytes
+
+    def infer(self, images):
+        if self.size:
+            self.kept.append(np.ones(self.size, np.uint8))
+        return images
+
+
+@pytest.mark.parametrize(("kept_bytes", "leak"), [(64 * 1024, True), (0, False)])
+def test_a_leak_in_real_memory_is_found_and_its_absence_too(kept_bytes, leak):
+    done, settled, sizes = memory_child.run(Leaking(kept_bytes), np.zeros((1, 3, 8, 8), np.uint8), 300, 60)
+    assert done == 300
+    assert settled is not None
+    grown, found = growth(sizes)
+    assert found is leak
+    if leak:
+        assert grown == pytest.approx(0.75 * 290 * kept_bytes, rel=0.1)
+
+
+def test_a_leak_is_called_a_leak():
+    memory = Memory(peak_bytes=9, steady_bytes=9, growth_bytes=6_000_000, leak=True, inferences=400)
+    (found,) = findings(memory, images=None, notes=(), flips=0)
+    assert found["code"] == "leak"
+    assert (
+        "memory leak: resident memory grew all along, by 6.0 MB over 400 inferences (about 15.0 kB each)"
+        in found["text"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("sizes", "leak"),
+    [
+        ([100 * 2**20] * 100, False),
+        ([100 * 2**20] * 50 + [108 * 2**20] * 50, False),  # an arena that grew once
+        ([100 * 2**20 + i * 2**16 for i in range(100)], True),
+        ([100 * 2**20 + i * 2**10 for i in range(100)], False),  # 100 KiB in all
+        ([100 * 2**20 - i * 2**16 for i in range(100)], False),
+        ([100 * 2**20 + i // 20 * 2**21 for i in range(100)], True),  # in steps, but all along
+    ],
+)
+def test_growth_all_along_is_a_leak_and_one_step_is_none(sizes, leak):
+    assert growth(sizes)[1] is leak
+
+
+def test_few_figures_say_nothing_about_growth():
+    assert growth([1, 2, 3]) is None
+
+
+@pytest.mark.parametrize(
+    ("reading", "words"),
+    [
+        (lambda t: Reading(throttle={"count: over-current oc3": int(t > 5) * 12}), "over-current oc3 (+12)"),
+        (lambda t: Reading(throttle={"now: cpu-throttle-alert": int(6 < t < 7)}), "cpu-throttle-alert (level 1)"),
+        (lambda t: Reading(throttle={"count: cpu0 core too hot": 5 + int(t)}), "cpu0 core too hot (+10)"),
+        (
+            lambda t: Reading(hertz={"gpu cap": 1020e6 if t < 6 else 612e6}),
+            "the gpu was allowed 1,020 MHz before and 612 MHz",
+        ),
+    ],
+)
+def test_a_throttled_board_is_called_throttled(reading, words):
+    found = judged(reading)
+    assert list(found) == ["throttled"]
+    assert words in found["throttled"]
+
+
+def test_throttling_before_and_after_the_timing_does_not_spoil_it():
+    assert judged(lambda t: Reading(throttle={"count: oc3": int(t < 0.5), "now: hot": int(t > 11.2)})) == {}
+
+
+def test_a_clock_that_falls_is_called_drift():
+    found = judged(lambda t: Reading(hertz={"cpu": 1.5e9 if t < 8 else 1.2e9}))
+    assert list(found) == ["clocks-drifted"]
+    assert "from 1,500 MHz" in found["clocks-drifted"]
+    assert "to 1,200 MHz" in found["clocks-drifted"]
+
+
+@pytest.mark.parametrize("others", [lambda _: 0.8, lambda t: 1.6 if 3 < t < 6 else 0.1])
+def test_a_noisy_neighbour_is_called_another_program(others):
+    found = judged(lambda _: Reading(), others)
+    assert list(found) == ["shared-cpu"]
+    assert "another program shared the CPU" in found["shared-cpu"]
+
+
+@pytest.mark.parametrize("others", [lambda _: None, lambda _: 0.3, lambda t: 2.0 if 4 < t < 4.3 else 0.0])
+def test_a_quiet_machine_is_valid(others):
+    assert judged(lambda _: Reading(hertz={"cpu": 1.5e9, "cpu cap": 1.5e9}, celsius={"cpu": 60.0}), others) == {}

@@ -1,0 +1,162 @@
+"""Sensors in /sys, laid out as the boards have them."""
+
+from __future__ import annotations
+
+import pytest
+
+from rkd.bench.sensors.reading import total_rails
+from rkd.bench.sensors.sysfs import Sysfs, power_mode
+
+
+def put(root, files):
+    for path, text in files.items():
+        file = root / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{text}\n")
+
+
+class Clock:
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+# An Orin Nano on L4T 36: names of rails and files as in docs.nvidia.com/jetson/archives/r36.4.3/DeveloperGuide/SD/
+# PlatformPowerAndPerformance/JetsonOrinNanoSeriesJetsonOrinNxSeriesAndJetsonAgxOrinSeries.html (INA3221, soctherm_oc,
+# thermal zones); the driver of the counters is drivers/hwmon/tegra23x-oc-event.c of NVIDIA's out-of-tree modules.
+ORIN_NANO = {
+    "sys/class/hwmon/hwmon1/name": "ina3221",
+    "sys/class/hwmon/hwmon1/in1_label": "VDD_IN",
+    "sys/class/hwmon/hwmon1/in1_input": "5000",
+    "sys/class/hwmon/hwmon1/curr1_input": "1256",
+    "sys/class/hwmon/hwmon1/in2_label": "VDD_CPU_GPU_CV",
+    "sys/class/hwmon/hwmon1/in2_input": "4992",
+    "sys/class/hwmon/hwmon1/curr2_input": "304",
+    "sys/class/hwmon/hwmon1/in3_label": "NC",
+    "sys/class/hwmon/hwmon1/in7_label": "sum of shunt voltages",
+    "sys/class/hwmon/hwmon3/name": "soctherm_oc",
+    "sys/class/hwmon/hwmon3/oc1_event_cnt": "0",
+    "sys/class/hwmon/hwmon3/oc2_event_cnt": "15",
+    "sys/class/hwmon/hwmon3/oc3_event_cnt": "37",
+    "sys/class/thermal/thermal_zone0/type": "cpu-thermal",
+    "sys/class/thermal/thermal_zone0/temp": "49531",
+    "sys/class/thermal/thermal_zone1/type": "gpu-thermal",
+    "sys/class/thermal/thermal_zone1/temp": "-256000",
+    "sys/class/thermal/thermal_zone8/type": "tj-thermal",
+    "sys/class/thermal/thermal_zone8/temp": "51718",
+    "sys/class/thermal/cooling_device0/type": "pwm-fan",
+    "sys/class/thermal/cooling_device0/cur_state": "3",
+    "sys/class/thermal/cooling_device1/type": "cpu-throttle-alert",
+    "sys/class/thermal/cooling_device1/cur_state": "0",
+    "sys/class/devfreq/17000000.gpu/cur_freq": "624750000",
+    "sys/class/devfreq/17000000.gpu/max_freq": "1020000000",
+    "sys/class/devfreq/15340000.vic/cur_freq": "115200000",
+    "sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq": "729600",
+    "sys/devices/system/cpu/cpu0/cpufreq/scaling_max_freq": "1510400",
+    "sys/devices/system/cpu/cpu1/cpufreq/scaling_cur_freq": "1510400",
+    "sys/devices/system/cpu/cpu1/cpufreq/scaling_max_freq": "1510400",
+}
+
+
+def test_an_orin_nano(tmp_path):
+    put(tmp_path, ORIN_NANO)
+    found = Sysfs(tmp_path, [0, 1]).read()
+    assert found.watts == {"VDD_IN": pytest.approx(6.28), "VDD_CPU_GPU_CV": pytest.approx(1.517568)}
+    assert total_rails(found.watts) == ("VDD_IN",)
+    assert found.celsius == {"cpu": 49.531, "tj": 51.718}
+    assert found.hertz == {"cpu": 1510.4e6, "cpu cap": 1510.4e6, "gpu": 624.75e6, "gpu cap": 1020e6}
+    assert found.throttle == {
+        "count: over-current oc1": 0,
+        "count: over-current oc2": 15,
+        "count: over-current oc3": 37,
+        "now: cpu-throttle-alert": 0,
+    }
+
+
+def test_a_xavier_of_jetpack_4_has_its_rails_under_iio(tmp_path):
+    base = "sys/bus/i2c/drivers/ina3221x/1-0040/iio:device0"
+    put(
+        tmp_path,
+        {f"{base}/rail_name_0": "GPU", f"{base}/in_voltage0_input": "19144", f"{base}/in_current0_input": "24"},
+    )
+    assert Sysfs(tmp_path).read().watts == {"GPU": pytest.approx(0.459456)}
+
+
+def test_thors_input_is_an_ina238(tmp_path):
+    put(
+        tmp_path,
+        {"sys/class/hwmon/hwmon4/name": "ina238", "sys/class/hwmon/hwmon4/power1_input": "19780000"},
+    )
+    found = Sysfs(tmp_path).read()
+    assert found.watts == {"VIN": 19.78}
+    assert total_rails(found.watts) == ("VIN",)
+
+
+def test_rapl_is_power_between_two_looks_and_wraps_around(tmp_path):
+    base = "sys/class/powercap/intel-rapl:0"
+    put(
+        tmp_path, {f"{base}/name": "package-0", f"{base}/energy_uj": "999000", f"{base}/max_energy_range_uj": "1000000"}
+    )
+    clock = Clock()
+    sensors = Sysfs(tmp_path, clock=clock)
+    assert sensors.read().watts == {}
+    put(tmp_path, {f"{base}/energy_uj": "500000"})
+    clock.now = 0.5
+    assert sensors.read().watts == {"package-0": pytest.approx(501_000 / 1e6 / 0.5)}
+
+
+def test_a_battery_counts_only_while_it_discharges(tmp_path):
+    base = "sys/class/power_supply/BAT0"
+    put(tmp_path, {f"{base}/type": "Battery", f"{base}/status": "Discharging", f"{base}/voltage_now": "12000000"})
+    put(tmp_path, {f"{base}/current_now": "1500000"})
+    assert Sysfs(tmp_path).read().watts == {"battery": pytest.approx(18.0)}
+    put(tmp_path, {f"{base}/status": "Charging"})
+    assert Sysfs(tmp_path).read().watts == {}
+
+
+@pytest.mark.parametrize(
+    ("bits", "active"), [("50005", {"under-voltage", "throttled"}), ("50000", set()), ("0", set())]
+)
+def test_a_raspberry_pi_says_what_throttles_it_now(tmp_path, bits, active):
+    put(tmp_path, {"sys/devices/platform/soc/soc:firmware/get_throttled": bits})
+    found = Sysfs(tmp_path).read().throttle
+    assert {name.removeprefix("now: ") for name, level in found.items() if level} == active
+
+
+def test_an_intel_core_that_was_too_hot_is_counted(tmp_path):
+    put(tmp_path, {"sys/devices/system/cpu/cpu0/thermal_throttle/core_throttle_count": "7"})
+    assert Sysfs(tmp_path).read().throttle == {"count: cpu0 core too hot": 7}
+
+
+@pytest.mark.parametrize("garbage", ["", "N/A", "1.5", "-", "99999999999999999999", "0x10", "Ω", "\0", "nan"])
+def test_a_sensor_that_says_nonsense_is_not_reported(tmp_path, garbage):
+    files = {
+        path: garbage if path.endswith(("_input", "temp", "_freq", "_cnt", "state")) else text
+        for path, text in ORIN_NANO.items()
+    }
+    put(tmp_path, files | {"sys/devices/platform/soc/soc:firmware/get_throttled": f"z{garbage}"})
+    found = Sysfs(tmp_path, [0, 1]).read()
+    assert found.to_json() == {}
+
+
+def test_sensors_that_refuse_to_be_read_are_not_reported(tmp_path):
+    put(tmp_path, ORIN_NANO)
+    for file in ("in1_input", "curr1_input"):
+        path = tmp_path / "sys/class/hwmon/hwmon1" / file
+        path.unlink()
+        path.mkdir()  # reading it is an OSError, as a sensor's that is asleep
+    assert set(Sysfs(tmp_path).read().watts) == {"VDD_CPU_GPU_CV"}
+
+
+def test_a_machine_without_sensors_reports_nothing(tmp_path):
+    assert Sysfs(tmp_path, [0, 1]).read().to_json() == {}
+
+
+def test_the_power_mode_has_its_name_from_nvpmodels_own_file(tmp_path):
+    put(tmp_path, {"var/lib/nvpmodel/status": "pmode:0002 fmode:quiet"})
+    assert power_mode(tmp_path) == "2"
+    put(tmp_path, {"etc/nvpmodel.conf": "< POWER_MODEL ID=0 NAME=15W >\n< POWER_MODEL ID=2 NAME=MAXN_SUPER >\n"})
+    assert power_mode(tmp_path) == "MAXN_SUPER (2)"
+    assert power_mode(tmp_path / "nowhere") is None
