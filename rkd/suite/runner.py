@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -211,6 +211,7 @@ class Runner:
         if outcome.code == 0:
             self.progress.done.add(job.name)
         elif stopping:  # it saved and will go on, or had not begun
+            outcome = replace(outcome, said="")
             self.place.note(job, **noted, failure=None)
         else:
             self.progress.failed[job.name] = outcome.said
