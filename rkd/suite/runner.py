@@ -259,7 +259,12 @@ class Runner:
         threads = int(teacher.options.get("threads", 1))
         if standing.state == RESUME and standing.run is not None:
             run = str(standing.run.relative_to(folder))
-            argv: tuple[str, ...] = ("teacher", f"--resume={run}", f"--out={self.place.teacher_file(teacher).name}", "--overwrite")
+            argv: tuple[str, ...] = (
+                "teacher",
+                f"--resume={run}",
+                f"--out={self.place.teacher_file(teacher).name}",
+                "--overwrite",
+            )
             return Task(**common, folder=str(folder), argv=argv, wait_for=run, threads=threads)
         decided: dict[str, Any] = {"data": self.sources[teacher.data], "seed": teacher.seed}
         if teacher.clean is not None:

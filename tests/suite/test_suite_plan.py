@@ -172,7 +172,10 @@ def test_every_option_that_a_file_may_give_can_be_put_on_the_command_line(kind: 
 
 def test_settings_that_differ_are_named_and_what_the_run_chose_itself_is_not() -> None:
     kind = distill_kind()
-    made = {f.name: getattr(DistillSettings(data="x", teacher="t", student="s"), f.name) for f in dataclasses.fields(DistillSettings)}
+    made = {
+        f.name: getattr(DistillSettings(data="x", teacher="t", student="s"), f.name)
+        for f in dataclasses.fields(DistillSettings)
+    }
     made |= {"precision": "bf16", "augmentation": "crop", "arch": "wrn-16-2", "threads": 4, "data": "/elsewhere"}
     assert differences(kind, made, {"student": "s"}, seed=0) == []
     assert differences(kind, made, {"student": "s", "precision": "fp32"}, seed=0) == ["precision was bf16, wanted fp32"]

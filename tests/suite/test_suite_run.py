@@ -18,7 +18,9 @@ from rkd.run import Run, models_of
 from rkd.triggers import Trigger
 
 OUTPUTS = ("table.md", "table.csv", "table.json", "report.html")
-CELLS = {f"stripes__tiny__{attack}__full__{defence}__s0.json" for attack in ("clean", "patch") for defence in ("ofd", "ce")}
+CELLS = {
+    f"stripes__tiny__{attack}__full__{defence}__s0.json" for attack in ("clean", "patch") for defence in ("ofd", "ce")
+}
 
 
 def suite(*arguments: str) -> Result:
@@ -90,7 +92,9 @@ def test_the_control_s_score_is_what_its_network_does_under_the_attack_s_trigger
 def test_the_teacher_free_student_was_trained_once_and_is_its_own_control(finished: Path) -> None:
     found = record(finished, "patch", "ce")
     assert found["same_student"] is True
-    assert found["student"]["sha256"] == found["control"]["sha256"] == record(finished, "clean", "ce")["student"]["sha256"]
+    assert (
+        found["student"]["sha256"] == found["control"]["sha256"] == record(finished, "clean", "ce")["student"]["sha256"]
+    )
     assert found["excess_asr"] == {"points": 0.0, "low": 0.0, "high": 0.0}
     assert not (finished / "runs/tiny/cells/stripes/tiny/patch/full/ce").exists()
 
