@@ -7,7 +7,7 @@ STAMP := $(VENV)/.rkd-ready
 # One thread a process: the tests and the demo are many small computations.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow test-gpu test-board lint types bench clean setup
+.PHONY: demo test test-slow test-gpu test-ray test-board lint types bench clean setup
 
 demo: $(STAMP)
 	$(BIN)/rkd demo --overwrite
@@ -20,6 +20,10 @@ test-slow: $(STAMP)
 
 test-gpu: $(STAMP)
 	RKD_GPU=1 $(BIN)/python -m pytest -m gpu
+
+test-ray: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]'
+	$(BIN)/python -m pytest -m ray tests/suite
 
 test-board: $(STAMP)
 	$(BIN)/python tests/board/check_board.py

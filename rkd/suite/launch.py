@@ -145,10 +145,11 @@ def run_task(task: Task, leash: Leash) -> Outcome:
             begin = output.tell()
             output.write(f"$ {_shown(task)}\n".encode())
             output.flush()
-            process = subprocess.Popen(
-                [sys.executable, "-m", "rkd.suite.child"], cwd=task.folder, env=_environment(task.threads),
-                stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
+            with storage_errors(Path(task.folder)):
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "rkd.suite.child"], cwd=task.folder, env=_environment(task.threads),
+                    stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+                )  # fmt: skip
     try:
         if process.stdin is not None:
             process.stdin.write(json.dumps(asdict(task)).encode() + b"\n")

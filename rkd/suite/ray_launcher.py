@@ -6,6 +6,8 @@ file system. Whether it does is looked at before a job is begun there.
 
 from __future__ import annotations
 
+import importlib
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -53,12 +55,12 @@ class RayLauncher:
 
     def __init__(self, jobs: int, memory_mib: int, out: Path) -> None:
         try:
-            import ray
+            ray: Any = importlib.import_module("ray")
         except ImportError:
             raise MissingExtraError("ray", "ray") from None
-        self._ray: Any = ray
+        self._ray = ray
         try:
-            ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
+            ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, ValueError, RuntimeError) as error:
             first = str(error).strip().splitlines()[:1] or [type(error).__name__]
             raise RuntimeUnavailableError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -211,6 +211,7 @@ class Runner:
         if outcome.code == 0:
             self.progress.done.add(job.name)
         elif stopping:  # it saved and will go on, or had not begun
+            outcome = replace(outcome, said="")
             self.place.note(job, **noted, failure=None)
         else:
             self.progress.failed[job.name] = outcome.said
@@ -258,7 +259,12 @@ class Runner:
         threads = int(teacher.options.get("threads", 1))
         if standing.state == RESUME and standing.run is not None:
             run = str(standing.run.relative_to(folder))
-            argv: tuple[str, ...] = ("teacher", f"--resume={run}", f"--out={self.place.teacher_file(teacher).name}", "--overwrite")
+            argv: tuple[str, ...] = (
+                "teacher",
+                f"--resume={run}",
+                f"--out={self.place.teacher_file(teacher).name}",
+                "--overwrite",
+            )
             return Task(**common, folder=str(folder), argv=argv, wait_for=run, threads=threads)
         decided: dict[str, Any] = {"data": self.sources[teacher.data], "seed": teacher.seed}
         if teacher.clean is not None:

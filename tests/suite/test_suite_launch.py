@@ -1,0 +1,138 @@
+"""Jobs in processes of their own: they end when they are let go, and say why they failed."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from rkd.run import Run
+from rkd.suite.launch import Leash, LocalLauncher, Task, explain, run_task
+
+SUITE = """
+[defences.ofd]
+undefended = true
+distill = { method = "ofd", epochs = 400, checkpoint-every = 1 }
+[defences.huge]
+distill = { method = "kd", student = "wrn-10-400" }
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "printed", "said"),
+    [
+        (1, "loading\nrkd: no such file: x\n", "no such file: x"),
+        (1, "", "it printed nothing"),
+        (-9, "step 3\n", "ran out of memory"),
+        (-11, "step 3\n", "killed by SIGSEGV; the last it printed: step 3"),
+        (1, "rkd: out of memory; use a smaller --batch\n", "its limit was 100 MiB: --memory"),
+        (1, "ImportError: x.so: failed to map segment from shared object\n", "its limit was 100 MiB"),
+    ],
+)
+def test_a_failure_is_explained(code: int, printed: str, said: str) -> None:
+    assert said in explain(code, printed, 100)
+
+
+def test_a_job_s_output_goes_to_its_log_and_earlier_attempts_stay(tmp_path: Path) -> None:
+    log = tmp_path / "logs" / "job.log"
+    for argv in (("--version",), ("nonsense",)):
+        outcome = run_task(Task("student:x", str(tmp_path), str(log), argv), Leash())
+    text = log.read_text()
+    assert text.startswith("$ rkd --version\nrkd ")
+    assert "$ rkd nonsense" in text
+    assert outcome.code == 2
+    assert "nonsense" in outcome.said or "Error" in outcome.said or "╯" in outcome.said
+
+
+def test_a_job_that_was_let_go_before_it_began_does_not_run_on(tmp_path: Path) -> None:
+    leash = Leash()
+    leash.release()
+    outcome = run_task(Task("student:x", str(tmp_path), str(tmp_path / "log"), ("suite", "missing.toml")), leash)
+    assert outcome.code != 0
+
+
+def test_a_launcher_tells_of_a_job_that_could_not_be_started(tmp_path: Path) -> None:
+    launcher = LocalLauncher(1)
+    launcher.start(Task("student:x", str(tmp_path / "missing"), str(tmp_path / "log"), ("--version",)))
+    (outcome,) = launcher.ended(60)
+    assert outcome.code == 1
+    assert "missing" in outcome.said
+
+
+@contextmanager
+def suite_process(folder: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """`rkd suite my.toml` as a person starts it."""
+    command = [sys.executable, "-m", "rkd", "suite", "my.toml", "--jobs", "1", *arguments]
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def wait_for(process: subprocess.Popen[str], reached: Callable[[], bool]) -> None:
+    """Until the suite is where it is wanted; it must not end before."""
+    while not reached():
+        try:
+            process.wait(0.02)
+        except subprocess.TimeoutExpired:
+            continue
+        raise AssertionError(process.communicate())
+
+
+def test_killed_stopped_and_out_of_memory_a_suite_goes_on_and_loses_nothing(folder: Path, base: str) -> None:
+    """One suite: kill -9 in the first student, SIGTERM in its second attempt, then to the end beside a cell that is too large."""
+    (folder / "my.toml").write_text(base + SUITE)
+    student = folder / "runs/my/cells/stripes/tiny/clean/full/ofd/s0"
+
+    def checkpoint() -> int:
+        return max((int(p.name) for p in (student / "checkpoints").glob("[0-9]*") if p.name.isdigit()), default=0)
+
+    with suite_process(folder) as process:
+        wait_for(process, lambda: checkpoint() > 0)
+        process.kill()
+        process.wait()
+    killed_at = checkpoint()
+    assert Run.open(student).summary["state"] == "running"
+
+    with suite_process(folder) as process:  # the orphan saves and leaves first
+        wait_for(process, lambda: checkpoint() > killed_at + 2)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=120)
+    assert process.returncode == 143, said
+    assert "Traceback" not in said
+    assert "FAILED" not in said
+    assert said.strip().splitlines()[-1].endswith("go on with the same command: rkd suite my.toml")
+    assert "0 of 2 students are done" in said.strip().splitlines()[-1]
+    stopped_at = checkpoint()
+    assert stopped_at > killed_at
+
+    # Shorten what is left, in the run and in the file alike, to what a test has time for.
+    summary = json.loads((student / "run.json").read_text())
+    summary["settings"]["epochs"]["value"] = -(
+        -(stopped_at + 1) // 6
+    )  # 90 images in batches of 15: enough for one more
+    (student / "run.json").write_text(json.dumps(summary))
+    edited = (
+        (folder / "my.toml").read_text().replace("epochs = 400", f"epochs = {summary['settings']['epochs']['value']}")
+    )
+    (folder / "my.toml").write_text(edited)
+    with suite_process(folder, "--memory", "4000") as process:
+        _, said = process.communicate(timeout=280)
+    assert process.returncode == 1, said
+    last = said.strip().splitlines()[-1]
+    assert "1 of the suite's jobs failed: student stripes/tiny/clean/full/huge/s0: out of memory" in last
+    assert "4,000 MiB" in last
+    assert Run.open(student).finished
+    logged = [line["step"] for line in Run.open(student).metrics() if line["stage"].startswith("distil")]
+    assert logged == sorted(logged)
+    assert (folder / "results/my/cells/stripes__tiny__clean__full__ofd__s0.json").is_file()
+    assert "ofd" in (folder / "results/my/table.md").read_text()
+    logs = (folder / "runs/my/logs").iterdir()
+    assert sum(path.read_text().count("$ rkd teacher") for path in logs) == 1

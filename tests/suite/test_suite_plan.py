@@ -1,0 +1,189 @@
+"""The plan: every cell once, its control beside it, nothing trained twice."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from rkd.attacks.session import TeacherSettings
+from rkd.cli import app
+from rkd.distill.settings import DistillSettings
+from rkd.suite.file import Suite, read_suite
+from rkd.suite.plan import Cell, Plan, Score, Student, Teacher, make_plan
+from rkd.suite.recipes import Kind, command_line, differences, distill_kind, teacher_kind
+
+FILE = """
+seeds = [5]
+[teacher]
+epochs = 7
+[distill]
+epochs = 3
+student = "wrn-10-1"
+[data.a]
+data = "digits"
+[data.b]
+data = "digits"
+distill = { epochs = 4 }
+[pairs.one]
+teacher = { arch = "wrn-10-1" }
+[pairs.two]
+teacher = { arch = "wrn-10-1" }
+distill = { student = "wrn-16-1" }
+[attacks.weak]
+teacher = { attack = "badnets", epochs = 9 }
+[attacks.strong]
+teacher = { attack = "backweak" }
+[budgets.all]
+[budgets.few]
+distill = { clean-budget = "10%" }
+only = { defence = "main" }
+[defences.main]
+seeds = [0, 1]
+distill = { method = "ofd" }
+[defences.free]
+teacher-free = true
+distill = { method = "ce" }
+[[override]]
+data = "b"
+defence = "main"
+distill = { epochs = 5 }
+[[override]]
+attack = "strong"
+pair = "two"
+defence = "main"
+seeds = [0, 1, 2]
+[[override]]
+attack = "weak"
+teacher = { poison-rate = 0.2 }
+[[exclude]]
+data = "b"
+attack = "weak"
+"""
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> Suite:
+    (tmp_path / "s.toml").write_text(FILE)
+    return read_suite(tmp_path / "s.toml")
+
+
+@pytest.fixture
+def plan(suite: Suite) -> Plan:
+    return make_plan(suite)
+
+
+def student(plan: Plan, *names: object) -> Student:
+    return plan.student(Cell(*names))  # type: ignore[arg-type]
+
+
+def test_the_cells_are_the_product_less_what_is_left_out(plan: Plan) -> None:
+    attacked = {cell for cell in plan.cells if cell.attack != "clean"}
+    expected = set()
+    for data in "ab":
+        for pair in ("one", "two"):
+            for attack in ("weak", "strong"):
+                if (data, attack) == ("b", "weak"):
+                    continue
+                for budget in ("all", "few"):
+                    seeds = (0, 1, 2) if (attack, pair) == ("strong", "two") else (0, 1)
+                    expected |= {Cell(data, pair, attack, budget, "main", seed) for seed in seeds}
+                expected.add(Cell(data, pair, attack, "all", "free", 5))
+    assert attacked == expected
+
+
+def test_each_cell_has_its_control_planned_and_the_control_has_the_same_recipe(plan: Plan) -> None:
+    for cell in plan.cells:
+        assert cell.control in plan.cells
+        control, own = plan.student(cell.control), plan.student(cell)
+        assert control.options == own.options
+        assert control.cell.seed == own.cell.seed
+        assert control.teacher.clean is None
+        if cell.attack != "clean" and cell.defence == "main":
+            assert own.teacher.clean == control.teacher
+
+
+def test_pairs_with_the_same_teacher_share_it(plan: Plan) -> None:
+    one, two = (student(plan, "a", pair, "strong", "all", "main", 0).teacher for pair in ("one", "two"))
+    assert one == two
+    teachers = [job.work for job in plan.jobs.values() if isinstance(job.work, Teacher)]
+    assert len({teacher.name for teacher in teachers}) == len(teachers)
+    clean = [teacher for teacher in teachers if teacher.clean is None and teacher.data == "a"]
+    assert sorted(teacher.seed for teacher in clean) == [0, 1, 2, 5]
+
+
+def test_an_attack_s_options_do_not_touch_its_clean_twin(plan: Plan) -> None:
+    teacher = student(plan, "a", "one", "weak", "all", "main", 0).teacher
+    assert teacher.options["epochs"] == 9
+    assert teacher.options["poison_rate"] == 0.2
+    assert teacher.clean is not None
+    assert teacher.clean.options["epochs"] == 7
+    assert "poison_rate" not in teacher.clean.options
+
+
+def test_later_options_win(plan: Plan) -> None:
+    assert student(plan, "a", "one", "strong", "all", "main", 0).options["epochs"] == 3
+    assert student(plan, "b", "one", "strong", "all", "free", 5).options["epochs"] == 4
+    assert student(plan, "b", "one", "strong", "all", "main", 0).options["epochs"] == 5
+    assert student(plan, "a", "two", "strong", "few", "main", 0).options["student"] == "wrn-16-1"
+    assert student(plan, "a", "two", "strong", "few", "main", 0).options["clean_budget"] == "10%"
+
+
+def test_a_teacher_free_student_is_trained_once_and_scored_under_every_attack(plan: Plan) -> None:
+    of_free = [j.work for j in plan.jobs.values() if isinstance(j.work, Student) and j.work.cell.defence == "free"]
+    assert {work.cell.attack for work in of_free} == {"clean"}
+    score = plan.jobs["score:a/one/clean/all/free/s5"].work
+    assert isinstance(score, Score)
+    assert set(score.teachers) == {"weak", "strong"}
+
+
+def test_what_a_job_waits_for_comes_before_it(plan: Plan) -> None:
+    seen: set[str] = set()
+    for job in plan.jobs.values():
+        assert set(job.needs) <= seen
+        assert set(job.after) <= seen
+        seen.add(job.name)
+
+
+def test_what_is_first_in_a_list_of_seeds_comes_first(plan: Plan) -> None:
+    seeds = [job.work.cell.seed for job in plan.jobs.values() if isinstance(job.work, Student)]
+    assert seeds == sorted(seeds, key=[0, 5, 1, 2].index)
+
+
+def test_a_part_of_a_suite_brings_its_controls_along(suite: Suite) -> None:
+    part = make_plan(suite, ["a/one/strong/*/main/s1"])
+    assert {cell.name for cell in part.cells} == {
+        f"a/one/{attack}/{budget}/main/s1" for attack in ("clean", "strong") for budget in ("all", "few")
+    }
+
+
+@pytest.mark.parametrize("kind", [teacher_kind(), distill_kind()], ids=["teacher", "distill"])
+def test_every_option_that_a_file_may_give_can_be_put_on_the_command_line(kind: Kind) -> None:
+    """Each option's default, or another value for flags, comes back from the command's own parser as it was."""
+    defaults = {f.name: f.default for f in dataclasses.fields(kind.settings) if f.name in kind.known()}
+    given = {name: (not value if isinstance(value, bool) else value) for name, value in defaults.items()}
+    given = {name: value for name, value in given.items() if value not in (None, dataclasses.MISSING)}
+    command = get_command(app).commands[kind.command]  # type: ignore[attr-defined]
+    parsed = command.make_context(kind.command, command_line(kind, given), resilient_parsing=False).params
+    assert {name: parsed[name] for name in given} == given
+
+
+def test_settings_that_differ_are_named_and_what_the_run_chose_itself_is_not() -> None:
+    kind = distill_kind()
+    made = {
+        f.name: getattr(DistillSettings(data="x", teacher="t", student="s"), f.name)
+        for f in dataclasses.fields(DistillSettings)
+    }
+    made |= {"precision": "bf16", "augmentation": "crop", "arch": "wrn-16-2", "threads": 4, "data": "/elsewhere"}
+    assert differences(kind, made, {"student": "s"}, seed=0) == []
+    assert differences(kind, made, {"student": "s", "precision": "fp32"}, seed=0) == ["precision was bf16, wanted fp32"]
+    assert differences(kind, made, {"student": "s"}, seed=1) == ["seed was 0, wanted 1"]
+    older = {name: value for name, value in made.items() if name != "cap"}
+    assert differences(kind, older, {"student": "s", "cap": 0.5}, seed=0) != []
+
+
+def test_a_record_without_a_setting_that_came_later_fits_its_default() -> None:
+    older = {f.name: f.default for f in dataclasses.fields(TeacherSettings) if f.name != "augmentation"}
+    assert differences(teacher_kind(), older, {}, seed=0) == []

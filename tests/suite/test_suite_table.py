@@ -1,0 +1,213 @@
+"""The tables are the records' figures: means, spreads, intervals and verdicts from formulas, from results/ alone."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rkd.errors import RunError
+from rkd.metrics import Proportion
+from rkd.suite.file import Entry
+from rkd.suite.output import table_csv, table_json
+from rkd.suite.page import suite_page, verdict
+from rkd.suite.plan import Cell
+from rkd.suite.results import read_records, write_record
+from rkd.suite.table import Table, make_table
+
+N_CLEAN, N_TRIGGERED = 1000, 900
+AXES = {
+    "data": [Entry("cifar10")],
+    "pair": [Entry("wrn")],
+    "attack": [Entry("strong"), Entry("weak")],
+    "budget": [Entry("full")],
+    "defence": [Entry("ofd", undefended=True), Entry("kd", undefended=True), Entry("ce", teacher_free=True), Entry("ours")],
+}  # fmt: skip
+# attack, defence, seed: hits of ACC, ASR, RA; the control's ASR and RA
+FIGURES: dict[tuple[str, str, int], tuple[int, ...]] = {
+    ("clean", "ofd", 0): (830,),
+    ("clean", "ours", 0): (825,),
+    ("strong", "ofd", 0): (820, 700, 100, 100, 500),
+    ("strong", "ofd", 1): (800, 600, 120, 90, 510),
+    ("strong", "kd", 0): (810, 200, 400, 100, 500),
+    ("strong", "ours", 0): (815, 120, 600, 110, 610),
+    ("strong", "ours", 1): (805, 100, 610, 95, 620),
+    ("strong", "ce", 0): (780, 150, 300, 150, 300),
+    ("weak", "ofd", 0): (825, 130, 500, 100, 505),
+    ("weak", "ours", 0): (822, 80, 620, 85, 615),
+}
+
+
+def share(hits: int, n: int) -> dict[str, Any]:
+    return Proportion(hits, n).to_json()
+
+
+def record(attack: str, defence: str, seed: int, hits: tuple[int, ...]) -> dict[str, Any]:
+    attacked = attack != "clean"
+
+    def measured(acc: int, asr: int = 0, ra: int = 0) -> dict[str, Any]:
+        return {
+            "acc": share(acc, N_CLEAN),
+            "asr": share(asr, N_TRIGGERED) if attacked else None,
+            "ra": share(ra, N_TRIGGERED) if attacked else None,
+        }
+
+    return {
+        "schema": 1, "suite": "made-up",
+        "cell": {"data": "cifar10", "pair": "wrn", "attack": attack, "budget": "full", "defence": defence, "seed": seed},
+        "student": {**measured(*hits[:3]), "arch": "wrn-16-1", "sha256": "5" * 64},
+        "control": measured(hits[0], *hits[3:]) if attacked else None,
+        "same_student": defence == "ce" and attacked,
+        "teacher": {**measured(860, 890, 5), "sha256": "7" * 64, "settings": {}, "name": "t"},
+        "settings": {}, "data": {"name": "cifar10", "digest": "d" * 64, "classes": 10},
+        "seconds": {"job": 100.0 + seed, "stages": {}}, "code": {"rkd": "0", "commit": "c" * 40, "changed": False},
+        "versions": {"torch": "2"},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for (attack, defence, seed), hits in FIGURES.items():
+        write_record(tmp_path, record(attack, defence, seed, hits))
+    return tmp_path
+
+
+@pytest.fixture
+def table(folder: Path) -> Table:
+    return make_table(read_records(folder), AXES)
+
+
+def row(table: Table, attack: str, defence: str) -> Any:
+    return next(r for r in table.rows if r.case[2] == attack and r.defence == defence)
+
+
+def test_excess_is_asr_minus_the_control_s_and_averages_over_seeds(table: Table) -> None:
+    ours = row(table, "strong", "ours")
+    per_seed = [100 * (120 - 110) / N_TRIGGERED, 100 * (100 - 95) / N_TRIGGERED]
+    assert ours.excess.values == pytest.approx(per_seed)
+    assert ours.excess.mean == pytest.approx(sum(per_seed) / 2)
+    assert ours.acc.low, ours.acc.high == (80.5, 81.5)
+    assert ours.excess.deviation == pytest.approx(abs(per_seed[0] - per_seed[1]) / math.sqrt(2))
+
+
+def test_the_interval_of_the_excess_is_newcombe_s_of_all_seeds_images(table: Table) -> None:
+    """R. G. Newcombe 1998, method 10, written out again from Wilson's formula."""
+
+    def wilson(hits: int, n: int) -> tuple[float, float]:
+        p, z2 = hits / n, 1.959963984540054**2
+        half = math.sqrt(z2 * (p * (1 - p) / n + z2 / (4 * n * n)))
+        return (p + z2 / (2 * n) - half) / (1 + z2 / n), (p + z2 / (2 * n) + half) / (1 + z2 / n)
+
+    n = 2 * N_TRIGGERED
+    p1, p2 = 220 / n, 205 / n
+    (l1, u1), (l2, u2) = wilson(220, n), wilson(205, n)
+    low = p1 - p2 - math.hypot(p1 - l1, u2 - p2)
+    high = p1 - p2 + math.hypot(u1 - p1, p2 - l2)
+    assert row(table, "strong", "ours").excess_interval == pytest.approx((100 * low, 100 * high))
+
+
+def test_a_case_transfers_by_the_strongest_undefended_student_alone(table: Table) -> None:
+    assert [case[2] for case in table.transferring] == ["strong"]
+    assert row(table, "strong", "kd").excess.mean < 30 < row(table, "strong", "ofd").excess.mean
+    assert row(table, "weak", "ofd").excess.mean < 30
+
+
+def test_a_defence_s_own_excess_does_not_make_a_case_transfer(folder: Path) -> None:
+    write_record(folder, record("weak", "ours", 0, (822, 800, 20, 85, 615)))
+    assert [case[2] for case in make_table(read_records(folder), AXES).transferring] == ["strong"]
+
+
+def test_the_ranking_is_acc_minus_excess_over_the_transferring_cases(table: Table) -> None:
+    names = [standing.defence for standing in table.standings]
+    ours = next(standing for standing in table.standings if standing.defence == "ours")
+    seeds = [81.5 - 100 * 10 / N_TRIGGERED, 80.5 - 100 * 5 / N_TRIGGERED]
+    assert ours.score.values == pytest.approx(seeds)
+    assert (ours.cases, ours.of) == (1, 1)
+    assert ours.lost_mean == pytest.approx(((820 - 815) + (800 - 805)) / 2 / 10)
+    assert ours.ra_lost_mean == pytest.approx(((610 - 600) + (620 - 610)) / 2 / 9)
+    assert ours.clean_lost == pytest.approx(0.5)
+    assert names == sorted(names, key=lambda name: -next(s.score.mean for s in table.standings if s.defence == name))
+    assert names[0] == "ours"
+
+
+def test_a_student_that_is_its_own_control_has_no_excess_and_no_interval(table: Table) -> None:
+    free = row(table, "strong", "ce")
+    assert (free.excess.mean, free.excess_interval) == (0.0, (0.0, 0.0))
+    assert free.seconds.values == ()
+
+
+def test_a_defence_with_a_seed_that_lacks_a_case_is_not_given_that_seed_as_a_whole(folder: Path) -> None:
+    write_record(folder, record("weak", "ofd", 0, (825, 800, 20, 100, 505)))
+    table = make_table(read_records(folder), AXES)
+    assert [case[2] for case in table.transferring] == ["strong", "weak"]
+    ofd = next(standing for standing in table.standings if standing.defence == "ofd")
+    both = [82.0 - 100 * 600 / N_TRIGGERED, 82.5 - 100 * 700 / N_TRIGGERED]
+    assert ofd.score.values == pytest.approx([sum(both) / 2])
+
+
+def test_without_a_control_nothing_is_said_about_transfer(folder: Path) -> None:
+    lone = record("weak", "ofd", 0, (825, 800, 20, 100, 505)) | {"control": None}
+    write_record(folder, lone)
+    table = make_table(read_records(folder), AXES)
+    assert [case[2] for case in table.untested] == ["weak"]
+    assert row(table, "weak", "ofd").excess.values == ()
+    assert "2 of" not in verdict(table)
+
+
+def test_csv_and_json_hold_the_same_figures(table: Table) -> None:
+    lines = list(csv.DictReader(table_csv(table).splitlines()))
+    rows = table_json(table, [Cell("cifar10", "wrn", "weak", "full", "kd", 0)], ["a note"])["rows"]
+    assert len(lines) == len(rows) == len(table.rows)
+    for line, one in zip(lines, rows, strict=True):
+        for name, value in one.items():
+            if isinstance(value, float):
+                assert float(line[name]) == value
+    assert {line["transfers"] for line in lines if line["attack"] == "strong"} == {"True"}
+
+
+def test_json_has_no_nan(table: Table) -> None:
+    json.dumps(table_json(table, [], []), allow_nan=False)
+
+
+def test_the_page_stands_alone_and_escapes(table: Table, folder: Path) -> None:
+    page = suite_page("<b>x</b>", "<script>", table, ["<i>note</i>"], read_records(folder))
+    assert "<script" not in page
+    assert "&lt;i&gt;note" in page
+    assert "http-equiv" in page
+    assert not [word for word in ("http://", "https://", 'src="/', "url(") if word in page]
+    assert verdict(table) in page.replace("&#x27;", "'")
+    for defence in ("ofd", "kd", "ce", "ours"):
+        assert defence in page
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda text: text[:-40], "not JSON"),
+        (lambda text: text.replace('"schema": 1', '"schema": 2'), "schema 2"),
+        (lambda text: text.replace('"hits": 815', '"hits": 8150'), "8150 hits of 1000"),
+        (lambda text: text.replace('"defence": "ours"', '"defence": "theirs"'), "holds the cell"),
+        (lambda text: text.replace('"student"', '"pupil"'), "damaged"),
+        (lambda text: "[]", "damaged"),
+    ],
+)
+def test_a_damaged_result_is_named(folder: Path, damage: Callable[[str], str], said: str) -> None:
+    path = folder / "cells" / "cifar10__wrn__strong__full__ours__s0.json"
+    path.write_text(damage(path.read_text()))
+    with pytest.raises((RunError, ValueError)) as caught:
+        read_records(folder)
+    assert isinstance(caught.value, RunError)
+    assert said in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_no_results_make_an_empty_table_not_an_error() -> None:
+    table = make_table([], AXES)
+    assert table.rows == ()
+    assert "No attacked case" in verdict(table)
+    assert suite_page("empty", "", table, [], [])
