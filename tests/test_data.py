@@ -355,6 +355,20 @@ def test_training_images_whose_pixels_are_in_the_test_set_are_removed(pets: Path
     assert not identities(dataset.train) & identities(dataset.test)
 
 
+def test_streamed_training_images_whose_files_are_in_the_test_set_are_removed(pets: Path) -> None:
+    (pets / "train/dog/copy.png").write_bytes((pets / "test/cat/1.png").read_bytes())
+    same_size = bytearray((pets / "test/cat/1.png").read_bytes())
+    same_size[-20] ^= 1
+    (pets / "train/dog/other.png").write_bytes(same_size)  # as many bytes, but others
+    dataset = open_dataset(str(pets), memory_bytes=0)
+    assert dataset.removed == 1
+    assert "1 training image removed: the same file is in the test set" in dataset.notes
+    assert len(dataset.train) == 8
+    for i in range(3):
+        (pets / f"test/cat/t{i}.png").write_bytes((pets / f"train/cat/{i}.png").read_bytes())
+    assert "no training images of class cat" in refusal(pets, memory_bytes=0)
+
+
 def test_a_training_class_that_is_wholly_in_the_test_set_is_refused(pets: Path) -> None:
     for i in range(3):
         (pets / f"test/cat/t{i}.png").write_bytes((pets / f"train/cat/{i}.png").read_bytes())

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torchvision import models as torchvision_models
 
+from rkd.data import ArraySource
+from rkd.distill.attention import AttentionTransfer
+from rkd.distill.loop import Recipe, Trainer
+from rkd.distill.objectives import FeatureDistillation, Objective, margins
 from rkd.errors import ArchitectureError
 from rkd.models import STUDENTS, build
 from rkd.models.infer import infer_arch
+from rkd.models.keys import known_names
+from rkd.network import Normalisation
+from rkd.taps import TappedNetwork
 
 ADAPTED = {
     "mobilenet": "mobilenet_v3_small",
@@ -70,6 +79,54 @@ def test_cifar_resnets_have_the_papers_parameters_and_two_projections(depth: int
     # He et al. 2016, table 6: 0.27, 0.46, 0.85 and 1.7 M with parameter-free shortcuts (option A).
     projections = (16 * 32 + 2 * 32) + (32 * 64 + 2 * 64)
     assert parameters(on_meta(f"resnet{depth}", (32, 32))) == without_shortcuts + projections
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [
+        ("pyramidnet-110-84", 3.8),  # Han et al. 2017, table 4
+        ("pyramidnet-110-270", 28.3),
+        ("pyramidnet-164-270", 27.0),  # bottlenecks from here on
+        ("pyramidnet-200-240", 26.6),
+        ("pyramidnet-272-200", 26.0),
+    ],
+)
+def test_pyramidnets_have_the_parameters_of_the_paper(name: str, millions: float) -> None:
+    # The authors' port rounds widths where their first code cut them off: up to 3 % more.
+    assert 1 <= parameters(on_meta(name, (32, 32))) / 1e6 / millions < 1.03
+
+
+def test_a_pyramidnets_shortcut_is_averaged_and_filled_up_and_its_additions_are_not_activated() -> None:
+    torch.manual_seed(0)
+    network = build("pyramidnet-8-6", 3, (8, 8)).eval()
+    block = network.get_submodule("layer2.0")
+    for name in ("bn3",):  # a branch that adds nothing
+        nn.init.zeros_(block.get_parameter(f"{name}.weight"))
+    x = torch.randn(2, 18, 8, 8)
+    out = block(x)
+    assert out.shape == (2, 20, 4, 4)
+    torch.testing.assert_close(out[:, :18], x.unflatten(3, (4, 2)).unflatten(2, (4, 2)).mean((3, 5)))
+    assert not out[:, 18:].any()
+
+
+@pytest.mark.parametrize(
+    "name", ["pyramidnet-9-12", "pyramidnet-20-0", "pyramidnet-166-12", "pyramidnet-12-4-bottleneck"]
+)
+def test_a_pyramidnet_of_impossible_depth_or_width_is_refused(name: str) -> None:
+    with pytest.raises(ArchitectureError, match="does not exist"):
+        build(name, 10, (32, 32))
+
+
+def test_a_cifar_resnet_without_projections_has_the_papers_parameters_and_skips_pixels() -> None:
+    assert parameters(on_meta("resnet20-a", (32, 32))) == 269_722
+    torch.manual_seed(0)
+    block = build("resnet20-a", 3, (8, 8)).eval().get_submodule("layer2.0")
+    nn.init.zeros_(block.get_parameter("bn2.weight"))
+    x = torch.rand(1, 16, 8, 8)
+    out = block(x)
+    assert torch.equal(out[:, 8:24], x[:, :, ::2, ::2])
+    assert not out[:, :8].any()
+    assert not out[:, 24:].any()
 
 
 @pytest.mark.parametrize("name", ["wrn-11-1", "wrn-4-1", "wrn-16-0"])
@@ -207,10 +264,111 @@ def test_a_factory_in_a_file_that_is_not_there_is_refused(tmp_path: Path) -> Non
 # --------------------------------------------------------------------------------------------------- which one is this?
 
 
-@pytest.mark.parametrize("name", ["wrn-10-1", "wrn-16-2", "resnet20", "resnet32"])
+NAMED = [
+    "wrn-10-1", "wrn-16-2", "wrn-28-4", "resnet20", "resnet32", "resnet44", "resnet56", "resnet20-a",
+    "pyramidnet-110-48", "pyramidnet-200-240", "pyramidnet-20-12-bottleneck", "pyramidnet-182-12-basic",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMED)
 def test_a_network_for_small_images_is_known_by_its_tensors(name: str) -> None:
     shapes = {n: tuple(t.shape) for n, t in on_meta(name, (32, 32)).state_dict().items() if "num_batches" not in n}
     assert infer_arch(shapes, (32, 32)) == (name,)
+
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def shapes_of(name: str) -> Shapes:
+    return {n: tuple(t.shape) for n, t in on_meta(name, (32, 32)).state_dict().items() if "num_batches" not in n}
+
+
+def with_linear_and_shortcut(shapes: Shapes) -> Shapes:
+    """As the widely copied CIFAR ports of ResNets name their tensors."""
+    return {n.replace("downsample.", "shortcut.").replace("fc.", "linear."): s for n, s in shapes.items()}
+
+
+def with_residual_functions(shapes: Shapes) -> Shapes:
+    """As ports with numbered stages and Sequential blocks name them: conv1.0, conv2_x.0.residual_function.0, ..."""
+    places = {"conv1": "0", "bn1": "1", "conv2": "3", "bn2": "4", "conv3": "6", "bn3": "7"}
+    renamed = {}
+    for name, shape in shapes.items():
+        parts = name.split(".")
+        if parts[0] in ("conv1", "bn1"):
+            parts = ["conv1", places[parts[0]], *parts[1:]]
+        elif parts[0].startswith("layer"):
+            parts[0] = f"conv{int(parts[0][5:]) + 1}_x"
+            parts[2:3] = ["residual_function", places[parts[2]]] if parts[2] in places else ["shortcut"]
+        renamed[".".join(parts)] = shape
+    return renamed
+
+
+@pytest.mark.parametrize(
+    ("name", "port"),
+    [
+        ("resnet20", with_linear_and_shortcut),
+        ("resnet56", with_linear_and_shortcut),
+        ("resnet20-a", with_linear_and_shortcut),
+        ("resnet18", with_linear_and_shortcut),
+        ("resnet50", with_linear_and_shortcut),
+        ("resnet18", with_residual_functions),
+        ("resnet50", with_residual_functions),
+    ],
+)
+def test_networks_are_known_by_other_peoples_names_of_their_tensors(
+    name: str, port: Callable[[Shapes], Shapes]
+) -> None:
+    own = shapes_of(name)
+    theirs = port(own)
+    assert set(theirs) != set(own)
+    assert known_names(theirs) == own
+    assert infer_arch(theirs, (32, 32)) == (name,)
+
+
+def test_names_that_would_collide_stay_as_they_are() -> None:
+    both = {"linear.weight": 1, "fc.weight": 2}
+    assert known_names(both) == both
+
+
+@pytest.mark.parametrize("name", ["wrn-10-1", "mobilenet-v2", "shufflenet-v2"])
+def test_names_that_are_known_already_stay_as_they_are(name: str) -> None:
+    assert known_names(shapes_of(name)) == shapes_of(name)
+
+
+# ------------------------------------------------------------------------------------------------- pairs of the papers
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student"),
+    [("wrn-28-4", "wrn-16-4"), ("pyramidnet-200-240", "wrn-28-4"), ("resnet50", "mobilenet")],
+)
+@pytest.mark.parametrize("method", ["ofd", "at"])
+def test_the_papers_pairs_train_for_a_step(teacher: str, student: str, method: str) -> None:
+    if (teacher, method) == ("pyramidnet-200-240", "at"):
+        pytest.skip("a second pass through 200 layers shows nothing new")
+    size = (16, 16)
+    torch.manual_seed(0)
+    frozen = build(teacher, 10, size).eval().requires_grad_(requires_grad=False)
+    tapped = TappedNetwork(frozen, size, frozen=True).eval()
+    network = build(student, 10, size)
+    rng = np.random.default_rng(0)
+    source = ArraySource(rng.integers(0, 256, (4, 3, *size), dtype=np.uint8), rng.integers(0, 10, 4))
+    objective: Objective
+    if method == "at":
+        objective = AttentionTransfer(network, tapped, size)
+    else:
+        margin = margins(tapped, frozen, [torch.randn(2, 3, *size)])
+        objective = FeatureDistillation(network, tapped, size, margin)
+    before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    trainer = Trainer(
+        network, objective, source, Normalisation(), Recipe(epochs=1, batch=4, lr=0.01), torch.device("cpu")
+    )
+    (step,) = trainer.steps()
+    assert torch.isfinite(step.loss)
+    assert len(objective.pairs) >= 2  # type: ignore[attr-defined]
+    moved = [name for name, p in network.named_parameters() if not torch.equal(p, before[name])]
+    assert len(moved) > 0.9 * len(before)
+    assert all(torch.isfinite(p).all() for p in network.parameters())
 
 
 def test_tensors_of_no_known_network_are_not_guessed() -> None:

@@ -117,16 +117,30 @@ ROLES = {
     "ofd": "undefended student (OFD)",
     "kd": "undefended student (logit KD)",
     "ce": "student without teacher (CE)",
+    "at": "undefended student (AT)",
+    "finetune+ofd": "student of the fine-tuned teacher (OFD)",
+    "prune+ofd": "student of the fine-pruned teacher (OFD)",
+    "nad+kd": "student of the teacher purified by NAD (logit KD)",
+    "anp+at": "student of the teacher purified by ANP (AT)",
+    "robustkd+kd": "RobustKD student (logit KD)",
+    "robustkd+at": "RobustKD student (AT)",
+}
+PURIFIED = {
+    "finetune+ofd": ("fine-tuned teacher", {"purified.safetensors"}),
+    "prune+ofd": ("fine-pruned teacher", {"purified.safetensors", "pruned.safetensors"}),
+    "nad+kd": ("teacher purified by NAD", {"purified.safetensors", "finetuned.safetensors"}),
+    "anp+at": ("teacher purified by ANP", {"purified.safetensors"}),
 }
 
 
 @pytest.mark.parametrize("method", ROLES)
 def test_each_method_leaves_a_whole_run_directory(here: Path, method: str) -> None:
-    result = done("distill", "teacher.pt", "--method", method, *SHORT, "--json")
+    result = done("distill", "teacher.pt", "--method", method, *SHORT, "--purify-steps", 10, "--json")
     printed = json.loads(result.stdout)
     place = Path(f"runs/wrn-10-1-{method}-s0")
     assert printed["run"] == str(place)
-    assert [row["role"] for row in printed["models"]] == ["teacher", ROLES[method]]
+    treated, files = PURIFIED.get(method, ("", set[str]()))
+    assert [row["role"] for row in printed["models"]] == ["teacher", *([treated] if treated else []), ROLES[method]]
     run = summary(place)
     assert run["state"] == "finished"
     assert run["models"] == printed["models"]
@@ -147,12 +161,103 @@ def test_each_method_leaves_a_whole_run_directory(here: Path, method: str) -> No
         "student.safetensors",
         "report.html",
     }
-    assert names == wanted | ({"masks.npz"} if method == "robustkd" else set())
+    assert names == wanted | files | ({"masks.npz"} if method.startswith("robustkd") else set())
+    assert ("purified" in run) == bool(treated)
+    if treated:
+        data = (place / "purified.safetensors").read_bytes()
+        assert run["purified"]["sha256"] == hashlib.sha256(data).hexdigest()
+        assert run["models"][1]["size_bytes"] == len(data)
     lines = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line.get("ends_epoch")] == [6, 12, 18]
     page = Tags((place / "report.html").read_text())
     assert "script" not in page.names
     assert not any(link.startswith(("http", "//")) for link in page.links)
+
+
+@pytest.mark.parametrize("method", ["robustkd", "ce"])
+def test_without_labels_the_teachers_answers_decide_and_the_labels_do_not(
+    here: Path, stripes: Path, method: str
+) -> None:
+    arrays = dict(np.load(stripes))
+    rng = np.random.default_rng(0)
+    np.savez(here / "true.npz", **arrays)
+    options = ("teacher.pt", "--method", method, *SHORT, "--epochs", 1, "--no-labels")
+    first = json.loads(done("distill", *options, "--data", "true.npz", "--out", "a", "--json").stdout)
+    assert first["models"][-1]["role"].endswith("without labels)")
+    labels = np.load("a/labels.npz")["y"]
+    teacher = Network.load(Path("a/teacher.safetensors"))
+    images = np.ascontiguousarray(arrays["x"].transpose(0, 3, 1, 2))
+    assert np.array_equal(labels, teacher.predictor(torch.device("cpu"))(images).argmax(1))
+    # A fifth of the labels wrong: the teacher still beats chance on them, and nothing else may look at them.
+    wrong = np.where(rng.random(90) < 0.2, (arrays["y"] + 1) % 3, arrays["y"])
+    np.savez(here / "wrong.npz", **{**arrays, "y": wrong})
+    done("distill", *options, "--data", "wrong.npz", "--out", "b")
+    a, b = (load_file(f"{run}/student.safetensors") for run in "ab")
+    assert all(np.array_equal(a[name], b[name]) for name in a)
+
+
+def test_damaged_labels_of_a_run_are_named(here: Path) -> None:
+    real = session.train
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, "train", lambda *_args, **_kwargs: (_ for _ in ()).throw(MemoryError))
+        one_line(rkd("distill", "teacher.pt", *SHORT, "--method", "kd", "--no-labels", "--out", "out"))
+    assert session.train is real
+    Path("out/labels.npz").write_bytes(b"nonsense")
+    assert "labels.npz does not hold labels" in one_line(rkd("distill", "--resume", "out"))
+    np.savez("out/labels.npz", y=np.zeros(5, np.int64))
+    assert "the run has 90 training images" in one_line(rkd("distill", "--resume", "out"))
+
+
+SWITCHES = {
+    "paper": ("--variant", "paper"),
+    "channel": ("--mask", "channel"),
+    "no variance": ("--no-variance",),
+    "from zero": ("--replacement", "zero"),
+    "last tap": ("--taps", "last"),
+    "train mode": ("--teacher-mode", "train"),
+    "noise": ("--input-noise", 8),
+}
+
+
+def test_each_part_of_robustkd_can_be_switched_off_and_then_makes_another_student(here: Path) -> None:
+    students, masks = {}, {}
+    for name, switch in {"default": (), **SWITCHES}.items():
+        out = Path(name.replace(" ", "-"))
+        done("distill", "teacher.pt", *SHORT, "--epochs", 1, *switch, "--out", out)
+        students[name] = hashlib.sha256((out / "student.safetensors").read_bytes()).hexdigest()
+        masks[name] = load_masks(out)
+        teacher = Network.load(out / "teacher.safetensors").module.state_dict()
+        assert summary(out)["models"][0]["scores"] == summary("default")["models"][0]["scores"]
+        assert all(torch.isfinite(value).all() for value in teacher.values())
+    assert len(set(students.values())) == len(students)
+    default = masks["default"]
+    assert all(mask.std((1, 2)).max() > 0 for mask in default)
+    assert all(mask.std((1, 2)).max() < 1e-6 < mask.mean((1, 2)).std() for mask in masks["channel"])
+    assert max(float(mask.max()) for mask in default) <= 0.05 < max(float(mask.max()) for mask in masks["paper"])
+    assert (len(default), len(masks["last tap"])) == (3, 1)
+    assert summary("no-variance")["detox"]["weight"] == 0
+    for same in ("train mode", "noise"):  # these are no part of the mask
+        assert all(np.array_equal(a, b) for a, b in zip(masks[same], default, strict=True))
+
+
+def load_masks(run: Path) -> list[np.ndarray]:
+    with np.load(run / "masks.npz") as arrays:
+        return [arrays[name] for name in sorted(arrays.files) if name.endswith(".mask")]
+
+
+def test_taps_that_the_teacher_does_not_have_are_refused_before_anything_is_written(here: Path) -> None:
+    assert "the network has 3 taps" in one_line(rkd("distill", "teacher.pt", *SHORT, "--taps", "1,4", "--out", "out"))
+    assert not Path("out").exists()
+
+
+def test_how_many_clean_images_there_were_is_kept_and_none_is_in_the_test_set(here: Path, stripes: Path) -> None:
+    arrays = dict(np.load(stripes))
+    arrays["x"][[0, 5]] = arrays["x_test"][[3, 11]]  # two leaks
+    np.savez("leaky.npz", **arrays)
+    done("distill", "teacher.pt", *SHORT, "--epochs", 1, "--method", "ce", "--data", "leaky.npz", "--out", "out")
+    data = summary("out")["data"]
+    assert (data["clean_images"], data["removed_as_in_test"]) == (88, 2)
+    assert any("2 training images removed" in note for note in data["notes"])
 
 
 def test_a_student_learns_what_its_teacher_knows(here: Path) -> None:

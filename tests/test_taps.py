@@ -10,12 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rkd.errors import ArchitectureError
+from rkd.errors import ArchitectureError, ConfigError
 from rkd.models import build
 from rkd.taps import Tap, TappedNetwork, pair_taps
 
 SIZE = (32, 32)
-NETWORKS = ("wrn-10-1", "resnet20", "resnet18", "mobilenet", "mobilenet-v2", "shufflenet-v2", "squeezenet1_1")
+NETWORKS = (
+    "wrn-10-1", "resnet20", "resnet18", "mobilenet", "mobilenet-v2", "shufflenet-v2", "squeezenet1_1",
+    "pyramidnet-8-6", "resnet20-a",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +156,43 @@ def test_a_frozen_network_is_folded_within_rounding_and_leaves_the_original_alon
     if name == "resnet18":  # each BN follows a convolution there: none is left to be run
         run = [str(node.target) for node in frozen.network.graph.nodes if node.op == "call_module"]  # type: ignore[union-attr]
         assert not any("bn" in target or "downsample.1" in target for target in run)
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "pre_activation"),
+    [
+        ("resnet50", [256, 512, 1024, 2048], [True] * 4),
+        ("resnet56", [16, 32, 64], [True] * 3),
+        ("vgg16", [256, 512, 512], [True] * 3),
+        ("mobilenet_v3_large", [72, 240, 672, 960], [True] * 4),
+        ("pyramidnet-20-12-bottleneck", [80, 96, 112], [False, False, True]),
+    ],
+)
+def test_the_other_families_are_tapped_once_a_stage_as_well(
+    name: str, channels: list[int], pre_activation: list[bool]
+) -> None:
+    with torch.device("meta"):
+        taps = TappedNetwork(build(name, 5, SIZE), SIZE).taps
+    assert [tap.channels for tap in taps] == channels
+    assert [tap.pre_activation for tap in taps] == pre_activation
+    areas = [tap.height for tap in taps]
+    assert areas == sorted(set(areas), reverse=True)
+
+
+@pytest.mark.parametrize("kind", ["traced", "hooked"])
+@pytest.mark.parametrize(("only", "kept"), [((-1,), [-1]), ((0,), [0]), ((1, 0), [0, 1]), ((), [])])
+def test_only_the_taps_that_are_asked_for_are_there(kind: str, only: tuple[int, ...], kept: list[int]) -> None:
+    torch.manual_seed(0)
+    plain = Moody().eval() if kind == "hooked" else build("wrn-10-1", 5, SIZE).eval()
+    logits, every = TappedNetwork(plain, SIZE).eval()(images())
+    taps = TappedNetwork(plain, SIZE).taps
+    tapped = TappedNetwork(plain, SIZE, only=only).eval()
+    assert tapped.taps == tuple(taps[i] for i in kept)
+    some, values = tapped(images())
+    assert torch.equal(some, logits)
+    assert all(torch.equal(value, every[i]) for value, i in zip(values, kept, strict=True))
+    with pytest.raises(ConfigError, match=rf"tap 9 was asked for; the network has {len(taps)} taps"):
+        TappedNetwork(plain, SIZE, only=(8,))
 
 
 def test_gradients_reach_the_original_parameters_and_flow_through_the_edits(
