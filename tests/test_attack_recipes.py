@@ -173,7 +173,9 @@ def test_the_poisoned_neurons_are_those_that_the_target_class_drives(stripes: Pa
     neurons = poisoned_neurons(lab, network)
     images, labels = data.train.batch(np.arange(90))
     with torch.no_grad():
-        features = TappedNetwork(network.module, network.size).eval()(network.normalisation(torch.from_numpy(images)))[1]
+        features = TappedNetwork(network.module, network.size).eval()(network.normalisation(torch.from_numpy(images)))[
+            1
+        ]
     response = features[-1].mean((2, 3)).numpy()
     there, elsewhere = response[labels == 2], response[labels != 2]
     preference = (there.mean(0) - elsewhere.mean(0)) / elsewhere.std(0, ddof=1)
@@ -211,9 +213,7 @@ def test_adba_trains_teacher_and_shadow_and_moves_the_trigger_inside_its_bounds(
     assert np.array_equal(trigger.mask[0], trigger.mask[2])
 
 
-def test_adbas_shadow_learns_from_the_teacher_on_clean_images_only(
-    twin: Network, batch: tuple[Tensor, Tensor]
-) -> None:
+def test_adbas_shadow_learns_from_the_teacher_on_clean_images_only(twin: Network, batch: tuple[Tensor, Tensor]) -> None:
     grads = []
     for target in (3, 5):
         objective, _, shadow, _ = together(twin, 100)

@@ -11,7 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from rkd.attacks import PoisonedSource, backweak_trigger, badnets_trigger
+from rkd.attacks.backweak import backweak_trigger
+from rkd.attacks.badnets import badnets_trigger
+from rkd.attacks.poison import PoisonedSource
 from rkd.attacks.session import CLEAN, TRIGGER, TeacherSettings, make_teacher, start_teacher
 from rkd.data import ArraySource, FolderSource
 from rkd.errors import CheckpointError, ConfigError, RunError

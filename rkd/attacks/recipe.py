@@ -110,6 +110,7 @@ class Fit:
         freeze_last: keep the last layer as it is.
         trigger: what the trigger became, where the objective learns it too.
         shadow: train the attacker's small network instead of the teacher's.
+        rate: what a fine-tune's learning rate is multiplied by.
     """
 
     makes: str = TEACHER
@@ -120,6 +121,7 @@ class Fit:
     freeze_last: bool = False
     trigger: Callable[[Lab, Objective], Trigger] | None = None
     shadow: bool = False
+    rate: float = 1.0
 
     def run(self, lab: Lab) -> None:
         """See `Stage`."""
@@ -127,7 +129,7 @@ class Fit:
         tuned = bool(self.start) and (self.start != CLEAN or settings.finetuned > 0)
         if tuned:
             network = lab.load(self.start)
-            recipe = lab.recipe(max(1, settings.finetuned), settings.finetune_rate, settings.seed + 1)
+            recipe = lab.recipe(max(1, settings.finetuned), self.rate * settings.finetune_rate, settings.seed + 1)
         else:
             network = lab.fresh(settings.shadow if self.shadow else settings.arch)
             recipe = lab.recipe(settings.epochs, settings.lr, settings.seed)
