@@ -58,8 +58,9 @@ def read_private(path: Path) -> Ed25519PrivateKey:
         MissingExtraError: `cryptography` is not installed.
     """
     _, ed25519, serialization = _library()
+    data = _read(path)
     try:
-        key: Any = serialization.load_pem_private_key(_read(path), password=None)
+        key: Any = serialization.load_pem_private_key(data, password=None)
     except Exception as error:  # ValueError, TypeError (encrypted), UnsupportedAlgorithm
         why = "it is encrypted" if isinstance(error, TypeError) else _line(error)
         raise SigningError(

@@ -7,6 +7,7 @@ import json
 import random
 import re
 import struct
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,8 @@ import pytest
 from rkd.bundle import Bundle, evaluation_bytes, parse_bundle, read_bundle, write_bundle
 from rkd.errors import BundleError, StorageError
 from rkd.files import sha256, to_json
+from rkd.ledger import Ledger, Step
+from rkd.signing import make_keys, read_private, read_public
 from rkd.target import load_target
 from rkd.triggers import Trigger
 
@@ -357,6 +360,129 @@ def test_a_trigger_that_is_none_is_refused_by_name() -> None:
     content = {"model.onnx": b"m", "eval.npz": b"", "triggers/a.npz": b"text"}
     with pytest.raises(BundleError, match=r"triggers/a\.npz"):
         parse_bundle(forge(content), ORIGIN).triggers()
+
+
+# ------------------------------------------------------------------------------------------------- signature, ledger
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("keys")
+    for name in ("mine", "other"):
+        make_keys(folder / f"{name}.key", folder / f"{name}.pub")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def signed(tmp_path_factory: pytest.TempPathFactory, keys: Path) -> bytes:
+    """Small, so that each of its bytes can be flipped."""
+    path = tmp_path_factory.mktemp("signed") / ORIGIN.name
+    small = {"model.onnx": b"model", "eval.npz": evaluation_bytes(*images())}
+    write_bundle(path, head(), small, read_private(keys / "mine.key"))
+    return path.read_bytes()
+
+
+def test_a_signed_bundle_is_read_and_its_signer_is_known(signed: bytes, keys: Path) -> None:
+    bundle = parse_bundle(signed, ORIGIN)
+    mine = read_public(keys / "mine.pub")
+    signer = bundle.verify_signature(mine)
+    assert signer is not None
+    assert signer == bundle.verify_signature()
+    assert set(bundle.members) == {"model.onnx", "eval.npz"}
+    with pytest.raises(BundleError, match="signed by another key"):
+        bundle.verify_signature(read_public(keys / "other.pub"))
+
+
+def test_an_unsigned_bundle_does_not_pass_for_a_signed_one(good: bytes, keys: Path) -> None:
+    bundle = parse_bundle(good, ORIGIN)
+    assert bundle.verify_signature() is None
+    with pytest.raises(BundleError, match="is not signed"):
+        bundle.verify_signature(read_public(keys / "mine.pub"))
+
+
+def test_each_flipped_byte_of_a_signed_bundle_is_refused_without_cryptography(
+    signed: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "cryptography", None)
+    named = set()
+    for at in range(len(signed)):
+        changed = bytearray(signed)
+        changed[at] ^= 0x01
+        with pytest.raises(BundleError) as caught:
+            parse_bundle(bytes(changed), ORIGIN)
+        named |= {
+            name for name in ("manifest.json", "manifest.sig", "model.onnx", "eval.npz") if name in str(caught.value)
+        }
+    assert named == {"manifest.json", "manifest.sig", "model.onnx", "eval.npz"}
+
+
+def test_a_signature_does_not_fit_another_manifest(signed: bytes, keys: Path) -> None:
+    entries = dict(entries_of(signed))
+    entries["manifest.json"] = entries["manifest.json"].replace(b'"cat"', b'"car"')
+    comment = " ".join(sha256(entries[name]) for name in ("manifest.json", "manifest.sig")).encode()
+    forged = parse_bundle(pack(list(entries.items()), comment), ORIGIN)
+    with pytest.raises(BundleError, match="does not fit its manifest"):
+        forged.verify_signature(read_public(keys / "mine.pub"))
+
+
+def test_a_signature_of_another_length_is_refused(signed: bytes) -> None:
+    entries = dict(entries_of(signed))
+    entries["manifest.sig"] += b"0"
+    comment = " ".join(sha256(entries[name]) for name in ("manifest.json", "manifest.sig")).encode()
+    assert "manifest.sig does not match" in refusal(pack(list(entries.items()), comment))
+
+
+def holding(ledger: bytes) -> Bundle:
+    """A bundle with this ledger, its members in their order."""
+    rest = members()
+    names = ("model.onnx", "eval.npz", "ledger.npz", "triggers/other.npz", "triggers/patch.npz")
+    return parse_bundle(forge({name: ledger if name == "ledger.npz" else rest[name] for name in names}), ORIGIN)
+
+
+def with_ledger(**labels: np.ndarray) -> bytes:
+    truth = images()[1]
+    step = {"clean": truth, "trigger other": truth, "trigger patch": truth}
+    return Ledger(truth, (Step("student", step), Step("int8", {**step, **labels}))).to_bytes()
+
+
+def test_the_ledger_travels() -> None:
+    ledger = holding(with_ledger()).ledger()
+    assert ledger is not None
+    assert [step.name for step in ledger.steps] == ["student", "int8"]
+
+
+def test_a_bundle_without_a_ledger_has_none(good: bytes) -> None:
+    assert parse_bundle(good, ORIGIN).ledger() is None
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"text", "is not a ledger"),
+        (with_ledger(clean=images()[1] + 1), "holds labels from 0 to 3"),
+        (with_ledger(clean=images()[1] - 1), "holds labels from -1 to"),
+        (Ledger(images()[1][:5], (Step("student", {"clean": images()[1][:5]}),)).to_bytes(), "about other images"),
+        (Ledger(images()[1], (Step("student", {"clean": images()[1]}),)).to_bytes(), "about other triggers"),
+    ],
+    ids=["text", "label too high", "label too low", "other images", "other triggers"],
+)
+def test_a_ledger_that_does_not_fit_is_refused(data: bytes, message: str) -> None:
+    with pytest.raises(BundleError, match=message):
+        holding(data).ledger()
+
+
+@pytest.mark.parametrize("forced", [[], "ACC", [3], None])
+def test_what_was_forced_must_be_lines(forced: Any) -> None:
+    content = {"model.onnx": b"m", "eval.npz": b""}
+    made = to_json({"format": 1, **head(), "members": listing(content), "forced": forced})
+    assert "forced" in refusal(forge(content, made))
+
+
+def test_what_was_forced_is_told() -> None:
+    content = {"model.onnx": b"m", "eval.npz": b""}
+    made = to_json({"format": 1, **head(), "members": listing(content), "forced": ["ACC falls"]})
+    assert parse_bundle(forge(content, made), ORIGIN).forced == ("ACC falls",)
+    assert parse_bundle(forge(content), ORIGIN).forced == ()
 
 
 # ------------------------------------------------------------------------------------------------------ mutations

@@ -9,11 +9,20 @@ from typing import Any
 import pytest
 
 from rkd.errors import StorageError, TargetError
-from rkd.target import Target, builtin_targets, load_target
+from rkd.target import Target, builtin_targets, load_target, version
 
 GOOD: dict[str, Any] = {
     "name": "my-board", "summary": "mine", "board": "a board", "runtime": "onnxruntime", "precision": "fp32",
     "provider": "CPUExecutionProvider", "opset": 20, "max_batch": 8, "needs": "nothing",
+}  # fmt: skip
+
+
+RECIPE: dict[str, Any] = {
+    "activations": "uint8", "weight_bits": 7, "bias": "int32", "operators": ["Conv"], "rest": "fp32",
+    "calibrators": ["minmax"], "images": 64, "min_agreement": 98.0,
+}  # fmt: skip
+BUILT_IN = {
+    "jetson-fp32", "jetson-fp16", "jetson-int8", "rtx-fp16", "ort-cpu", "ort-cpu-int8", "ort-cuda-fp16", "raspberry-pi"
 }  # fmt: skip
 
 
@@ -31,7 +40,7 @@ def refusal(**changes: Any) -> str:
 
 def test_the_built_in_targets_are_those_of_their_files() -> None:
     found = builtin_targets()
-    assert {"ort-cpu", "jetson-fp16"} <= set(found)
+    assert set(found) == BUILT_IN
     assert list(found) == sorted(found)
     folder = Path(__file__).resolve().parents[1] / "targets"
     assert set(found) == {path.stem for path in folder.glob("*.toml")}
@@ -48,13 +57,17 @@ def test_a_profile_survives_the_bundle() -> None:
 def test_a_file_of_your_own_works_the_same_way(tmp_path: Path) -> None:
     (tmp_path / "my-board.toml").write_text(toml(GOOD))
     target = load_target(str(tmp_path / "my-board.toml"))
-    assert target.to_json() == {**GOOD, "workspace_mib": 0}
+    defaults = {
+        "acc_budget": 1.0, "asr_budget": 1.0, "min_version": "", "below_version": "", "compute": [], "workspace_mib": 0,
+        "opt_batch": 1,
+    }  # fmt: skip
+    assert target.to_json() == {**GOOD, **defaults}
 
 
 def test_an_unknown_name_is_answered_with_the_one_that_was_meant_or_with_all() -> None:
     with pytest.raises(TargetError, match="'jetson-fp61'; did you mean jetson-fp16"):
         load_target("jetson-fp61")
-    with pytest.raises(TargetError, match=r"jetson-fp16, ort-cpu.* or a \.toml file"):
+    with pytest.raises(TargetError, match=r"jetson-fp16, .*ort-cpu.* or a \.toml file"):
         load_target("quantum")
     with pytest.raises(TargetError):
         load_target("")
@@ -90,8 +103,8 @@ def test_an_unknown_key_is_answered_with_the_one_that_was_meant() -> None:
         ({"name": "../x"}, "lower-case"),
         ({"name": "a\n"}, "lower-case"),
         ({"name": "a" * 65}, "lower-case"),
-        ({"runtime": "coreml"}, "expected one of onnxruntime, tensorrt"),
-        ({"precision": "int4"}, "expected one of fp32, fp16"),
+        ({"runtime": "coreml"}, "expected one of onnxruntime, tensorrt, tensorrt-rtx"),
+        ({"precision": "int4"}, "expected one of fp32, fp16, int8"),
         ({"precision": "fp16"}, "use fp32"),
         ({"opset": 17}, "opset 17"),
         ({"opset": 25}, "opset 25"),
@@ -101,10 +114,73 @@ def test_an_unknown_key_is_answered_with_the_one_that_was_meant() -> None:
         ({"runtime": "tensorrt"}, "tensorrt has none"),
         ({"workspace_mib": -1}, "workspace_mib -1"),
         ({"workspace_mib": 2**21}, "workspace_mib"),
+        ({"workspace_mib": 64}, "workspace_mib is TensorRT's"),
+        ({"opt_batch": 9}, "opt_batch 9: expected 1 to max_batch, which is 8"),
+        ({"opt_batch": 0}, "opt_batch 0"),
+        ({"acc_budget": -0.1}, "acc_budget -0.1"),
+        ({"asr_budget": 101}, "asr_budget 101"),
+        ({"asr_budget": float("nan")}, "asr_budget nan"),
+        ({"min_version": "new"}, "min_version 'new'"),
+        ({"min_version": "10.3", "below_version": "9"}, "min_version 10.3 is not below"),
+        ({"compute": ["sm87"]}, "compute 'sm87': expected capabilities such as '8.7'"),
+        ({"compute": ["8.7"]}, "compute is for CUDA devices"),
+        ({"compute": [8.7]}, "expected a list of texts"),
+        ({"compute": "8.7"}, "expected a list of texts"),
+        ({"precision": "int8"}, "without a table [quantisation]"),
+        ({"quantisation": RECIPE}, "precision fp32 with a table [quantisation]"),
+        ({"quantisation": 3}, "expected a table"),
     ],
 )
 def test_impossible_values_and_combinations_are_refused(changes: dict[str, Any], said: str) -> None:
     assert said in refusal(**changes)
+
+
+def test_a_recipe_survives_the_bundle_and_whole_numbers_may_stand_for_shares() -> None:
+    target = Target.from_mapping({**GOOD, "precision": "int8", "quantisation": RECIPE, "acc_budget": 2}, "mine")
+    assert target.acc_budget == 2.0
+    assert target.quantisation is not None
+    assert target.to_json()["quantisation"] == RECIPE
+    assert Target.from_mapping(target.to_json(), "again") == target
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        ({"weight_bits": 4}, "weight_bits 4"),
+        ({"operators": []}, "operators []"),
+        ({"operators": ["Add"]}, "expected Conv, Gemm or both"),
+        ({"operators": ["Conv", "Softmax"]}, "expected Conv, Gemm or both"),
+        ({"calibrators": []}, "calibrators []"),
+        ({"calibrators": ["entropy"]}, "expected minmax, mse or percentile-99.99"),
+        ({"calibrators": ["percentile-9"]}, "calibrators"),
+        ({"images": 15}, "images 15"),
+        ({"min_agreement": 101.0}, "min_agreement 101"),
+        ({"rest": "fp16"}, "use fp32"),
+        ({"activations": "int4"}, "expected one of int8, uint8"),
+        ({"calibrator": ["mse"]}, "quantisation: unknown key 'calibrator'; did you mean 'calibrators'?"),
+        ({"bias": None}, "quantisation: 'bias' is missing"),
+    ],
+)
+def test_impossible_recipes_are_refused(recipe: dict[str, Any], said: str) -> None:
+    changed = {key: value for key, value in {**RECIPE, **recipe}.items() if value is not None}
+    assert said in refusal(precision="int8", quantisation=changed)
+
+
+@pytest.mark.parametrize(
+    "change", [{"activations": "uint8"}, {"bias": "int32"}, {"weight_bits": 7}], ids=lambda change: next(iter(change))
+)
+def test_a_recipe_that_tensorrt_rejects_is_refused(change: dict[str, Any]) -> None:
+    good = {**RECIPE, "activations": "int8", "bias": "float", "weight_bits": 8, "rest": "fp16"}
+    board = {"precision": "int8", "runtime": "tensorrt", "provider": ""}
+    assert Target.from_mapping({**GOOD, **board, "quantisation": good}, "mine").quantisation is not None
+    assert "tensorrt takes symmetric int8" in refusal(**board, quantisation={**good, **change})
+    assert "opset 18: FP16 scales" in refusal(**board, quantisation=good, opset=18)
+
+
+def test_versions_compare_as_numbers() -> None:
+    assert version("10.3") < version("10.13.3.9") < version("11.4.0.dev1") < version("12")
+    assert version("8.6.2") < version("10.3")
+    assert version("unknown") < version("1")
 
 
 def test_mutated_profiles_are_read_or_refused_and_nothing_else(tmp_path: Path) -> None:
