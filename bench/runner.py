@@ -4,8 +4,9 @@
     with open_runner(choice, bundle.model, "x.rkd") as runner:
         logits = runner.infer(images)  # uint8 (N, 3, H, W) -> float32 (N, classes)
 
-Only ONNX Runtime so far. A bundle for TensorRT is run on ONNX Runtime's CPU provider instead, and says so: its scores
-hold for the file, its latency says nothing about the board.
+ONNX Runtime, and TensorRT (`rkd.bench.tensorrt_runner`). Where a bundle for TensorRT meets a machine without it, or
+without a CUDA device, it is run on ONNX Runtime's CPU provider instead, and says so: its scores hold for the file, its
+latency says nothing about the board.
 
 ONNX Runtime is set up as a deployed program would set it up: its default graph optimisations, its default spinning of
 worker threads, one operator at a time, and as many threads as there are physical cores that this process may use.
@@ -14,8 +15,8 @@ worker threads, one operator at a time, and as many threads as there are physica
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from types import ModuleType, TracebackType
 from typing import Any, NamedTuple, Protocol
 
@@ -24,7 +25,11 @@ from numpy.typing import NDArray
 
 from rkd.bench.device import physical_cores
 from rkd.bench.external import refuse_external_data
+from rkd.bench.tensorrt_api import import_tensorrt
+from rkd.bench.tensorrt_engine import BuildOptions
+from rkd.bench.tensorrt_runner import TensorRtRunner, tensorrt_missing
 from rkd.errors import BundleError, ConfigError, MissingExtraError, RuntimeUnavailableError
+from rkd.progress import say
 from rkd.target import Runtime, Target
 
 INPUT, OUTPUT = "images", "logits"
@@ -40,9 +45,9 @@ class Identity:
     """What ran a model.
 
     Attributes:
-        runtime: `onnxruntime`.
+        runtime: `onnxruntime`, `tensorrt` or `tensorrt-rtx`.
         version: of the runtime.
-        providers: those in use, first choice first.
+        providers: those in use, first choice first; for TensorRT, the GPU and the types that its layers compute in.
         threads: that compute one operator.
         details: what else the runtime tells about itself, e.g. the precision of an engine's layers; name and text.
     """
@@ -63,12 +68,14 @@ class Choice:
         provider: ONNX Runtime's execution provider.
         threads: that compute one operator.
         instead: why this is not the target's runtime; empty where it is.
+        build: for TensorRT, the fields of `rkd.bench.tensorrt_engine.BuildOptions`.
     """
 
     runtime: Runtime
     provider: str
     threads: int
     instead: str = ""
+    build: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Stages(NamedTuple):
@@ -208,6 +215,46 @@ class OrtRunner:
             )
 
 
+class _TensorRt:
+    """A `TensorRtRunner` as a `Runner`."""
+
+    def __init__(self, model: bytes, choice: Choice, origin: str) -> None:
+        self._inner = TensorRtRunner(model, BuildOptions(**choice.build), origin, tell=say)
+        self._choice = choice
+        self._identity: Identity | None = None
+
+    @property
+    def identity(self) -> Identity:
+        if self._identity is None:
+            raise RuntimeError("the runner is not active")
+        return self._identity
+
+    def __enter__(self) -> _TensorRt:  # noqa: PYI034 - as above
+        inner = self._inner.__enter__()
+        gpu = inner.gpu
+        device = f"{gpu.name} (compute {gpu.compute})" if gpu else ""
+        layers = ", ".join(f"{count} in {kind}" for kind, count in inner.layer_types().items())
+        details = (("Layers", layers),) if layers else ()
+        providers = (device, inner.precision)
+        self._identity = Identity(self._choice.runtime, inner.version, providers, self._choice.threads, details)
+        return self
+
+    def infer(self, images: Images) -> Logits:
+        return self._inner.infer(images)
+
+    def stages(self) -> Stages:
+        found = self._inner.times()
+        return Stages(found.to_device_ms, found.compute_ms, found.to_host_ms)
+
+    def device_memory_bytes(self) -> int:
+        return self._inner.device_bytes
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._inner.__exit__(kind, error, trace)
+
+
 def choose_runner(target: Target, threads: int | None = None) -> Choice:
     """Which runtime measures a bundle on this machine.
 
@@ -226,7 +273,10 @@ def choose_runner(target: Target, threads: int | None = None) -> Choice:
     if target.runtime == "onnxruntime":
         _import_onnxruntime()
         return Choice("onnxruntime", target.provider, count)
-    why = "this version of rkd has no TensorRT runner"
+    build = BuildOptions.of(target)
+    why = tensorrt_missing(build)
+    if not why:
+        return Choice(target.runtime, "", count, build=asdict(build))
     try:
         _import_onnxruntime()
     except MissingExtraError as error:
@@ -238,13 +288,15 @@ def choose_runner(target: Target, threads: int | None = None) -> Choice:
         "onnxruntime",
         CPU_PROVIDER,
         count,
-        f"target runtime tensorrt is not available here ({why}): measured with ONNX Runtime on the CPU; latency says "
+        f"target runtime {target.runtime} is not available here ({why}): measured with ONNX Runtime on the CPU; latency says "
         "nothing about the board; ACC/ASR/RA hold for the file",
     )
 
 
 def open_runner(choice: Choice, model: bytes, origin: str) -> Runner:
     """The runner of a choice, not yet active; `origin` names the model in errors."""
+    if choice.runtime != "onnxruntime":
+        return _TensorRt(model, choice, origin)
     return OrtRunner(model, choice.provider, choice.threads, origin)
 
 
@@ -269,6 +321,8 @@ def import_runtime(choice: Choice) -> None:
     """
     if choice.runtime == "onnxruntime":
         _import_onnxruntime()
+    else:
+        import_tensorrt(choice.runtime)
 
 
 def _import_onnxruntime() -> ModuleType:

@@ -1,6 +1,8 @@
-"""The student's way to a board: torch -> ONNX -> precision -> parity -> bundle (workstation only).
+"""The student's way to a board: torch -> ONNX -> precision -> ledger -> bundle (workstation only).
 
-exporter = Exporter(network, choose_evaluation(dataset.test, seed), triggers)
+evaluation = choose_evaluation(dataset.test, seed)
+calibrate = lambda n: choose_calibration(dataset.train, evaluation[0], n, seed)     # for INT8
+exporter = Exporter(network, evaluation, triggers, calibrate=calibrate)
 for target in targets:
     report = exporter.write(target, name=run_name, chain=digests, folder=Path())
 """
@@ -14,12 +16,15 @@ from typing import TYPE_CHECKING
 from rkd.errors import MissingExtraError
 
 try:
+    from rkd.export.calibration import Calibration, choose_calibration
     from rkd.export.evaluation import choose_evaluation
     from rkd.export.exporter import Exporter, ExportReport, bundle_name
 except ImportError as error:
     raise MissingExtraError(error.name or "onnx", "train") from error
 
 if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
     from rkd.metrics import Images, Labels
     from rkd.network import Network
     from rkd.target import Target
@@ -36,6 +41,9 @@ def export_bundle(
     chain: Mapping[str, str],
     folder: Path,
     overwrite: bool = False,
+    calibrate: Callable[[int], Calibration] | None = None,
+    force: bool = False,
+    key: Ed25519PrivateKey | None = None,
     on_stage: Callable[[str], None] = lambda _stage: None,
 ) -> ExportReport:
     """Write one bundle for one target; see `Exporter`, which shares the work among several.
@@ -45,8 +53,16 @@ def export_bundle(
         ArchitectureError: the network does not run.
         StorageError: the disk said no.
     """
-    exporter = Exporter(network, evaluation, triggers, on_stage)
-    return exporter.write(target, name=name, chain=chain, folder=folder, overwrite=overwrite)
+    exporter = Exporter(network, evaluation, triggers, on_stage, calibrate)
+    return exporter.write(target, name=name, chain=chain, folder=folder, overwrite=overwrite, force=force, key=key)
 
 
-__all__ = ["ExportReport", "Exporter", "bundle_name", "choose_evaluation", "export_bundle"]
+__all__ = [
+    "Calibration",
+    "ExportReport",
+    "Exporter",
+    "bundle_name",
+    "choose_calibration",
+    "choose_evaluation",
+    "export_bundle",
+]

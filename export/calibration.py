@@ -16,7 +16,7 @@ import onnx
 from numpy.typing import NDArray
 
 from rkd.data import Source
-from rkd.errors import DataError
+from rkd.errors import DataError, ExportError
 from rkd.export.evaluation import stratified
 from rkd.export.onnx_model import INPUT, serialise
 from rkd.export.parity import session_of
@@ -93,8 +93,7 @@ def observe(model: bytes, tensors: Sequence[str], images: Images, seed: int = 0)
         seed: decides which values of large activations are kept.
 
     Raises:
-        ExportError: ONNX Runtime refuses the file.
-        DataError: an activation is not finite.
+        ExportError: ONNX Runtime refuses the file, or an activation is not finite.
     """
     shown = onnx.load_model_from_string(model)
     known = {value.name for value in shown.graph.output}
@@ -111,7 +110,7 @@ def observe(model: bytes, tensors: Sequence[str], images: Images, seed: int = 0)
         for name, values in zip(tensors, session.run(list(tensors), {INPUT: part}), strict=True):
             rows = values.reshape(len(part), -1)
             if not np.isfinite(rows).all():
-                raise DataError(f"activation {name} is NaN or infinite on a training image; distil again")
+                raise ExportError(f"activation {name} is NaN or infinite on a training image; distil again")
             if name not in picks:
                 size = rows.shape[1]
                 picks[name] = np.sort(rng.choice(size, _SAMPLES, replace=False)) if size > _SAMPLES else np.arange(size)
@@ -173,4 +172,4 @@ def _fresh(train: Source, count: int, forbidden: set[bytes], seed: int) -> tuple
 
 
 def _content(image: NDArray[np.uint8]) -> bytes:
-    return hashlib.sha256(np.ascontiguousarray(image)).digest()
+    return hashlib.sha256(image.tobytes()).digest()

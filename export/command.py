@@ -7,14 +7,16 @@ from pathlib import Path
 
 from rkd.cli import tables
 from rkd.data import Dataset
-from rkd.distill.session import config_digest, open_with_progress
+from rkd.distill.session import clean_budget, config_digest, open_with_progress
 from rkd.distill.settings import DistillSettings
 from rkd.errors import DataError, RunError
-from rkd.export import Exporter, ExportReport, choose_evaluation
+from rkd.export import Exporter, ExportReport, choose_calibration, choose_evaluation
 from rkd.files import sha256, storage_errors
+from rkd.ledger import pairs
 from rkd.network import Network
 from rkd.progress import say
 from rkd.run import STUDENT, TRIGGERS, Run
+from rkd.signing import read_private
 from rkd.target import load_target
 from rkd.triggers import Trigger
 
@@ -26,6 +28,8 @@ def export_command(
     *,
     eval_images: int,
     data: str,
+    sign: Path | None = None,
+    force: bool = False,
     overwrite: bool,
     json_output: bool,
 ) -> list[ExportReport]:
@@ -37,15 +41,19 @@ def export_command(
         folder: where the bundles go.
         eval_images: how many test images travel at most.
         data: where the data set is now; empty for where it was.
+        sign: a private key in PEM that signs the bundles.
+        force: write bundles that fail the target's budgets, marked.
         overwrite: replace existing bundles.
         json_output: print JSON instead of lines.
 
     Raises:
         RunError: no such run, or not finished, or its student was changed.
         DataError: the data is not what the run was made with.
+        SigningError: the key cannot be used.
         TargetError, ExportError, StorageError: see `Exporter.write`.
     """
     targets = [load_target(name) for name in target_names]
+    key = read_private(sign) if sign is not None else None
     run = Run.open(run_path) if run_path is not None else Run.newest(Path("runs"))
     student = _student(run)
     dataset = _data(run, data, student)
@@ -56,9 +64,15 @@ def export_command(
         "config": config_digest(run),
         "student": str(run.summary["student"]["sha256"]),
     }
-    exporter = Exporter(student, evaluation, triggers, on_stage=lambda stage: say(f"{stage} ..."))
+    train = clean_budget(dataset.train, run.setting("clean_budget"), run.setting("seed"))
+    exporter = Exporter(
+        student, evaluation, triggers, on_stage=lambda stage: say(f"{stage} ..."),
+        calibrate=lambda wanted: choose_calibration(train, evaluation[0], wanted, run.setting("seed")),
+    )  # fmt: skip
     reports = [
-        exporter.write(target, name=run.path.resolve().name, chain=chain, folder=folder, overwrite=overwrite)
+        exporter.write(
+            target, name=run.path.resolve().name, chain=chain, folder=folder, overwrite=overwrite, force=force, key=key
+        )
         for target in targets
     ]
     _print(run, reports, json_output=json_output)
@@ -94,6 +108,8 @@ def _print(run: Run, reports: Sequence[ExportReport], *, json_output: bool) -> N
             {
                 "path": str(r.path), "sha256": r.digest, "size_bytes": r.size_bytes, "model_bytes": r.model_bytes,
                 "student": r.student.to_json(), "exported": r.exported.to_json(), "agreement": r.parity.to_json(),
+                "flips": {f"{a.name} -> {b.name}": len(r.ledger.flips(a, b)) for a, b in pairs(r.ledger)},
+                "quantisation": r.quantised.to_json() if r.quantised else None, "forced": list(r.forced),
                 "seconds": dict(r.seconds),
             }
             for r in reports
@@ -102,6 +118,17 @@ def _print(run: Run, reports: Sequence[ExportReport], *, json_output: bool) -> N
         return
     for r in reports:
         tables.print_scores([("student in torch", r.student), (r.path.name, r.exported)])
+        for before, after in pairs(r.ledger):
+            flips = r.ledger.flips(before, after)
+            tables.say_next(f"{before.name} -> {after.name}: {len(flips)} of {r.ledger.decisions} decisions flip")
+        if r.quantised:
+            kept = ", ".join(r.quantised.kept) or "none"
+            tables.say_next(
+                f"INT8: calibrator {r.quantised.calibrator}; kept in higher precision, {len(r.quantised.kept)} of "
+                f"{r.quantised.layers} layers: {kept}"
+            )
+        for line in r.forced:
+            tables.say_next(f"FORCED: {line}")
         stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in r.seconds.items())
         tables.say_next(f"wrote {r.path}: {r.size_bytes / 1e6:.2f} MB, sha256 {r.digest[:16]}..., seconds: {stages}")
     tables.say_next(f"next: copy it to the board and run rkd bench there, or here: rkd bench {reports[0].path}")

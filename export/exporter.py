@@ -1,4 +1,4 @@
-"""From a student to one bundle a target: ONNX, precision, parity, bundle."""
+"""From a student to one bundle a target: ONNX, precision, ledger, bundle."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -16,16 +16,25 @@ import onnxruntime
 import torch
 
 from rkd import __version__
-from rkd.bundle import EVALUATION, MODEL, evaluation_bytes, write_bundle
+from rkd.bundle import EVALUATION, LEDGER, MODEL, evaluation_bytes, write_bundle
 from rkd.errors import ExportError
+from rkd.export.calibration import Calibration
+from rkd.export.mixed import Quantised, choose
 from rkd.export.onnx_model import INPUT, frozen, to_onnx
-from rkd.export.parity import HostRun, Parity, compare, host_run, predictor_of, require
+from rkd.export.parity import HostRun, Parity, compare, host_run, predictor_of, problems
 from rkd.export.precision import check_range, to_fp16
 from rkd.files import sha256
+from rkd.ledger import Ledger
 from rkd.metrics import Images, Labels, Scores
 from rkd.network import Network
-from rkd.target import Target
+from rkd.target import Quantisation, Target
 from rkd.triggers import Trigger
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+Calibrate = Callable[[int], Calibration]
+"""Draws training images: so many for the ranges of activations, and as many again to decide."""
 
 _BATCH = 64  # images at once on this machine
 _MAX_TRIGGERS = 100
@@ -43,6 +52,9 @@ class ExportReport:
         student: ACC, ASR and RA of the student in torch, on this machine.
         exported: the same of the exported file.
         parity: agreement and difference between the two.
+        ledger: the labels of each image at each step.
+        quantised: how the INT8 file was chosen; None for other precisions.
+        forced: what was wrong and written all the same.
         seconds: per stage, in their order; a stage that an earlier target already needed is absent.
     """
 
@@ -53,7 +65,18 @@ class ExportReport:
     student: Scores
     exported: Scores
     parity: Parity
+    ledger: Ledger
+    quantised: Quantised | None
+    forced: tuple[str, ...]
     seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What decides an FP32 file: the opset, and whether the batch axis is free."""
+
+    opset: int
+    dynamic: bool
 
 
 class Exporter:
@@ -63,7 +86,9 @@ class Exporter:
         network: the student, on any device and in any mode; it is not changed.
         evaluation: held-out images, uint8 (N, 3, H, W), and labels, (N,), that travel with each bundle.
         triggers: what the student is tested with; they travel too.
-        on_stage: told the name of each stage as it starts: student, onnx, fp16, parity, bundle.
+        on_stage: told the name of each stage as it starts: student, onnx, parity, int8, fp16, int8 or fp16 parity,
+            bundle; and what is tried within it.
+        calibrate: draws training images, for targets with precision int8.
 
     Raises:
         ExportError: images, labels, triggers and network do not fit together.
@@ -76,17 +101,29 @@ class Exporter:
         evaluation: tuple[Images, Labels],
         triggers: Sequence[Trigger] = (),
         on_stage: Callable[[str], None] = lambda _stage: None,
+        calibrate: Calibrate | None = None,
     ) -> None:
         _check_fit(network, evaluation, triggers)
         self._network = frozen(network)
         self._evaluation = evaluation
         self._triggers = tuple(sorted(triggers, key=lambda trigger: trigger.name))
         self._on_stage = on_stage
-        self._fp32: dict[tuple[int, bool], bytes] = {}  # by opset and whether the batch axis is free
+        self._calibrate = calibrate
+        self._fp32: dict[_Form, bytes] = {}
+        self._fp32_runs: dict[_Form, HostRun] = {}
+        self._int8: dict[tuple[_Form, Quantisation, float, bool], Quantised] = {}
         self._student: HostRun | None = None
 
     def write(
-        self, target: Target, *, name: str, chain: Mapping[str, str], folder: Path, overwrite: bool = False
+        self,
+        target: Target,
+        *,
+        name: str,
+        chain: Mapping[str, str],
+        folder: Path,
+        overwrite: bool = False,
+        force: bool = False,
+        key: Ed25519PrivateKey | None = None,
     ) -> ExportReport:
         """Write `<name>.<target>.rkd`; equal inputs give equal bytes.
 
@@ -96,6 +133,8 @@ class Exporter:
             chain: digests under `teacher`, `config` and `student`.
             folder: where the bundle goes.
             overwrite: replace an existing bundle.
+            force: write a bundle that fails the target's budgets, marked.
+            key: signs the bundle.
 
         Raises:
             ExportError: the student cannot be written as the target asks, or the exported file decides differently.
@@ -105,18 +144,34 @@ class Exporter:
         if path.exists() and not overwrite:
             raise ExportError(f"{path} exists already; give --overwrite to replace it")
         seconds: dict[str, float] = {}
+        form = _Form(target.opset, target.max_batch > 1)
         student = self._score_student(seconds)
-        model = self._model(target, seconds)
-        with self._stage("parity", seconds):
-            exported = host_run(predictor_of(model), self._evaluation, self._triggers, min(_BATCH, target.max_batch))
-            parity = compare(student, exported)
-            require(parity, target.precision)
+        fp32 = self._score_fp32(form, seconds)
+        model, quantised = self._model(target, form, seconds, force=force)
+        exported = fp32
+        if target.precision != "fp32":
+            with self._stage(f"{target.precision} parity", seconds):
+                predict = predictor_of(model, integer=target.on_cpu)
+                exported = host_run(predict, self._evaluation, self._triggers, min(_BATCH, target.max_batch))
+        parity = compare(student, exported)
+        ledger = self._ledger(target, student, fp32, exported)
+        forced = problems(compare(student, fp32), "fp32") + problems(parity, target.precision)
+        forced += ledger.judge(self._triggers, target.acc_budget, target.asr_budget)
+        forced = list(dict.fromkeys(forced))
+        if forced and not force:
+            raise ExportError(f"{'; '.join(forced)}; nothing was written (--force writes it, marked)")
         with self._stage("bundle", seconds):
-            manifest = self._manifest(target, path.stem, {**chain, "onnx": sha256(model)}, (student, exported, parity))
-            digest = write_bundle(path, manifest, self._members(model))
+            manifest = {
+                **self._manifest(target, path.stem, {**chain, "onnx": sha256(model)}, (student, exported, parity)),
+                "ledger": ledger.to_json(self._triggers),
+                **({"quantisation": quantised.to_json()} if quantised else {}),
+                **({"forced": forced} if forced else {}),
+            }
+            digest = write_bundle(path, manifest, self._members(model, ledger), key)
         return ExportReport(
-            path, digest, path.stat().st_size, len(model), student.scores, exported.scores, parity, seconds
-        )
+            path, digest, path.stat().st_size, len(model), student.scores, exported.scores, parity, ledger, quantised,
+            tuple(forced), seconds,
+        )  # fmt: skip
 
     def _score_student(self, seconds: dict[str, float]) -> HostRun:
         if self._student is None:
@@ -125,16 +180,49 @@ class Exporter:
                 self._student = host_run(predict, self._evaluation, self._triggers, _BATCH)
         return self._student
 
-    def _model(self, target: Target, seconds: dict[str, float]) -> bytes:
-        key = (target.opset, target.max_batch > 1)
-        if key not in self._fp32:
+    def _score_fp32(self, form: _Form, seconds: dict[str, float]) -> HostRun:
+        """Export in FP32, which every precision starts from, and run it."""
+        if form not in self._fp32_runs:
             with self._stage("onnx", seconds):
-                self._fp32[key] = to_onnx(self._network, target.opset, dynamic_batch=key[1])
-        if target.precision == "fp32":
-            return self._fp32[key]
+                self._fp32[form] = to_onnx(self._network, form.opset, dynamic_batch=form.dynamic)
+            with self._stage("parity", seconds):
+                predict = predictor_of(self._fp32[form])
+                batch = _BATCH if form.dynamic else 1
+                self._fp32_runs[form] = host_run(predict, self._evaluation, self._triggers, batch)
+        return self._fp32_runs[form]
+
+    def _model(
+        self, target: Target, form: _Form, seconds: dict[str, float], *, force: bool
+    ) -> tuple[bytes, Quantised | None]:
+        model, quantised = self._fp32[form], None
+        rest = target.precision
+        if target.quantisation is not None:
+            quantised = self._quantise(target, form, seconds, force=force)
+            model, rest = quantised.model, target.quantisation.rest
+        if rest != "fp16":
+            return model, quantised
         with self._stage("fp16", seconds):
-            check_range(self._fp32[key], self._evaluation[0])
-            return to_fp16(self._fp32[key])
+            check_range(self._fp32[form], self._evaluation[0])
+            return to_fp16(model), quantised
+
+    def _quantise(self, target: Target, form: _Form, seconds: dict[str, float], *, force: bool) -> Quantised:
+        recipe = target.quantisation
+        if recipe is None or self._calibrate is None:
+            raise ExportError(f"target {target.name} is INT8, which needs training images to calibrate with; give them")
+        known = (form, recipe, target.acc_budget, target.on_cpu)
+        if known not in self._int8:
+            with self._stage("int8", seconds):
+                self._int8[known] = choose(
+                    self._fp32[form], recipe, self._calibrate(recipe.images), acc_budget=target.acc_budget,
+                    integer=target.on_cpu, force=force, tell=self._on_stage,
+                )  # fmt: skip
+        return self._int8[known]
+
+    def _ledger(self, target: Target, student: HostRun, fp32: HostRun, exported: HostRun) -> Ledger:
+        steps = [student.step("student"), fp32.step("onnx-fp32")]
+        if target.precision != "fp32":
+            steps.append(exported.step(target.precision))
+        return Ledger(self._evaluation[1], tuple(steps))
 
     def _manifest(
         self, target: Target, name: str, chain: Mapping[str, str], host: tuple[HostRun, HostRun, Parity]
@@ -161,10 +249,11 @@ class Exporter:
             },
         }
 
-    def _members(self, model: bytes) -> dict[str, bytes]:
+    def _members(self, model: bytes, ledger: Ledger) -> dict[str, bytes]:
         return {
             MODEL: model,
             EVALUATION: evaluation_bytes(*self._evaluation),
+            LEDGER: ledger.to_bytes(),
             **{f"triggers/{trigger.name}.npz": trigger.to_bytes() for trigger in self._triggers},
         }
 

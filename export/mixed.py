@@ -186,9 +186,7 @@ def _calibrate(
     return best, trials, spans[best]
 
 
-def _by_harm(
-    graph: Graph, ranges: Mapping[str, Range], jury: _Jury, tell: Callable[[str], None]
-) -> tuple[str, ...]:
+def _by_harm(graph: Graph, ranges: Mapping[str, Range], jury: _Jury, tell: Callable[[str], None]) -> tuple[str, ...]:
     """Nodes, the one first that does the most harm when it alone is quantised."""
     nodes = [layer.node for layer in graph.layers]
     harm = {}
@@ -214,6 +212,3 @@ def _logits(predict: Predict, images: Images) -> Logits:
 def _distance(got: Logits, wanted: Logits) -> float:
     norm = np.linalg.norm(wanted, axis=1).clip(np.finfo(np.float32).tiny)
     return float((np.linalg.norm(got - wanted, axis=1) / norm).mean())
-
-
-

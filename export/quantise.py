@@ -117,8 +117,7 @@ class Graph:
         nodes = [node for node in self._model.graph.node if self._weighted(node)]
         shared = [node.input[1] for node in nodes]
         return tuple(
-            Layer(node.name, _label(node.input[1]) if shared.count(node.input[1]) == 1 else node.name)
-            for node in nodes
+            Layer(node.name, _label(node.input[1]) if shared.count(node.input[1]) == 1 else node.name) for node in nodes
         )
 
     def _weighted(self, node: onnx.NodeProto) -> bool:
@@ -237,7 +236,8 @@ def _holdable(scale: NDArray[np.float64]) -> NDArray[np.float64]:
     scale = np.where(scale > 0, scale, 1.0)
     down = np.minimum(scale, np.finfo(np.float16).max).astype(np.float16)
     up = np.where(down.astype(np.float64) < scale, np.nextafter(down, np.float16(np.inf)), down)
-    return np.minimum(up.astype(np.float64), float(np.finfo(np.float16).max))
+    held: NDArray[np.float64] = np.minimum(up.astype(np.float64), float(np.finfo(np.float16).max))
+    return held
 
 
 def _label(weight: str) -> str:

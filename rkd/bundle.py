@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from rkd.errors import BundleError, TargetError, TriggerError
 from rkd.files import sha256, storage_errors, to_json, write_file
-from rkd.ledger import Ledger
+from rkd.ledger import Ledger, shown
 from rkd.metrics import Images, Labels
 from rkd.npz import npz_bytes, read_npz
 from rkd.signing import SIGNATURE_BYTES, sign, verify
@@ -123,7 +123,9 @@ class Bundle:
         """
         if not self.signature:
             if key is not None:
-                raise BundleError(f"{self.path} is not signed; export it again with --sign, or verify it without --pubkey")
+                raise BundleError(
+                    f"{self.path} is not signed; export it again with --sign, or verify it without --pubkey"
+                )
             return None
         return verify(self.head, self.signature, key, str(self.path))
 
@@ -139,7 +141,11 @@ class Bundle:
         _, labels = self.evaluation()
         if not np.array_equal(ledger.truth, labels):
             raise BundleError(f"{self.path}: {LEDGER} is about other images than {EVALUATION}; export the run again")
-        names = {"clean", *(trigger.name for trigger in self.triggers())}
+        highest = max(int(labels.max()) for step in ledger.steps for labels in step.labels.values())
+        least = min(int(labels.min()) for step in ledger.steps for labels in step.labels.values())
+        if least < 0 or highest >= len(self.classes):
+            raise BundleError(f"{self.path}: {LEDGER} holds labels from {least} to {highest}; export the run again")
+        names = set(shown(self.triggers()))
         if any(set(step.labels) != names for step in ledger.steps):
             raise BundleError(f"{self.path}: {LEDGER} is about other triggers than the bundle's; export the run again")
         return ledger
@@ -263,15 +269,10 @@ def _comment(head: bytes, signature: bytes) -> bytes:
 
 
 def _check_comment(comment: bytes, head: bytes, signature: bytes, path: Path) -> None:
-    first, _, second = comment.partition(b" ")
-    if first != sha256(head).encode():
-        raise BundleError(
-            f"{path}: {MANIFEST} does not match its digest; the bundle was changed or damaged, copy it again"
-        )
-    if second != (sha256(signature).encode() if signature else b"") or len(signature) not in (0, SIGNATURE_BYTES):
-        raise BundleError(
-            f"{path}: {SIGNATURE} does not match its digest; the bundle was changed or damaged, copy it again"
-        )
+    if comment == _comment(head, signature) and len(signature) in (0, SIGNATURE_BYTES):
+        return
+    culprit = SIGNATURE if signature and comment.startswith(sha256(head).encode()) else MANIFEST
+    raise BundleError(f"{path}: {culprit} does not match its digest; the bundle was changed or damaged, copy it again")
 
 
 def _open(data: bytes, path: Path) -> tuple[dict[str, bytes], bytes]:

@@ -27,13 +27,18 @@ CLEAN = "clean"
 _MAX_STEPS, _MAX_NAME = 8, 100
 
 
+def shown(triggers: Sequence[Trigger]) -> tuple[str, ...]:
+    """The keys of a step: `clean`, and `trigger NAME` for each trigger."""
+    return (CLEAN, *(f"trigger {trigger.name}" for trigger in triggers))
+
+
 @dataclass(frozen=True)
 class Step:
     """One form of the student.
 
     Attributes:
         name: `student`, `onnx-fp32`, `fp16`, `int8`, or an engine's.
-        labels: top-1 classes of all N images, clean under `clean`, triggered under the trigger's name.
+        labels: top-1 classes of all N images, under each key of `shown`.
     """
 
     name: str
@@ -42,7 +47,8 @@ class Step:
     @classmethod
     def of(cls, name: str, predictions: Predictions) -> Step:
         """The step of what `rkd.metrics.evaluate` found."""
-        return cls(name, {CLEAN: predictions.clean, **predictions.triggered})
+        triggered = {f"trigger {trigger}": labels for trigger, labels in predictions.triggered.items()}
+        return cls(name, {CLEAN: predictions.clean, **triggered})
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ class Flip:
 
     Attributes:
         image: its row in `eval.npz`.
-        shown: `clean`, or the name of the trigger on it.
+        shown: `clean` or `trigger NAME`.
         before, after: the two labels.
         truth: its true class.
     """
@@ -75,9 +81,14 @@ class Ledger:
     truth: Labels
     steps: tuple[Step, ...]
 
+    @property
+    def decisions(self) -> int:
+        """Labels of one step: images, clean and under each trigger."""
+        return sum(len(labels) for labels in self.steps[0].labels.values())
+
     def scores(self, step: Step, triggers: Sequence[Trigger]) -> Scores:
         """ACC, ASR and RA of one step."""
-        triggered = {trigger.name: step.labels[trigger.name] for trigger in triggers}
+        triggered = {trigger.name: step.labels[f"trigger {trigger.name}"] for trigger in triggers}
         return score(Predictions(self.truth, step.labels[CLEAN], triggered), triggers)
 
     def flips(self, before: Step, after: Step) -> list[Flip]:
@@ -91,9 +102,7 @@ class Ledger:
 
     def agreement(self, before: Step, after: Step) -> dict[str, Proportion]:
         """Images with the same label at both steps, by key."""
-        return {
-            key: Proportion(int((old == after.labels[key]).sum()), len(old)) for key, old in before.labels.items()
-        }
+        return {key: Proportion(int((old == after.labels[key]).sum()), len(old)) for key, old in before.labels.items()}
 
     def judge(self, triggers: Sequence[Trigger], acc_budget: float, asr_budget: float) -> list[str]:
         """What is wrong: steps that lose more ACC, or gain more ASR, than allowed.
@@ -105,11 +114,11 @@ class Ledger:
             acc_budget: points of ACC that may be lost.
             asr_budget: points of ASR that may be gained, under each trigger.
         """
-        pairs = list(zip(self.steps, self.steps[1:], strict=False))
+        compared = pairs(self)
         if len(self.steps) > 2:
-            pairs.append((self.steps[0], self.steps[-1]))
+            compared.append((self.steps[0], self.steps[-1]))
         found: list[str] = []
-        for before, after in pairs:
+        for before, after in compared:
             old, new = self.scores(before, triggers), self.scores(after, triggers)
             what = f"{before.name} -> {after.name}"
             if old.acc.value - new.acc.value > acc_budget:
@@ -161,9 +170,19 @@ class Ledger:
             names, keys, truth, labels = (arrays[key] for key in ("steps", "shown", "truth", "labels"))
         except (ValueError, KeyError) as error:
             raise BundleError(f"{origin} is not a ledger: {error}; export the run again") from error
-        shapes = (names.ndim, keys.ndim, truth.ndim) == (1, 1, 1) and labels.shape == (len(names), len(keys), len(truth))
+        shapes = (names.ndim, keys.ndim, truth.ndim) == (1, 1, 1) and labels.shape == (
+            len(names),
+            len(keys),
+            len(truth),
+        )
         kinds = names.dtype.kind == keys.dtype.kind == "U" and labels.dtype.kind == truth.dtype.kind == "i"
-        if not shapes or not kinds or not 1 <= len(names) <= _MAX_STEPS or CLEAN not in keys or len(set(keys)) < len(keys):
+        if (
+            not shapes
+            or not kinds
+            or not 1 <= len(names) <= _MAX_STEPS
+            or CLEAN not in keys
+            or len(set(keys)) < len(keys)
+        ):
             raise BundleError(f"{origin} is not a ledger: its arrays do not fit together; export the run again")
         if max(len(str(name)) for name in (*names, *keys)) > _MAX_NAME:
             raise BundleError(f"{origin} is not a ledger: a name is too long; export the run again")
@@ -172,3 +191,8 @@ class Ledger:
             for name, rows in zip(names, labels, strict=True)
         )
         return cls(truth.astype(np.int64), steps)
+
+
+def pairs(ledger: Ledger) -> list[tuple[Step, Step]]:
+    """Each step with the one before it."""
+    return list(zip(ledger.steps, ledger.steps[1:], strict=False))

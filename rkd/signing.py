@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rkd.errors import BundleError, MissingExtraError, SigningError
 from rkd.files import storage_errors, write_file
@@ -40,9 +40,7 @@ def make_keys(private: Path, public: Path) -> str:
         if path.exists():
             raise SigningError(f"{path} exists; choose another name, rkd does not replace keys")
     key = ed25519.Ed25519PrivateKey.generate()
-    pem = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
+    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     write_file(private, pem, mode=0o600)
     write_file(
         public,
@@ -61,13 +59,15 @@ def read_private(path: Path) -> Ed25519PrivateKey:
     """
     _, ed25519, serialization = _library()
     try:
-        key = serialization.load_pem_private_key(_read(path), password=None)
+        key: Any = serialization.load_pem_private_key(_read(path), password=None)
     except Exception as error:  # ValueError, TypeError (encrypted), UnsupportedAlgorithm
         why = "it is encrypted" if isinstance(error, TypeError) else _line(error)
-        raise SigningError(f"{path} is not a private key that rkd can read ({why}); make one with: rkd keygen") from error
+        raise SigningError(
+            f"{path} is not a private key that rkd can read ({why}); make one with: rkd keygen"
+        ) from error
     if not isinstance(key, ed25519.Ed25519PrivateKey):
         raise SigningError(f"{path} holds another kind of key than Ed25519; make one with: rkd keygen")
-    return key
+    return cast("Ed25519PrivateKey", key)
 
 
 def read_public(path: Path) -> Ed25519PublicKey:
@@ -81,13 +81,13 @@ def read_public(path: Path) -> Ed25519PublicKey:
     _, ed25519, serialization = _library()
     data = _read(path)
     try:
-        key = serialization.load_pem_public_key(data)
+        key: Any = serialization.load_pem_public_key(data)
     except Exception as error:
         hint = "this is a private key, give the .pub file" if b"PRIVATE KEY" in data else _line(error)
         raise SigningError(f"{path} is not a public key ({hint})") from error
     if not isinstance(key, ed25519.Ed25519PublicKey):
         raise SigningError(f"{path} holds another kind of key than Ed25519; rkd signs with Ed25519 only")
-    return key
+    return cast("Ed25519PublicKey", key)
 
 
 def sign(manifest: bytes, key: Ed25519PrivateKey) -> bytes:
@@ -121,7 +121,9 @@ def verify(manifest: bytes, signature: bytes, expected: Ed25519PublicKey | None,
     try:
         ed25519.Ed25519PublicKey.from_public_bytes(raw).verify(proof, _DOMAIN + manifest)
     except (exceptions.InvalidSignature, ValueError) as error:
-        raise BundleError(f"{origin}: its signature does not fit its manifest; this bundle was tampered with") from error
+        raise BundleError(
+            f"{origin}: its signature does not fit its manifest; this bundle was tampered with"
+        ) from error
     return fingerprint(raw)
 
 

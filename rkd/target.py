@@ -155,18 +155,20 @@ class Target:
         if recipe is not None:
             quantisation = _typed(Quantisation, recipe, f"{origin}: quantisation")
             target = dataclasses.replace(target, quantisation=quantisation)
-        target._check(origin)
-        return target
-
-    def _check(self, origin: str) -> None:
-        problem = self._problem() or self._combination()
-        if problem is None and self.quantisation is not None:
-            problem = self.quantisation.problem(self.runtime, self.provider, self.opset)
-            problem = problem and f"quantisation: {problem}"
+        problem = target.problem()
         if problem:
             raise TargetError(f"{origin}: {problem}")
+        return target
 
-    def _problem(self) -> str | None:
+    def problem(self) -> str | None:
+        """What is impossible about it; None if nothing is."""
+        found = self._value_problem() or self._combination_problem()
+        if found is None and self.quantisation is not None:
+            found = self.quantisation.problem(self.runtime, self.provider, self.opset)
+            found = found and f"quantisation: {found}"
+        return found
+
+    def _value_problem(self) -> str | None:
         """A value that is impossible by itself."""
         if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,63}", self.name):
             return f"name {self.name!r}: use 1 to 64 lower-case letters, digits and '-'"
@@ -188,7 +190,7 @@ class Target:
             return f"compute {wrong[0]!r}: expected capabilities such as '8.7'"
         return None
 
-    def _combination(self) -> str | None:
+    def _combination_problem(self) -> str | None:
         """Values that are impossible together."""
         if (self.runtime == "onnxruntime") != bool(self.provider):
             return (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rkd.cli import bench, demo, distill, doctor, export, inspect, report, students, targets, teacher
+from rkd.cli import bench, demo, distill, doctor, export, inspect, keygen, report, students, targets, teacher, verify
 from rkd.cli.app import app
 
 
@@ -19,9 +19,11 @@ __all__ = [
     "doctor",
     "export",
     "inspect",
+    "keygen",
     "main",
     "report",
     "students",
     "targets",
     "teacher",
+    "verify",
 ]

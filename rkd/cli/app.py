@@ -20,6 +20,7 @@ R = TypeVar("R")
 _EXTRAS = {
     "torch": "train", "torchvision": "train", "safetensors": "train", "PIL": "train", "sklearn": "train",
     "onnx": "train", "onnxscript": "train", "onnxconverter_common": "train", "onnxruntime": "ort",
+    "cryptography": "sign",
 }  # fmt: skip
 
 app = typer.Typer(

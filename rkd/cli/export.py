@@ -26,6 +26,13 @@ def export(
     out: Annotated[Path, typer.Option(help="The folder that the bundles go to.")] = Path(),
     eval_images: Annotated[int, typer.Option(help="At most so many test images travel in the bundle.")] = 5000,
     data: Annotated[str, typer.Option(help="The data set, where it has moved since the run.", show_default=False)] = "",
+    sign: Annotated[
+        Optional[Path],
+        typer.Option(help="Sign the bundles with this private key (`rkd keygen`).", show_default=False),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Write a bundle that loses accuracy or wakes a backdoor; it is marked.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing bundles.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
@@ -35,6 +42,8 @@ def export(
         rkd export --target jetson-fp16
 
         rkd export runs/mobilenet-robustkd-s0 --target ort-cpu --target jetson-fp16 --out ship/
+
+        rkd export --target jetson-int8 --sign mine.key
     """
     from rkd.export.command import export_command
 
@@ -44,6 +53,8 @@ def export(
         out,
         eval_images=eval_images,
         data=data,
+        sign=sign,
+        force=force,
         overwrite=overwrite,
         json_output=json_output,
     )

@@ -226,7 +226,7 @@ class Inputs:
         candidates = open_teacher(
             checkpoint, arch=settings.arch or None, normalisation=scaling, classes=data.classes, size=data.size
         )
-        train_source = _clean_budget(data.train, settings.clean_budget, settings.seed)
+        train_source = clean_budget(data.train, settings.clean_budget, settings.seed)
         teacher, found = choose_teacher(candidates, train_source, device)
         _check_class_order(teacher, data)
         low, high = found.interval
@@ -295,7 +295,7 @@ def _header_size(header: Mapping[str, Any] | None) -> int | tuple[int, int]:
     return 0
 
 
-def _clean_budget(source: Source, budget: str, seed: int) -> Source:
+def clean_budget(source: Source, budget: str, seed: int) -> Source:
     """A class-stratified part of the training images."""
     if not budget:
         return source

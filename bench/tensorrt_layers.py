@@ -1,0 +1,112 @@
+"""In which type does each layer of an engine compute?
+
+Read from TensorRT's inspector, because a setting that a release ignores gives an FP32 engine without a word.
+The inspector's JSON has one object a layer. TensorRT 10 names a tensor's type within `Format/Datatype`, TensorRT 11 as
+`DataType` beside `Format`; layers that only move data say nothing about precision.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rkd.errors import RuntimeUnavailableError
+from rkd.target import Precision
+
+UNKNOWN = "unknown"
+_TYPES = (
+    ("int8", re.compile(r"int8|\bi8\b", re.IGNORECASE)),
+    ("fp16", re.compile(r"half|fp16|float16", re.IGNORECASE)),
+    ("bf16", re.compile(r"bf16|bfloat16", re.IGNORECASE)),
+    ("fp8", re.compile(r"fp8|float8", re.IGNORECASE)),
+    ("fp32", re.compile(r"float|fp32", re.IGNORECASE)),
+)
+_WEIGHTED = re.compile(r"conv|gemm|matmul|matrix.?multiply|fully.?connected", re.IGNORECASE)
+_MOVES = re.compile(r"reformat|shuffle|constant|noop|copy|cast|quantize|signal|wait", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class LayerType:
+    """One layer of an engine.
+
+    Attributes:
+        name: as the inspector gives it.
+        kind: its `LayerType`.
+        precision: `int8`, `fp16`, `fp32`, ... of its input, or `unknown`.
+        weighted: whether it is a convolution or matrix product.
+    """
+
+    name: str
+    kind: str
+    precision: str
+    weighted: bool
+
+
+def read_layers(information: str) -> tuple[LayerType, ...]:
+    """The layers in an inspector's JSON; without detail, their types are `unknown`.
+
+    Raises:
+        RuntimeUnavailableError: it is not the inspector's JSON.
+    """
+    try:
+        layers = json.loads(information)["Layers"]
+        return tuple(_layer(layer) for layer in layers)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RuntimeUnavailableError(
+            f"TensorRT's inspector gives no list of layers ({type(error).__name__}): the engine's precision cannot be "
+            "verified"
+        ) from error
+
+
+def _layer(layer: Any) -> LayerType:
+    if isinstance(layer, str):
+        return LayerType(layer, "", UNKNOWN, bool(_WEIGHTED.search(layer)))
+    kind = str(layer.get("LayerType", ""))
+    about = f"{kind} {layer.get('ParameterType', '')} {layer.get('TacticName', '')}"
+    moves = bool(_MOVES.search(kind))
+    inputs = layer.get("Inputs") or []
+    found = _type(inputs[0]) if inputs else UNKNOWN
+    return LayerType(str(layer.get("Name", "")), kind, found, bool(_WEIGHTED.search(about)) and not moves)
+
+
+def _type(tensor: Mapping[str, Any]) -> str:
+    text = " ".join(str(tensor.get(key, "")) for key in ("DataType", "Datatype", "Format/Datatype"))
+    text = text if text.strip() else str(tensor.get("Format", ""))
+    return next((name for name, pattern in _TYPES if pattern.search(text)), UNKNOWN)
+
+
+def count_types(layers: tuple[LayerType, ...]) -> dict[str, int]:
+    """How many convolutions and matrix products compute in which type; of all layers where none is told apart."""
+    weighted = [layer for layer in layers if layer.weighted] or list(layers)
+    return dict(sorted(Counter(layer.precision for layer in weighted).items()))
+
+
+def verify_precision(layers: tuple[LayerType, ...], precision: Precision, origin: str) -> str:
+    """Refuse an engine that silently computes in another type.
+
+    FP32: every convolution in FP32. FP16: none in FP32. INT8: at least one in INT8, none in FP32.
+
+    Returns:
+        One line about the types of all layers.
+
+    Raises:
+        RuntimeUnavailableError: the engine is not in the target's precision.
+    """
+    counts = count_types(layers)
+    shown = ", ".join(f"{count} {name}" for name, count in counts.items()) or "no layers"
+    allowed = {"fp32": {"fp32"}, "fp16": {"fp16"}, "int8": {"int8", "fp16"}}[precision]
+    known = {name: count for name, count in counts.items() if name != UNKNOWN}
+    if not known:
+        return f"layers: {shown}; the inspector does not tell their types"
+    weighted = any(layer.weighted for layer in layers)
+    wrong = sorted(set(known) - allowed) if weighted else []
+    if wrong or precision not in known:
+        raise RuntimeUnavailableError(
+            f"{origin}: the engine does not compute in {precision}: {shown}; this TensorRT ignores the file's types: "
+            "update it, or export for another precision"
+        )
+    return f"layers: {shown}"
