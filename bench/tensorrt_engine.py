@@ -174,9 +174,7 @@ def build_engine(
     return bytes(built), b"" if cache is None else bytes(cache.serialize() or b"")
 
 
-def _profile(
-    builder: Builder, network: INetworkDefinition, options: BuildOptions, origin: str
-) -> IOptimizationProfile:
+def _profile(builder: Builder, network: INetworkDefinition, options: BuildOptions, origin: str) -> IOptimizationProfile:
     image = network.get_input(0)
     if image is None or image.name != INPUT or len(image.shape) != 4:
         raise BundleError(f"{origin}: the model has no input {INPUT!r} of rank 4; export it again")

@@ -24,6 +24,14 @@ print(' '.join(names))
 def test_every_module_imports_on_a_board_without_torch_onnx_or_any_runtime():
     done = subprocess.run([sys.executable, "-W", "error", "-c", CODE], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert {"session", "runner", "latency", "memory", "memory_child", "device", "result", "table", "sensors.sampler"} <= set(
-        done.stdout.split()
-    )
+    assert {
+        "session",
+        "runner",
+        "latency",
+        "memory",
+        "memory_child",
+        "device",
+        "result",
+        "table",
+        "sensors.sampler",
+    } <= set(done.stdout.split())
