@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISDIR
 
 import numpy as np
 
@@ -150,7 +151,7 @@ def _folder(bundle: Bundle, root: Path, *, quick: bool) -> EvaluationSet:
 
     _images.require_pillow()
     with storage_errors(root):
-        if not root.is_dir():
+        if not S_ISDIR(root.stat().st_mode):
             raise DataError(f"{root} is not a folder of images or an .npz; expected one folder a class below it")
         below = next((name for name in ("test", "val", "valid") if (root / name).is_dir()), ".")
         place = root / below

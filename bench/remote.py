@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from rkd.bench import result as bench_result
@@ -28,6 +28,7 @@ from rkd.progress import say
 _SSH = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=20", "-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=8")
 _HOST = re.compile(r"[A-Za-z0-9_][\w.@:%\[\]-]{0,254}", re.ASCII)
 _PATH = 'PATH="$PATH:$HOME/.local/bin"; '  # a command over ssh reads no login files
+_SHORT = "/tmp" if Path("/tmp").is_dir() else None  # noqa: S108 - a socket's path has at most 104 characters
 _NOT_FOUND, _SSH_FAILED = 127, 255
 _QUICK_S, _COPY_S = 60, 1800
 _LIMIT_BYTES = 64 * 2**20
@@ -70,7 +71,7 @@ def bench_hosts(
     if shutil.which("ssh") is None:
         raise RemoteError("there is no ssh on this machine; install OpenSSH's client, or run rkd bench on the board")
     with (
-        tempfile.TemporaryDirectory(prefix="rkd-ssh-") as sockets,
+        tempfile.TemporaryDirectory(prefix="rkd-ssh-", dir=_SHORT) as sockets,
         ThreadPoolExecutor(len(hosts), thread_name_prefix="rkd-host") as pool,
     ):
         boards = [_Board(host, command, tell, sockets) for host in hosts]

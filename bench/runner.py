@@ -233,11 +233,21 @@ class _TensorRt:
         inner = self._inner.__enter__()
         gpu = inner.gpu
         device = f"{gpu.name} (compute {gpu.compute})" if gpu else ""
-        self._identity = Identity(self._choice.runtime, inner.version, (device, inner.precision), self._choice.threads)
+        layers = ", ".join(f"{count} in {kind}" for kind, count in inner.layer_types().items())
+        details = (("Layers", layers),) if layers else ()
+        providers = (device, inner.precision)
+        self._identity = Identity(self._choice.runtime, inner.version, providers, self._choice.threads, details)
         return self
 
     def infer(self, images: Images) -> Logits:
         return self._inner.infer(images)
+
+    def stages(self) -> Stages:
+        found = self._inner.times()
+        return Stages(found.to_device_ms, found.compute_ms, found.to_host_ms)
+
+    def device_memory_bytes(self) -> int:
+        return self._inner.device_bytes
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

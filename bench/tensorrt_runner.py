@@ -97,6 +97,7 @@ class TensorRtRunner:
         self.precision = ""
         self.version = ""
         self.gpu: Gpu | None = None
+        self.device_bytes = 0  # the engine, its activations, and one batch in and out
 
     def __enter__(self) -> TensorRtRunner:  # noqa: PYI034 - typing.Self came with Python 3.11
         """Build the engine, or take the one that was built before, and make its buffers.
@@ -190,6 +191,8 @@ class TensorRtRunner:
             cuda.allocate(self._pinned_in.nbytes),
             cuda.allocate(self._pinned_out.nbytes),
         )
+        self.device_bytes = len(engine_bytes) + int(engine.device_memory_size_v2)
+        self.device_bytes += self._pinned_in.nbytes + self._pinned_out.nbytes
         for name, address in ((INPUT, self._device_in), (OUTPUT, self._device_out)):
             if not context.set_tensor_address(name, address):
                 raise BundleError(f"{self._origin}: the engine has no tensor {name!r}; export it again")

@@ -47,6 +47,7 @@ def diagnose() -> list[Finding]:
         Finding("cpu", "ok", f"{cores} cores for this process; {_cpu_features()}", "everything"),
         _memory(),
         _disk(),
+        _sensors(),
     ]
     train = "pip install 'rkd[train]'"
     found += [
@@ -108,6 +109,24 @@ def _cpu_features() -> str:
         if name in flags
     ]
     return ", ".join(names) or "no vector extensions reported"
+
+
+def _sensors(root: Path = Path("/")) -> Finding:
+    """What of power, clocks, heat and throttling this machine reports."""
+    from rkd.bench.device import visible_cores
+    from rkd.bench.sensors.sysfs import Sysfs, power_mode
+
+    watch = Sysfs(root, visible_cores())
+    watch.read()  # energy counters need two looks
+    seen = watch.read()
+    kinds = {"power": seen.watts, "clocks": seen.hertz, "heat": seen.celsius, "throttling": seen.throttle}
+    mode = power_mode(root)
+    said = [f"{kind} ({', '.join(list(names)[:4])})" for kind, names in kinds.items() if names]
+    said += [f"power mode {mode}"] if mode else []
+    said += ["tegrastats"] if shutil.which("tegrastats") else []
+    missing = [kind for kind, names in kinds.items() if not names]
+    detail = "; ".join(filter(None, (", ".join(said), f"not reported: {', '.join(missing)}" if missing else "")))
+    return Finding("sensors", "note" if missing else "ok", detail, "power and validity in bench")
 
 
 def _memory() -> Finding:

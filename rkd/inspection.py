@@ -136,11 +136,12 @@ def _result(path: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"kind": "result of rkd bench", "interrupted": result["interrupted"]}
     for number, entry in enumerate(result["entries"], 1):
         latency, scores, validity = entry["latency"], entry["scores"], entry["validity"]
+        reasons = "; ".join(f"{reason['code']}: {reason['text']}" for reason in validity["reasons"])
         found[f"{number}: {entry['bundle']['name']}"] = {
             "started": entry["started"],
             "p50": f"{latency['p50']['ms']:.3g} ms" if latency else "not measured",
             **(describe_scores(Scores.from_json(scores)) if scores else {}),
-            "valid": "yes" if validity["valid"] else "NO: " + "; ".join(validity["reasons"]),
+            "valid": "yes" if validity["valid"] else f"NO: {reasons}",
         }
     return found
 

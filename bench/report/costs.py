@@ -84,7 +84,9 @@ def _condition_rows(group: Sequence[Entry]) -> list[tuple[str, ...]]:
     who, seen = ", ".join(entry.key for entry in group), group[0].data["conditions"]
     if seen["reason"]:
         return [(who, "sensors", NOT_REPORTED, seen["reason"], "")]
-    rows = [(who, f"clock: {name}", *_span(span, "Hz")) for name, span in seen["clocks_hz"].items()]
+    rows: list[tuple[str, ...]] = [
+        (who, f"clock: {name}", *_span(span, "Hz")) for name, span in seen["clocks_hz"].items()
+    ]
     rows += [(who, f"heat: {name}", *_span(span, " \N{DEGREE SIGN}C")) for name, span in seen["celsius"].items()]
     rows += [(who, f"throttling, {name}", *_span(span, "")) for name, span in seen["throttle"].items()]
     for what in ("clock", "heat"):

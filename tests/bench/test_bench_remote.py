@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -193,8 +194,10 @@ def test_an_interrupt_reaches_the_board_and_brings_its_partial_result(boards, ma
     )
     program.chmod(0o755)
     stop = {"latency": lambda: board.interrupt()}  # noqa: PLW0108 - the board comes after it
-    board = remote._Board("one", str(program), lambda line: stop.get(line.split()[1], int)(), str(tmp_path))
-    assert board.bench([make_bundle()], OPTIONS, per_class=False)["interrupted"] is True
+    with tempfile.TemporaryDirectory(dir="/tmp") as sockets:
+        board = remote._Board("one", str(program), lambda line: stop.get(line.split()[1], int)(), sockets)
+        found = board.bench([make_bundle()], OPTIONS, per_class=False)
+    assert found["interrupted"] is True
 
 
 @pytest.mark.parametrize("host", ["-oProxyCommand=touch x", "a b", "", "a;b", "x" * 300])

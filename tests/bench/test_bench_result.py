@@ -195,3 +195,15 @@ def test_a_missing_file_is_a_storage_error(tmp_path):
 def test_the_file_is_plain_json(measured, tmp_path):
     result.write(tmp_path / "result.json", measured)
     assert json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))["schema"] == 2
+
+
+def test_inspect_says_whether_a_result_counts(measured, tmp_path):
+    from rkd.inspection import inspect_path
+
+    measured["entries"][0]["validity"] = {
+        "valid": False, "timing": False, "scores": True,
+        "reasons": [{"code": "throttled", "affects": "timing", "text": "it was hot"}],
+    }  # fmt: skip
+    result.write(tmp_path / "result.json", measured)
+    found = inspect_path(tmp_path / "result.json")
+    assert found["1: linear.ort-cpu"]["valid"] == "NO: throttled: it was hot"

@@ -23,7 +23,7 @@ def test_logits_are_those_of_the_linear_model(linear, evaluation):
 def test_identity_states_runtime_version_providers_and_threads(linear):
     with OrtRunner(linear.onnx().SerializeToString(), CPU_PROVIDER, 2, "m") as runner:
         identity = runner.identity
-    assert dataclasses.astuple(identity) == ("onnxruntime", onnxruntime.__version__, (CPU_PROVIDER,), 2)
+    assert dataclasses.astuple(identity) == ("onnxruntime", onnxruntime.__version__, (CPU_PROVIDER,), 2, ())
 
 
 def test_a_missing_provider_names_what_is_there_and_what_to_install(linear):
@@ -57,7 +57,8 @@ def test_a_provider_that_silently_falls_back_is_refused(linear, monkeypatch):
 
 
 @pytest.mark.skipif(
-    "AzureExecutionProvider" not in onnxruntime.get_available_providers(), reason="this onnxruntime has no such provider"
+    "AzureExecutionProvider" not in onnxruntime.get_available_providers(),
+    reason="this onnxruntime has no such provider",
 )
 def test_a_real_provider_that_runs_nothing_of_the_model_is_refused(linear):
     """Azure's provider is in every wheel and runs no operator of ours: alone, onnxruntime would fall back silently."""

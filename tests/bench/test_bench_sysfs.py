@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from rkd import diagnosis
 from rkd.bench.sensors.reading import total_rails
 from rkd.bench.sensors.sysfs import Sysfs, power_mode
 
@@ -160,3 +161,13 @@ def test_the_power_mode_has_its_name_from_nvpmodels_own_file(tmp_path):
     put(tmp_path, {"etc/nvpmodel.conf": "< POWER_MODEL ID=0 NAME=15W >\n< POWER_MODEL ID=2 NAME=MAXN_SUPER >\n"})
     assert power_mode(tmp_path) == "MAXN_SUPER (2)"
     assert power_mode(tmp_path / "nowhere") is None
+
+
+def test_doctor_says_what_the_board_reports_and_what_not(tmp_path):
+    put(tmp_path, ORIN_NANO | {"var/lib/nvpmodel/status": "pmode:0000"})
+    found = diagnosis._sensors(tmp_path)
+    assert found.state == "ok"
+    assert "power (VDD_IN, VDD_CPU_GPU_CV)" in found.detail
+    assert "power mode 0" in found.detail
+    bare = diagnosis._sensors(tmp_path / "bare")
+    assert (bare.state, "not reported: power, clocks, heat, throttling" in bare.detail) == ("note", True)
