@@ -12,7 +12,19 @@ from typer.testing import CliRunner
 
 from rkd.cli import app
 
-COMMANDS = ["bench", "demo", "distill", "doctor", "export", "inspect", "report", "students", "suite", "targets", "teacher"]
+COMMANDS = [
+    "bench",
+    "demo",
+    "distill",
+    "doctor",
+    "export",
+    "inspect",
+    "report",
+    "students",
+    "suite",
+    "targets",
+    "teacher",
+]
 SLOW = {"torch", "torchvision", "onnx", "onnxruntime", "onnxscript", "PIL", "sklearn", "scipy", "safetensors", "numpy"}
 
 BLOCK = """

@@ -40,7 +40,8 @@ def address() -> Iterator[str]:
     """A local cluster: a head without CPUs and two workers of one CPU each."""
     needs_ray()
     root = str(Path(__file__).parents[2])
-    environment = {**os.environ, "PYTHONPATH": root, "RAY_USAGE_STATS_ENABLED": "0"}
+    patient = {"RAY_raylet_start_wait_time_s": "240", "RAY_USAGE_STATS_ENABLED": "0"}  # also on a busy machine
+    environment = {**os.environ, "PYTHONPATH": root, **patient}
     command = [sys.executable, "-c", CLUSTER]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
