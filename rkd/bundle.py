@@ -29,11 +29,13 @@ from rkd.metrics import Images, Labels
 from rkd.npz import npz_bytes, read_npz
 from rkd.target import Target
 from rkd.triggers import Trigger
+from rkd.zips import open_zip
 
 FORMAT = 1
 MANIFEST, MODEL, EVALUATION = "manifest.json", "model.onnx", "eval.npz"
 _MEMBER = re.compile(r"model\.onnx|eval\.npz|triggers/[a-z0-9][a-z0-9-]{0,63}\.npz")
-_LIMIT_BYTES = 4 * 2**30
+_LIMIT_BYTES = 2**29  # verifying takes three times as much memory, on a board
+_INDEX_BYTES = 2**17
 _MANIFEST_LIMIT_BYTES = 2**20
 _MAX_MEMBERS = 130
 _KEYS = frozenset(
@@ -200,7 +202,7 @@ def _container(members: Mapping[str, bytes]) -> bytes:
 def _open(data: bytes, path: Path) -> tuple[dict[str, bytes], bytes]:
     """Members in their order and the archive's comment; nothing is trusted yet but sizes are bounded."""
     try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        with open_zip(io.BytesIO(data), _INDEX_BYTES) as archive:
             entries = archive.infolist()
             if len(entries) > _MAX_MEMBERS:
                 raise BundleError(f"{path}: {len(entries)} members, at most {_MAX_MEMBERS} are allowed")
