@@ -2,7 +2,8 @@
 
 ONNX Runtime resolves external data of a model that was loaded from bytes against the current folder, so a bundle could
 make the bench read any file there. The check walks the protobuf wire format (protobuf.dev/programming-guides/encoding)
-along the fields of onnx.proto that can hold a tensor, and looks at nothing else.
+along the fields of onnx.proto that can hold a tensor, and looks at nothing else. What two protobuf readers could read
+differently (tags and lengths beyond 32 bits) is refused, so that the check sees what the runtime sees.
 """
 
 from __future__ import annotations
@@ -23,6 +24,11 @@ _FIELDS: dict[str, dict[int, str]] = {
     "Tensor": {},
 }
 _EXTERNAL_DATA, _DATA_LOCATION = 13, 14  # TensorProto
+_OP_TYPE = 4  # NodeProto
+_READS_FILES = b"EPContext"  # an operator whose attribute names a compiled engine to load
+_FLATBUFFER = b"ORTM"  # ONNX Runtime takes a model with this at byte 4 for one of its own format
+_MAX_FIELDS = 500_000  # twenty times what large models have; walked in a second
+_MAX_TAG, _MAX_LENGTH = 2**32 - 1, 2**31 - 1
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 
 
@@ -38,6 +44,9 @@ def refuse_external_data(model: bytes, origin: str) -> None:
     """
     view = memoryview(model)
     pending = [("Model", 0, len(view))]
+    fields = 0
+    if model[4:8] == _FLATBUFFER:
+        raise BundleError(f"{origin}: this is a model of ONNX Runtime's own format, not an ONNX file; export it again")
     while pending:
         message, start, end = pending.pop()
         try:
@@ -47,6 +56,13 @@ def refuse_external_data(model: bytes, origin: str) -> None:
                         f"{origin}: a tensor of the ONNX file is stored in another file; export it again with rkd, "
                         "which keeps all data inside"
                     )
+                if message == "Node" and field == _OP_TYPE and wire == _LENGTH and view[low:high] == _READS_FILES:
+                    raise BundleError(
+                        f"{origin}: the ONNX file wants a compiled engine from another file; export it again"
+                    )
+                fields += 1
+                if fields > _MAX_FIELDS:
+                    raise ValueError(f"more than {_MAX_FIELDS:,} fields")
                 inner = _FIELDS[message].get(field)
                 if inner and wire == _LENGTH:
                     pending.append((inner, low, high))
@@ -58,6 +74,8 @@ def _fields(view: memoryview, at: int, end: int) -> Iterator[tuple[int, int, int
     """Each field of one message: number, wire type, and its content's span (for a varint: its value, 0)."""
     while at < end:
         tag, at = _varint(view, at, end)
+        if tag > _MAX_TAG:
+            raise ValueError("a field's number is too large")
         wire = tag & 7
         if wire == _VARINT:
             value, at = _varint(view, at, end)
@@ -69,7 +87,7 @@ def _fields(view: memoryview, at: int, end: int) -> Iterator[tuple[int, int, int
             length = 8 if wire == _FIXED64 else 4
         else:
             raise ValueError(f"wire type {wire}")
-        if length > end - at:
+        if length > min(end - at, _MAX_LENGTH):
             raise ValueError("cut short")
         yield tag >> 3, wire, at, at + length
         at += length
@@ -82,6 +100,6 @@ def _varint(view: memoryview, at: int, end: int) -> tuple[int, int]:
         at += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
-            return value & 0xFFFF_FFFF_FFFF_FFFF, at
+            return value, at
         shift += 7
     raise ValueError("cut short")

@@ -192,6 +192,7 @@ class OrtRunner:
         options.intra_op_num_threads = self._threads
         options.inter_op_num_threads = 1
         options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+        options.add_session_config_entry("session.load_model_format", "ONNX")  # by default it guesses from the bytes
         if self._provider != CPU_PROVIDER:
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         try:
@@ -205,8 +206,11 @@ class OrtRunner:
         return session
 
     def _check_interface(self) -> None:
-        inputs = [(i.name, i.type, len(i.shape)) for i in self._session.get_inputs()]
-        outputs = [(o.name, o.type) for o in self._session.get_outputs()]
+        try:
+            inputs = [(i.name, i.type, len(i.shape)) for i in self._session.get_inputs()]
+            outputs = [(o.name, o.type) for o in self._session.get_outputs()]
+        except Exception as error:  # a name may be no UTF-8
+            raise BundleError(f"{self._origin}: the model's inputs cannot be read: {_one_line(error)}") from error
         if inputs != [(INPUT, "tensor(uint8)", 4)] or outputs != [(OUTPUT, "tensor(float)")]:
             self._session = None
             raise BundleError(

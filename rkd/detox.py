@@ -148,9 +148,7 @@ def masks_from_bytes(data: bytes, origin: str) -> tuple[TapMask, ...]:
 class _Masks(nn.Module):
     """The learned m and P of all taps."""
 
-    def __init__(
-        self, mean: Sequence[Tensor], deviation: Sequence[Tensor], recipe: DetoxRecipe, seed: int = 0
-    ) -> None:
+    def __init__(self, mean: Sequence[Tensor], deviation: Sequence[Tensor], recipe: DetoxRecipe, seed: int = 0) -> None:
         super().__init__()
         shapes = [tuple(m.shape) for m in mean]
         if recipe.shape == "channel":  # P too: a shift of a whole channel is nothing that a student has to learn

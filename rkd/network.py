@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
@@ -26,6 +25,7 @@ from rkd.metrics import Images, Predict
 from rkd.models import build
 
 _HEADER_KEY = "rkd"
+_MAX_DEPTH = 202  # of a wide ResNet that a file names; making one of 9,994 takes a minute
 
 
 @dataclass(frozen=True)
@@ -145,13 +145,23 @@ class Network:
         """
         with storage_errors(path):
             data = path.read_bytes()
-        header = read_header(path)
+        try:
+            tensors = load_safetensors(data)
+        except Exception as error:  # safetensors raises its own errors
+            raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+        header = safetensors_header(data, path)
         if header is None:
             raise CheckpointError(f"{path} was not written by rkd; give it as a teacher instead")
         try:
+            with torch.device("meta"):  # see that it fits before memory is taken for it
+                wanted = cls.from_header(header).module.state_dict()
+            if {n: t.shape for n, t in wanted.items()} != {n: t.shape for n, t in tensors.items()}:
+                raise ValueError(f"its tensors are not those of {header['arch']}")
             network = cls.from_header(header)
-            network.module.load_state_dict(load_safetensors(data))
-        except (RuntimeError, KeyError, TypeError, ValueError) as error:
+            network.module.load_state_dict(tensors)
+        except CheckpointError:
+            raise
+        except Exception as error:  # whatever an odd header makes of a network
             raise CheckpointError(f"{path} is damaged: {error}") from error
         return network
 
@@ -209,21 +219,28 @@ def safe_arch(name: object, origin: str) -> str:
         raise CheckpointError(
             f"{origin} names the network {str(name)[:100]!r}; a file may only give a plain name: use --arch"
         )
+    if (deep := re.fullmatch(r"wrn-(\d+)-\d+", name)) and int(deep[1]) > _MAX_DEPTH:
+        raise CheckpointError(
+            f"{origin} names {name}, which takes too long to make; if you want it, give it with --arch"
+        )
     if ".py" in name:
         raise CheckpointError(f"{origin} names code to run ({name}); if you trust that code, give it with --arch")
     return name
 
 
-def read_header(path: Path) -> dict[str, Any] | None:
+def safetensors_header(data: bytes, path: Path) -> dict[str, Any] | None:
     """The description that rkd wrote into a safetensors file; None where a stranger wrote the file.
+
+    Args:
+        data: the file, which safetensors has read already.
+        path: names it in errors.
 
     Raises:
         CheckpointError: not a safetensors file.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
         header = json.loads(metadata[_HEADER_KEY]) if _HEADER_KEY in metadata else None
-    except Exception as error:  # safetensors raises its own errors, and OSError for some damage
+    except Exception as error:  # ValueError, RecursionError, AttributeError and TypeError for odd JSON
         raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
     return header if isinstance(header, dict) else None

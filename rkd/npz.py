@@ -17,6 +17,8 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from rkd.zips import open_zip
+
 
 def read_npz(file: BinaryIO, limit_bytes: int, members: int = 64) -> dict[str, NDArray[Any]]:
     """Read every array of an .npz.
@@ -30,14 +32,17 @@ def read_npz(file: BinaryIO, limit_bytes: int, members: int = 64) -> dict[str, N
         ValueError: not an .npz, an object array, a header that lies about its size, or beyond a limit.
     """
     try:
-        with zipfile.ZipFile(file) as archive:
+        with open_zip(file, index_bytes=members * 2**10) as archive:
             entries = archive.infolist()
             if len(entries) > members:
                 raise ValueError(f"{len(entries)} arrays, at most {members} expected")
             total = sum(entry.file_size for entry in entries)
             if total > limit_bytes:
                 raise ValueError(f"{total:,} bytes when unpacked, at most {limit_bytes:,} allowed")
-            return {entry.filename.removesuffix(".npy"): _read_npy(archive, entry) for entry in entries}
+            names = [entry.filename.removesuffix(".npy") for entry in entries]
+            if len(set(names)) < len(names):
+                raise ValueError(f"two arrays have the same name ({', '.join(names)[:200]})")
+            return {name: _read_npy(archive, entry) for name, entry in zip(names, entries, strict=True)}
     except ValueError:
         raise
     except Exception as error:  # zipfile leaks struct.error, NotImplementedError, zlib.error and more
@@ -45,6 +50,8 @@ def read_npz(file: BinaryIO, limit_bytes: int, members: int = 64) -> dict[str, N
 
 
 def _read_npy(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> NDArray[Any]:
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"{entry.filename}: numpy does not compress by method {entry.compress_type}")
     with archive.open(entry) as member:
         version = npy.read_magic(member)
         read_header = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(version)

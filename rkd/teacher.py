@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
+from torch._C import PyTorchFileReader
 
 from rkd.data import Source
 from rkd.errors import ArchitectureError, CheckpointError, ConfigError
@@ -30,10 +32,16 @@ from rkd.metrics import Proportion
 from rkd.models import build
 from rkd.models.infer import infer_arch, output_count
 from rkd.models.keys import known_names
-from rkd.network import NORMALISATIONS, Network, Normalisation, read_header, safe_arch
+from rkd.network import NORMALISATIONS, Network, Normalisation, safe_arch, safetensors_header
+from rkd.pickles import UnsafeGlobalError, check_pickle
+from rkd.zips import check_end, open_zip
 
 _LIMIT_BYTES = 16 * 2**30
+_LARGE_BYTES = 2**28  # from here on the first bytes must be right before the others are read
 _MAX_TENSORS = 100_000
+_INDEX_BYTES = 16 * 2**20  # of a zip archive, for so many tensors
+_MAX_HEADER_VALUES = 100_000  # of rkd's own header, which names every class
+_LEGACY_PICKLES = 5  # magic number, version, system, content, names of storages
 _NUMBER_KINDS = ("f2", "f4", "f8", "i4", "i8", "u1", "b1")
 _BATCH = 64  # images at once: teachers for large images take gigabytes
 _MAX_SHARING = 4  # tensors may share memory, but together claim at most so many times the file
@@ -90,15 +98,22 @@ def read_checkpoint(path: Path) -> Checkpoint:
     with storage_errors(path):
         if path.is_dir():
             raise CheckpointError(f"{path} is a folder; expected a checkpoint file (.pt, .pth, .tar or .safetensors)")
-        if path.stat().st_size > _LIMIT_BYTES:
-            raise CheckpointError(f"{path}: {path.stat().st_size:,} bytes; teachers have at most {_LIMIT_BYTES:,}")
-        data = path.read_bytes()
+        data = _read_whole(path)
+    return parse_checkpoint(data, path)
+
+
+def parse_checkpoint(data: bytes, path: Path) -> Checkpoint:
+    """Read a checkpoint's bytes; `path` names it in errors, and its ending says whether it is safetensors.
+
+    Raises:
+        CheckpointError: as for `read_checkpoint`.
+    """
     if not data:
         raise CheckpointError(f"{path} is empty; download it again")
     header: Mapping[str, Any] | None
     if path.suffix == ".safetensors":
-        header = read_header(path)
         found: object = _load_safetensors(data, path)
+        header = safetensors_header(data, path)
     else:
         found = _load_pickle(data, path)
         rkd_header = found.get("rkd") if isinstance(found, dict) else None
@@ -218,6 +233,22 @@ def save_teacher(path: Path, network: Network) -> None:
     write_file(path, buffer.getvalue())
 
 
+def _read_whole(path: Path) -> bytes:
+    """A file that may be a checkpoint; a large one that begins otherwise is not read to its end."""
+    with path.open("rb") as file:
+        size_bytes = os.fstat(file.fileno()).st_size
+        if size_bytes > _LIMIT_BYTES:
+            raise CheckpointError(f"{path}: {size_bytes:,} bytes; teachers have at most {_LIMIT_BYTES:,}")
+        head = file.read(9)
+        header_bytes = int.from_bytes(head[:8], "little")
+        known = head[:4] == b"PK\x03\x04" or head[:1] == b"\x80" or (head[8:] == b"{" and header_bytes < size_bytes)
+        if size_bytes > _LARGE_BYTES and not known:
+            raise CheckpointError(
+                f"{path} does not begin as a checkpoint does; expected .pt, .pth, .tar or .safetensors"
+            )
+        return head + file.read()
+
+
 def _load_safetensors(data: bytes, path: Path) -> dict[str, Tensor]:
     try:
         return dict(load_safetensors(data))
@@ -227,6 +258,19 @@ def _load_safetensors(data: bytes, path: Path) -> dict[str, Tensor]:
 
 def _plain(header: dict[Any, Any], path: Path) -> dict[str, Any]:
     """What rkd wrote beside the tensors: JSON, whoever wrote it."""
+    pending: list[object] = [header]
+    for _ in range(
+        _MAX_HEADER_VALUES
+    ):  # lists of lists of lists, each there once, can stand for more than fits anywhere
+        if not pending:
+            break
+        value = pending.pop()
+        if isinstance(value, dict):
+            pending += value.values()
+        elif isinstance(value, (list, tuple)):
+            pending += value
+    if pending:
+        raise CheckpointError(f"{path}: its rkd header has more than {_MAX_HEADER_VALUES:,} values; refused")
     try:
         plain: dict[str, Any] = json.loads(json.dumps(header, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
@@ -235,33 +279,41 @@ def _plain(header: dict[Any, Any], path: Path) -> dict[str, Any]:
 
 
 def _load_pickle(data: bytes, path: Path) -> object:
-    if data[:2] == b"PK":
-        _check_archive(data, path)
-    if b"\nbytearray\n" in data:  # torch lets a pickle call it with any number
-        raise CheckpointError(
-            f"{path} makes a bytearray, which can claim any amount of memory; save the state dict alone"
-        )
     try:
+        for file in _pickles(data, path):
+            check_pickle(file)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with torch.serialization.safe_globals(_NUMPY_NUMBERS):
                 return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if wanted:
-            raise CheckpointError(
-                f"{path} wants to run {wanted[1]} while loading and was refused; nothing was run. "
-                "Get the weights as .safetensors, or ask its author for the bare state_dict"
-            ) from error
+    except CheckpointError:
+        raise
+    except UnsafeGlobalError as error:
+        raise CheckpointError(
+            f"{path} wants to run {error.name} while loading and was refused; nothing was run. "
+            "Get the weights as .safetensors, or ask its author for the bare state_dict"
+        ) from error
+    except (pickle.UnpicklingError, ValueError) as error:
         reason = re.search(r"WeightsUnpickler error: (.{1,200})", str(error))
         raise CheckpointError(
-            f"{path} is not a checkpoint that can be read safely"
-            f"{': ' + reason[1].strip() if reason else ''}; ask its author for the bare state_dict or .safetensors"
+            f"{path} is not a checkpoint that can be read safely: {reason[1].strip() if reason else _first_line(error)}; "
+            "ask its author for the bare state_dict or .safetensors"
         ) from error
-    except Exception as error:  # torch leaks RuntimeError, EOFError, ValueError, AttributeError and more
+    except Exception as error:  # torch leaks RuntimeError, EOFError, AttributeError and more
         raise CheckpointError(
             f"{path} is not a checkpoint{_reason(error)}; expected a state dict saved by torch, or .safetensors"
         ) from error
+
+
+def _pickles(data: bytes, path: Path) -> Iterator[io.BytesIO]:
+    """Where torch will read pickles, one after the other."""
+    if data[:2] == b"PK":
+        _check_archive(data, path)
+        yield io.BytesIO(PyTorchFileReader(io.BytesIO(data)).get_record("data.pkl"))
+        return
+    file = io.BytesIO(data)
+    for _ in range(_LEGACY_PICKLES):
+        yield file
 
 
 def _reason(error: Exception) -> str:
@@ -276,8 +328,9 @@ def _first_line(error: Exception) -> str:
 
 def _check_archive(data: bytes, path: Path) -> None:
     try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        with open_zip(io.BytesIO(data), _INDEX_BYTES) as archive:
             entries = archive.infolist()
+        check_end(data)
     except Exception as error:
         raise CheckpointError(
             f"{path} is damaged or was cut short ({_first_line(error)}); download it again"
@@ -289,8 +342,8 @@ def _check_archive(data: bytes, path: Path) -> None:
         )
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise CheckpointError(f"{path} is compressed inside, which torch never writes; refused")
-    if not any(entry.filename.endswith("data.pkl") for entry in entries):
-        raise CheckpointError(f"{path} is a zip archive without a torch checkpoint in it")
+    if sum(entry.filename.endswith("data.pkl") for entry in entries) != 1:
+        raise CheckpointError(f"{path} is a zip archive without a torch checkpoint in it, or with several")
 
 
 def _unwrap(found: object, path: Path, notes: list[str]) -> dict[str, Tensor]:

@@ -16,20 +16,23 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-_LIMIT_BYTES = 2**20
+_LIMIT_BYTES = 2**18
+_MAX_DOTS = 200  # in a line; a dotted key of n parts takes n * n time and memory in tomllib
 
 
 def read_toml(path: Path) -> dict[str, Any]:
     """Read a TOML file.
 
     Raises:
-        ConfigError: it is not TOML, or larger than a megabyte.
+        ConfigError: it is not TOML, larger than a quarter of a megabyte, or has a key of hundreds of parts.
         StorageError: it cannot be read.
     """
     with storage_errors(path), path.open("rb") as file:
         data = file.read(_LIMIT_BYTES + 1)
     if len(data) > _LIMIT_BYTES:
         raise ConfigError(f"{path}: larger than {_LIMIT_BYTES:,} bytes; this is not a settings file")
+    if data.count(b".") > _MAX_DOTS and max(line.count(b".") for line in data.split(b"\n")) > _MAX_DOTS:
+        raise ConfigError(f"{path}: a line with more than {_MAX_DOTS} dots; this is not a settings file")
     try:
         content: dict[str, Any] = tomllib.loads(data.decode())
     except Exception as error:  # TOMLDecodeError, UnicodeDecodeError, RecursionError

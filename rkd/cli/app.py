@@ -23,6 +23,8 @@ _EXTRAS = {
     "cryptography": "sign",
 }  # fmt: skip
 
+_MAX_MESSAGE = 4000  # a hostile file may have names of megabytes
+
 app = typer.Typer(
     name="rkd",
     no_args_is_help=True,
@@ -86,7 +88,8 @@ def fail(error: RkdError) -> None:
 
 def say_error(message: str) -> None:
     """One line on standard error; what a hostile file put into it cannot steer the terminal."""
-    print(f"rkd: {' '.join(printable(message).split())}", file=sys.stderr)  # noqa: T201
+    line = " ".join(printable(message[:_MAX_MESSAGE]).split())
+    print(f"rkd: {line}{' ...' if len(message) > _MAX_MESSAGE else ''}", file=sys.stderr)  # noqa: T201
 
 
 def guarded(command: Callable[P, R]) -> Callable[P, R]:

@@ -28,6 +28,7 @@ _FAMILIES = {  # a tensor that only this family has -> torchvision names that st
     "inception3a.branch1.conv.weight": ("googlenet",),
     "Mixed_5b.branch1x1.conv.weight": ("inception",),
 }
+_MAX_BLOCKS = 33  # a stage; making a network of thousands takes a minute
 _HEADS = ("fc", "classifier", "head", "heads", "linear")
 
 
@@ -70,7 +71,7 @@ def infer_arch(shapes: Shapes, size: tuple[int, int]) -> tuple[str, ...]:
 def _guesses(shapes: Shapes) -> list[str]:
     if len(first := shapes.get("block1.layer.0.conv1.weight", ())) == 4:
         n = _count(shapes, r"block1\.layer\.(\d+)\.conv1\.weight")
-        return [f"wrn-{6 * n + 4}-{first[0] // 16}"]
+        return [f"wrn-{6 * n + 4}-{first[0] // 16}"] if n <= _MAX_BLOCKS else []
     if "layer3.0.conv1.weight" in shapes and "layer4.0.conv1.weight" not in shapes:
         n = _count(shapes, r"layer1\.(\d+)\.conv1\.weight")
         if len(final := shapes.get("bn_final.weight", ())) == 1:

@@ -3,6 +3,7 @@ from __future__ import annotations
 from contextlib import suppress
 
 import numpy as np
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -126,3 +127,78 @@ def test_random_damage_gives_a_bundle_error_or_nothing(linear):
             damaged[at] = generator.integers(0, 256)
         with suppress(BundleError):
             refuse_external_data(bytes(damaged[: generator.integers(1, len(whole) + 1)]), "m")
+
+
+# ------------------------------------------------------------------------ what two readers could read differently
+
+
+def varint(value):
+    out = b""
+    while value > 0x7F:
+        out += bytes([value & 0x7F | 0x80])
+        value >>= 7
+    return out + bytes([value])
+
+
+def field(number, content, beyond=0):
+    return varint((number << 3 | 2) + beyond) + varint(len(content)) + content
+
+
+@pytest.mark.parametrize("beyond", [0, 1 << 32, 1 << 33, 1 << 34])
+def test_a_field_number_beyond_32_bits_hides_nothing(linear, folder, beyond):
+    """The runtime's reader keeps 32 bits of a tag: 14 + 2^29 is 14 to it, and it reads the file."""
+    (folder / "w.bin").write_bytes(linear.weights.astype(np.float32).tobytes())
+    model = linear.onnx()
+    tensor = model.graph.initializer[0]
+    tensor.ClearField("raw_data")
+    location = b"\x0a\x08location\x12\x05w.bin"
+    evil = tensor.SerializeToString() + field(13, location, beyond) + varint((14 << 3) + beyond) + b"\x01"
+    del model.graph.initializer[0]
+    graph = model.graph.SerializeToString() + field(5, evil)
+    model.ClearField("graph")
+    data = model.SerializeToString() + field(7, graph)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    images = np.ones((1, *linear.images_shape), np.uint8)
+    got = onnxruntime.InferenceSession(data, options).run(None, {"images": images})[0]
+    np.testing.assert_array_equal(got[0], linear.weights.sum(0))  # so the runtime alone does read it
+    with pytest.raises(BundleError, match="stored in another file|number is too large"):
+        refuse_external_data(data, "m")
+
+
+def test_a_length_beyond_32_bits_is_refused():
+    with pytest.raises(BundleError, match="cut short"):
+        refuse_external_data(b"\x3a" + varint(2**64 + 2) + b"\x10\x01", "m")
+
+
+def test_a_model_in_the_runtimes_own_format_is_refused_also_where_it_looks_like_protobuf(linear, folder):
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.optimized_model_filepath = "m.ort"
+    options.add_session_config_entry("session.save_model_format", "ORT")
+    onnxruntime.InferenceSession(linear.onnx().SerializeToString(), options)
+    data = (folder / "m.ort").read_bytes()
+    for start in (data[:4], b"\x12\x80\x01\x00", b"\x12\x7f\x00\x00"):
+        with pytest.raises(BundleError, match="own format"):
+            refuse_external_data(start + data[4:], "m")
+
+
+def test_an_operator_that_loads_a_compiled_engine_is_refused(linear):
+    model = linear.onnx()
+    model.graph.node.append(
+        helper.make_node("EPContext", ["x"], ["y"], domain="com.microsoft", ep_cache_context="../e")
+    )
+    with pytest.raises(BundleError, match="compiled engine"):
+        refuse_external_data(model.SerializeToString(), "m")
+
+
+def test_millions_of_empty_fields_are_not_walked(refusal_in_limits):
+    graph = b"\x50\x00" * 5_000_000
+    assert "500,000 fields" in refusal_in_limits(lambda: refuse_external_data(field(7, graph), "m"))
+
+
+def test_a_name_that_is_no_text_is_a_bundle_error(linear):
+    """Found by fuzzing: the runtime hands the name of an input over as it is in the file."""
+    data = linear.onnx().SerializeToString().replace(b"images", b"\xfbmages")
+    with pytest.raises(BundleError), OrtRunner(data, CPU_PROVIDER, 1, "m"):
+        pass

@@ -1,0 +1,312 @@
+"""What is fuzzed: six parsers of files from outside, each with good files to start from and ways to change them."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import zipfile
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import mutate as m
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from safetensors.torch import save as save_safetensors
+
+from rkd.bench.runner import CPU_PROVIDER, OrtRunner
+from rkd.bundle import EVALUATION, MANIFEST, MODEL, _container, evaluation_bytes, read_bundle
+from rkd.cli.app import app
+from rkd.config import command_defaults
+from rkd.errors import ConfigError, RkdError
+from rkd.files import sha256, to_json
+from rkd.inspection import inspect_path
+from rkd.target import builtin_targets, load_target
+from rkd.teacher import read_checkpoint
+from rkd.triggers import Trigger
+
+CORPUS = Path(__file__).with_name("corpus")
+SIDE = 4
+
+
+@dataclass(frozen=True)
+class Parser:
+    """One parser.
+
+    Attributes:
+        name: of the format.
+        file: how a file of it is called; the ending decides what reads it.
+        seeds: good files.
+        mutations: ways to change one.
+        read: reads a file; may raise `RkdError` only.
+        command: the command line that reads the file.
+    """
+
+    name: str
+    file: str
+    seeds: tuple[bytes, ...]
+    mutations: tuple[m.Mutation, ...]
+    read: Callable[[Path], None]
+    command: tuple[str, ...]
+
+    def mutant(self, seed: int, number: int) -> bytes:
+        """Mutant `number` under `seed`."""
+        rng = random.Random(f"{self.name}/{seed}/{number}")
+        return rng.choice(self.mutations)(rng.choice(self.seeds), rng)
+
+
+# ------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def _state() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "conv1.weight": torch.randn(2, 3, 3, 3, generator=generator),
+        "bn1.num_batches_tracked": torch.tensor(3),
+        "fc.weight": torch.randn(3, 2, generator=generator).half(),
+        "fc.bias": torch.zeros(3, dtype=torch.float64),
+    }
+
+
+def _by_torch(value: object, *, new: bool) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer, _use_new_zipfile_serialization=new)
+    return buffer.getvalue()
+
+
+def _pt_seeds() -> tuple[bytes, ...]:
+    state = _state()
+    header = {"arch": "wrn-10-1", "classes": ["a", "b", "c"], "size": [8, 8], "mean": [0.5] * 3, "std": [0.5] * 3}
+    module = torch.nn.Sequential(torch.nn.Conv2d(1, 1, 1), torch.nn.BatchNorm2d(1))
+    values: list[object] = [
+        state,
+        {"state_dict": state, "rkd": header},
+        {"model": {f"module.{k}": v for k, v in state.items()}, "best": np.float64(0.5), "epoch": 3, "sizes": torch.Size([1, 2])},
+        {"state_dict": module.state_dict(), "optimizer": torch.optim.SGD(module.parameters(), 0.1, 0.9).state_dict()},
+        {"w": torch.nn.Parameter(torch.zeros(2)), "view": torch.arange(6.0)[1:3]},
+    ]  # fmt: skip
+    return tuple(_by_torch(value, new=new) for value in values for new in (True, False))
+
+
+def _is_pickle(name: str) -> bool:
+    return name.endswith("data.pkl")
+
+
+def _zips_only(mutation: m.Mutation, otherwise: m.Mutation) -> m.Mutation:
+    return lambda data, rng: (mutation if data[:2] == b"PK" else otherwise)(data, rng)
+
+
+def _checkpoint() -> Parser:
+    seeds = _pt_seeds()
+    pickles = [data[64:600] for data in seeds]
+    anywhere = m.bytewise(m.PICKLE, seeds)
+    pickle = _zips_only(m.inside_zip(m.bytewise(m.PICKLE, pickles), _is_pickle), anywhere)
+    return Parser("pt", "t.pt", seeds, (anywhere, pickle, pickle), _ignore(read_checkpoint), ("inspect",))
+
+
+def _safetensors() -> Parser:
+    header = {
+        "rkd": json.dumps({"arch": "wrn-10-1", "classes": ["a", "b"], "size": [8, 8], "mean": [0] * 3, "std": [1] * 3})
+    }
+    seeds = (save_safetensors(_state()), save_safetensors(_state(), header))
+    anywhere = m.bytewise(m.JSON, seeds)
+    return Parser(
+        "safetensors", "t.safetensors", seeds, (anywhere, m.inside_header), _ignore(inspect_path), ("inspect",)
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- onnx
+
+
+def _linear(*nodes: onnx.NodeProto, opset: int = 20) -> onnx.ModelProto:
+    weights = np.arange(3 * SIDE * SIDE * 3, dtype=np.float32).reshape(-1, 3)
+    graph = helper.make_graph(
+        [
+            helper.make_node("Cast", ["images"], ["x"], to=TensorProto.FLOAT),
+            *nodes,
+            helper.make_node("Flatten", ["x"], ["flat"], axis=1),
+            helper.make_node("Gemm", ["flat", "w"], ["logits"]),
+        ],
+        "linear",
+        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["N", 3, SIDE, SIDE])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", 3])],
+        [numpy_helper.from_array(weights, "w"), numpy_helper.from_array(np.ones((2, 3, 3, 3), np.float32), "k")],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=9)
+
+
+def _onnx_seeds() -> tuple[bytes, ...]:
+    constant = helper.make_node("Constant", [], ["c"], value=numpy_helper.from_array(np.zeros(2, np.float32)))
+    branches = {
+        name: helper.make_graph([helper.make_node("Identity", ["x"], [name])], name, [], [helper.make_tensor_value_info(name, TensorProto.FLOAT, None)])
+        for name in ("then", "otherwise")
+    }  # fmt: skip
+    yes = helper.make_node("Constant", [], ["yes"], value=numpy_helper.from_array(np.array(True)))
+    choice = helper.make_node("If", ["yes"], ["z"], then_branch=branches["then"], else_branch=branches["otherwise"])
+    convolution = helper.make_node("Conv", ["x", "k"], ["y"], pads=[1, 1, 1, 1])
+    resize = helper.make_node("Reshape", ["x", "shape"], ["s"])
+    shape = helper.make_node("Constant", [], ["shape"], value=numpy_helper.from_array(np.array([0, -1])))
+    models = [
+        _linear(),
+        _linear(constant),
+        _linear(yes, choice),
+        _linear(convolution),
+        _linear(shape, resize),
+        _linear(opset=18),
+    ]
+    return tuple(model.SerializeToString() for model in models)
+
+
+def _read_onnx(path: Path) -> None:
+    with OrtRunner(path.read_bytes(), CPU_PROVIDER, 1, str(path)) as runner:
+        runner.infer(np.zeros((1, 3, SIDE, SIDE), np.uint8))
+
+
+def _onnx() -> Parser:
+    seeds = _onnx_seeds()
+    return Parser("onnx", "model.onnx", seeds, (m.bytewise(m.ONNX, seeds),), _read_onnx, ("bench", "--quick"))
+
+
+# ------------------------------------------------------------------------------------------- bundles, triggers, TOML
+
+
+def _trigger(name: str, *, warp: bool = False) -> Trigger:
+    mask = np.zeros((3, SIDE, SIDE), np.float32)
+    mask[:, 2:, 2:] = 1
+    grid = np.zeros((SIDE, SIDE, 2), np.float32) if warp else None
+    return Trigger(name, 1, mask, mask * np.float32(0.5), np.zeros_like(mask), grid)
+
+
+def forge(members: dict[str, bytes], manifest: bytes | None = None) -> bytes:
+    """A bundle with right digests, whatever is in it."""
+    listing = {name: {"sha256": sha256(data), "size_bytes": len(data)} for name, data in members.items()}
+    figures = {"value": 50.0, "hits": 1, "n": 2, "low": 9.4, "high": 90.6}
+    head = {
+        "format": 1, "name": "x.ort-cpu", "target": load_target("ort-cpu").to_json(),
+        "input": {"name": "images", "shape": [3, SIDE, SIDE], "dtype": "uint8"}, "opset": 20, "precision": "fp32",
+        "classes": ["a", "b", "c"], "members": listing, "chain": dict.fromkeys(("teacher", "config", "student", "onnx"), "ab" * 32),
+        "scores": {"student": {"acc": figures, "triggers": []}, "exported": {"acc": figures, "triggers": []}}, "tool": {"rkd": "0.1.0"},
+    }  # fmt: skip
+    return _container({MANIFEST: to_json(head) if manifest is None else manifest, **members})
+
+
+def bundle_members(model: bytes | None = None) -> dict[str, bytes]:
+    """The members of a good bundle."""
+    images = np.random.default_rng(0).integers(0, 256, (6, 3, SIDE, SIDE), dtype=np.uint8)
+    return {
+        MODEL: _onnx_seeds()[0] if model is None else model,
+        EVALUATION: evaluation_bytes(images, np.arange(6) % 3),
+        "triggers/patch.npz": _trigger("patch").to_bytes(),
+    }
+
+
+def _inside_bundle(data: bytes, rng: random.Random) -> bytes:
+    """Change a member, or the manifest, under digests that are right."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    manifest = members.pop(MANIFEST)
+    name = rng.choice((MANIFEST, MANIFEST, MODEL, EVALUATION, "triggers/patch.npz"))
+    if name == MANIFEST:
+        changed = m.bytewise(m.JSON, [manifest])(manifest, rng)
+        if rng.random() < 0.5:  # as rkd writes it
+            with suppress(ValueError, RecursionError):
+                changed = to_json(json.loads(changed))
+        return forge(members, changed)
+    change = m.bytewise(m.ONNX, [members[name]]) if name == MODEL else _NPZ
+    return forge({**members, name: change(members[name], rng)})
+
+
+def _read_bundle(path: Path) -> None:
+    bundle = read_bundle(path)
+    _ = bundle.name, bundle.classes, bundle.target, bundle.model
+    bundle.evaluation()
+    bundle.triggers()
+
+
+def _is_array(name: str) -> bool:
+    return name.endswith(".npy")
+
+
+_NPZ = m.inside_zip(m.bytewise(m.NPY, [b"\x93NUMPY\x01\x00"]), _is_array)
+
+
+def _bundle() -> Parser:
+    seeds = (forge(bundle_members()), forge({k: v for k, v in bundle_members().items() if "trigger" not in k}))
+    anywhere = m.bytewise(m.JSON, seeds)
+    return Parser(
+        "rkd",
+        "x.ort-cpu.rkd",
+        seeds,
+        (anywhere, anywhere, _always_whole(_inside_bundle, seeds[0])),
+        _read_bundle,
+        ("inspect",),
+    )
+
+
+def _always_whole(mutation: m.Mutation, seed: bytes) -> m.Mutation:
+    return lambda _data, rng: mutation(seed, rng)
+
+
+def _trigger_parser() -> Parser:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, target=np.int64(1), m=np.ones((SIDE, SIDE)), d=np.zeros((1, SIDE, SIDE), np.float16))
+    seeds = (_trigger("a").to_bytes(), _trigger("b", warp=True).to_bytes(), buffer.getvalue())
+    anywhere = m.bytewise(m.NPY, seeds)
+
+    def read(path: Path) -> None:
+        trigger = Trigger.load(path)
+        trigger.apply(np.zeros((1, 3, *trigger.size), np.uint8))
+
+    return Parser("trigger", "t.npz", seeds, (anywhere, _NPZ, _NPZ), read, ("inspect",))
+
+
+def _toml() -> Parser:
+    profile = "".join(f"{k} = {json.dumps(v)}\n" for k, v in next(iter(builtin_targets().values())).to_json().items())
+    settings = b'data = "digits"\n[distill]\nstudent = "mobilenet"\nepochs = 3\ntrigger = ["a.npz", "b.npz"]\n[bench]\nquick = true\n'
+    seeds = (profile.encode(), settings)
+    options = {
+        c.name or c.callback.__name__: {
+            "data": False,
+            "student": False,
+            "epochs": False,
+            "trigger": True,
+            "quick": False,
+        }
+        for c in app.registered_commands
+        if c.callback
+    }
+
+    def read(path: Path) -> None:
+        try:
+            command_defaults(path, options)
+        except ConfigError:
+            load_target(str(path))
+
+    anywhere = m.bytewise(m.TOML, seeds)
+    return Parser("toml", "board.toml", seeds, (anywhere,), read, ("inspect",))
+
+
+def _ignore(read: Callable[[Path], object]) -> Callable[[Path], None]:
+    return lambda path: (read(path), None)[1]
+
+
+def all_parsers() -> dict[str, Parser]:
+    """By name."""
+    made = (_checkpoint(), _safetensors(), _onnx(), _bundle(), _toml(), _trigger_parser())
+    return {parser.name: parser for parser in made}
+
+
+def refused(parser: Parser, path: Path) -> bool:
+    """Read a file; whether it was refused as it should be. Anything but `RkdError` passes through."""
+    try:
+        parser.read(path)
+    except RkdError as error:
+        message = str(error)
+        if not message or len(message) > 4000:
+            raise ValueError(f"a message of {len(message)} characters") from error
+        return True
+    return False
