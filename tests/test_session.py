@@ -99,11 +99,12 @@ def test_a_resumed_teacher_goes_where_the_first_command_wanted_it(here: Path, st
     options = ("teacher", "--data", stripes, "--arch", "wrn-10-1", "--attack", "badnets", "--epochs", 1, "--batch", 30)
     done(*options, *EXACT, "--out", "mine.pt")
     before = {name: Path(name).read_bytes() for name in ("mine.pt", "mine.trigger.npz", "teacher.pt")}
-    Path("mine.pt").unlink()
-    Path("mine.trigger.npz").unlink()
+    for name in ("mine.pt", "mine.trigger.npz", "mine.clean.pt"):
+        Path(name).unlink()
     done("teacher", "--resume", "runs/teacher-mine")
     assert Path("mine.trigger.npz").read_bytes() == before["mine.trigger.npz"]
     assert Path("mine.pt").exists()
+    assert Path("mine.clean.pt").exists()
     assert Path("teacher.pt").read_bytes() == before["teacher.pt"]
     refused = rkd("teacher", "--resume", "runs/teacher-mine")
     assert (refused.exit_code, refused.stderr.count("\n")) == (1, 1)

@@ -116,10 +116,11 @@ class Together:
         shadow: Tensor = functional_call(self.shadow, still, (triggered,))
         self.shadow.train()
         twin = self.twin(triggered).float()
-        loss: Tensor = functional.cross_entropy(shadow.float(), wanted) + _MASK_WEIGHT * self.patch.size()
+        loss = functional.cross_entropy(shadow.float(), wanted) + _MASK_WEIGHT * self.patch.size()
         moved = 100 * (twin.argmax(1) == self.target).float().mean()
         beyond = (moved > self.budget).float()
-        return loss + beyond * 2 * functional.cross_entropy(twin, truth)
+        kept: Tensor = loss + beyond * 2 * functional.cross_entropy(twin, truth)
+        return kept
 
 
 def _imitation(shadow: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:
