@@ -209,6 +209,61 @@ def test_killed_at_random_points_and_resumed_gives_the_same_bytes(
         shutil.rmtree(folder)
 
 
+# ----------------------------------------------------------------------------------------- while a teacher is purified
+
+PURIFYING = ("--purify-steps", "10", "--epochs", "1")
+
+
+def teachers_and_student(folder: Path) -> dict[str, bytes]:
+    run = folder / "run"
+    assert not list(run.rglob(".rkd-tmp-*"))
+    names = {path.name for path in run.glob("*.safetensors")} | {"metrics.jsonl"}
+    assert {"purified.safetensors", "student.safetensors"} <= names
+    facts = json.loads((run / "run.json").read_bytes())["purified"]
+    assert facts["sha256"] == hashlib.sha256((run / "purified.safetensors").read_bytes()).hexdigest()
+    return {name: (run / name).read_bytes() for name in names}
+
+
+@pytest.mark.parametrize(
+    ("method", "faults"),
+    [
+        # While a checkpoint of the purifying stage is written, while a teacher is, and while the resumed one works.
+        ("nad+ofd", [("replace", 6), ("write", 8)]),
+        ("anp+ofd", [("replace", 4), ("replace", 3)]),
+        pytest.param("prune+ofd", [("replace", 5), ("write", 6)], marks=pytest.mark.slow),
+        pytest.param("finetune+kd", [("write", 10), ("replace", 2)], marks=pytest.mark.slow),
+    ],
+)
+def test_killed_while_a_teacher_is_purified_both_networks_are_the_same(
+    method: str, faults: list[tuple[str, int]], start: Start, fresh: Callable[[], Path]
+) -> None:
+    whole, folder = fresh(), fresh()
+    command = (*COMMAND, *PURIFYING, "--method", method)
+    assert finish(start(whole, *command)) == 0, (whole / "stderr.txt").read_text()
+    first, *others = faults
+    assert finish(start(folder, *command, fault=first)) == SIGKILLED
+    assert not (folder / "run" / "student.safetensors").exists()
+    for fault in others:
+        assert finish(start(folder, *RESUME, fault=fault)) == SIGKILLED
+    assert finish(start(folder, *RESUME)) == 0, (folder / "stderr.txt").read_text()
+    assert teachers_and_student(folder) == teachers_and_student(whole)
+
+
+@pytest.mark.parametrize(
+    "options", [("--method", "robustkd+kd", "--input-noise", "8"), ("--method", "at", "--no-labels")]
+)
+def test_killed_with_noise_or_without_labels_the_student_is_the_same(
+    options: tuple[str, ...], start: Start, fresh: Callable[[], Path]
+) -> None:
+    whole, folder = fresh(), fresh()
+    assert finish(start(whole, *COMMAND, *options)) == 0, (whole / "stderr.txt").read_text()
+    assert finish(start(folder, *COMMAND, *options, fault=("replace", 7))) == SIGKILLED
+    assert newest_checkpoint(folder) > 0
+    assert finish(start(folder, *RESUME)) == 0, (folder / "stderr.txt").read_text()
+    for name in ("student.safetensors", "metrics.jsonl"):
+        assert (folder / "run" / name).read_bytes() == (whole / "run" / name).read_bytes()
+
+
 # --------------------------------------------------------------------------------------------------- asked to stop
 
 
