@@ -96,6 +96,9 @@ class _Jury:
         self._some = np.unique(np.linspace(0, len(self._images) - 1, _RANKING_IMAGES).astype(np.intp))
         self.accuracy = self._accuracy(self._reference)
 
+    def __len__(self) -> int:
+        return len(self._labels)
+
     def judge(self, model: bytes) -> Trial:
         """All images."""
         got = _logits(predictor_of(model, integer=self._integer), self._images)
@@ -123,7 +126,7 @@ def choose(
 ) -> Quantised:
     """Quantise a file as well as its recipe allows.
 
-    All layers are quantised with each calibrator; the highest accuracy wins, then agreement, then the least error.
+    All layers are quantised with each calibrator, and the best one is taken (`best_trial`).
     Where that file loses more than half of the budget or agrees less than the recipe asks for, the layers are ranked by
     the harm that each does alone, and more and more of the worst ones are kept.
 
@@ -182,8 +185,19 @@ def _calibrate(
     for name in recipe.calibrators:
         trials[name] = jury.judge(graph.quantised(spans[name]))
         tell(f"int8: {name}: {trials[name].accuracy:.1f} % right, {trials[name].agreement:.1f} % agree")
-    best = max(trials, key=lambda name: (trials[name].accuracy, trials[name].agreement, -trials[name].error))
+    best = best_trial(trials, len(jury))
     return best, trials, spans[best]
+
+
+def best_trial(trials: Mapping[str, Trial], images: int) -> str:
+    """The name of the best trial: the highest accuracy, then the highest agreement, then the least error.
+
+    Accuracies within one standard error of the highest are equal: `images` cannot tell them apart.
+    """
+    top = max(trial.accuracy for trial in trials.values()) / 100
+    noise = 100 * (top * (1 - top) / images) ** 0.5
+    equal = {name: trial for name, trial in trials.items() if trial.accuracy >= 100 * top - noise}
+    return max(equal, key=lambda name: (equal[name].agreement, -equal[name].error))
 
 
 def _by_harm(graph: Graph, ranges: Mapping[str, Range], jury: _Jury, tell: Callable[[str], None]) -> tuple[str, ...]:
