@@ -7,7 +7,7 @@ STAMP := $(VENV)/.rkd-ready
 # One thread a process: the tests and the demo are many small computations.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow test-gpu test-ray test-board lint types bench clean setup
+.PHONY: demo test test-slow test-gpu test-ray test-board lint types bench fuzz soak clean setup
 
 demo: $(STAMP)
 	$(BIN)/rkd demo --overwrite
@@ -34,6 +34,14 @@ lint: $(STAMP)
 
 types: $(STAMP)
 	$(BIN)/mypy
+
+# Release figures: SECONDS=3600 make fuzz soak
+SECONDS ?= 600
+fuzz: $(STAMP)
+	$(BIN)/python tests/fuzz/fuzz.py --seconds $(SECONDS) --seed $${SEED:-1} --keep build/fuzz
+
+soak: $(STAMP)
+	RKD_SLOW=1 RKD_SOAK_SECONDS=$(SECONDS) $(BIN)/python -m pytest -n 0 tests/faults/test_every_method.py -k random
 
 bench: $(STAMP)
 	$(BIN)/python tests/benchmarks/run.py

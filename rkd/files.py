@@ -148,6 +148,7 @@ def append_line(path: Path, line: str) -> None:
             size_bytes = os.fstat(descriptor).st_size
             try:
                 _write_all(descriptor, (line + "\n").encode())
+                os.fsync(descriptor)  # a checkpoint that survives a power cut must not be ahead of its log
             except OSError:
                 os.ftruncate(descriptor, size_bytes)
                 raise

@@ -26,13 +26,13 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from rkd import __version__
-from rkd.errors import RunError
+from rkd.errors import RkdError, RunError
 from rkd.files import (
     append_line,
     read_json,
@@ -190,8 +190,19 @@ class Run:
 
     def finish(self, **changes: Any) -> None:
         """Write run.json for the last time; the run is done."""
-        self.save(**changes, state="finished", finished=datetime.now(timezone.utc).isoformat(timespec="microseconds"))
+        self.save(**changes, state="finished", finished=self._after_all_others())
         self.drop_checkpoints()
+
+    def _after_all_others(self) -> str:
+        """The time now, or a moment after the latest run beside this one, where the clock was set back since."""
+        stamps = [datetime.now(timezone.utc)]
+        for summary in self.path.resolve().parent.glob(f"*/{SUMMARY}"):
+            try:
+                finished = datetime.fromisoformat(Run.open(summary.parent).summary["finished"])
+                stamps.append(finished.astimezone(timezone.utc) + timedelta(microseconds=1))
+            except (RkdError, KeyError, TypeError, ValueError, OverflowError):
+                continue
+        return max(stamps).isoformat(timespec="microseconds")
 
     def drop_checkpoints(self) -> None:
         """Remove all checkpoints: what they led to is written."""
@@ -237,7 +248,11 @@ class Run:
 
     def cut_metrics(self, stage: str, step: int) -> None:
         """Forget what was logged of `stage` after `step`: it will be logged again."""
-        kept = [line for line in self.metrics() if line.get("stage") != stage or int(line.get("step", 0)) <= step]
+        lines = self.metrics()
+        try:
+            kept = [line for line in lines if line.get("stage") != stage or int(line.get("step", 0)) <= step]
+        except (TypeError, ValueError) as error:
+            raise RunError(f"{self.path / METRICS} is damaged: {error}") from error
         write_file(self.path / METRICS, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
     def save_checkpoint(self, step: int, members: Mapping[str, bytes]) -> None:
