@@ -41,7 +41,7 @@ def address() -> Iterator[str]:
     needs_ray()
     root = str(Path(__file__).parents[2])
     patient = {"RAY_raylet_start_wait_time_s": "240", "RAY_USAGE_STATS_ENABLED": "0"}  # also on a busy machine
-    environment = {**os.environ, "PYTHONPATH": root, **patient}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((root, os.environ.get("PYTHONPATH", ""))), **patient}
     command = [sys.executable, "-c", CLUSTER]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
