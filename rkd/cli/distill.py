@@ -122,8 +122,13 @@ def distill(
         ),
     ] = None,
     mask: Annotated[
-        str, typer.Option(help="position or channel: what has a mask value of its own.", rich_help_panel=ABLATION)
-    ] = "position",
+        str,
+        typer.Option(
+            help="position or channel: what has a mask value of its own. Default: channel, paper: position.",
+            show_default=False,
+            rich_help_panel=ABLATION,
+        ),
+    ] = "",
     variance: Annotated[
         bool,
         typer.Option(
