@@ -45,7 +45,7 @@ def open_zip(file: BinaryIO, index_bytes: int) -> Iterator[zipfile.ZipFile]:
         Exception: zipfile leaks struct.error, UnicodeDecodeError, NotImplementedError and more for damaged archives.
     """
     short = _ShortReads(file, max(index_bytes, 2**17))  # the search for the archive's end reads 64 KiB
-    with zipfile.ZipFile(short) as archive:  # type: ignore[arg-type]
+    with zipfile.ZipFile(short) as archive:
         short.limit_bytes = 2**63
         yield archive
 
