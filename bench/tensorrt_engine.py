@@ -163,14 +163,16 @@ def build_engine(
     if options.precision == "fp32":
         config.clear_flag(trt.BuilderFlag.TF32)
     config.add_optimization_profile(_profile(builder, network, options, origin))
-    config.set_timing_cache(config.create_timing_cache(timing_cache), False)  # noqa: FBT003 - positional in every release
+    times = options.runtime == "tensorrt"  # TensorRT for RTX times nothing while it builds, and warns when asked to
+    if times:
+        config.set_timing_cache(config.create_timing_cache(timing_cache), False)  # noqa: FBT003 - positional everywhere
     built = builder.build_serialized_network(network, config)
     if built is None:
         raise RuntimeUnavailableError(
             f"{origin}: {options.runtime} {trt.__version__} cannot build the engine: {log.why()}; "
             "free memory, lower workspace_mib in the target, or export for the target ort-cpu"
         )
-    cache = config.get_timing_cache()
+    cache = config.get_timing_cache() if times else None
     return bytes(built), b"" if cache is None else bytes(cache.serialize() or b"")
 
 
