@@ -20,7 +20,7 @@ from typing import Any
 
 from rkd.bench.cuda import Gpu
 from rkd.bench.external import refuse_external_data
-from rkd.bench.tensorrt_api import Builder, INetworkDefinition, IOptimizationProfile, Module, OnnxParser
+from rkd.bench.tensorrt_api import MODULES, Builder, INetworkDefinition, IOptimizationProfile, Module, OnnxParser
 from rkd.errors import BundleError, RuntimeUnavailableError, StorageError
 from rkd.files import sha256, write_file
 from rkd.target import Precision, Runtime, Target
@@ -163,7 +163,7 @@ def build_engine(
     if options.precision == "fp32":
         config.clear_flag(trt.BuilderFlag.TF32)
     config.add_optimization_profile(_profile(builder, network, options, origin))
-    times = options.runtime == "tensorrt"  # TensorRT for RTX times nothing while it builds, and warns when asked to
+    times = trt.__name__ == MODULES["tensorrt"]  # TensorRT for RTX times nothing while it builds, and warns when asked
     if times:
         config.set_timing_cache(config.create_timing_cache(timing_cache), False)  # noqa: FBT003 - positional everywhere
     built = builder.build_serialized_network(network, config)
