@@ -33,6 +33,7 @@ types: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python tests/benchmarks/run.py
+	$(BIN)/python tests/benchmarks/export.py
 
 setup: $(STAMP)
 
