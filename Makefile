@@ -46,6 +46,7 @@ soak: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python tests/benchmarks/run.py
 	$(BIN)/python tests/benchmarks/bench.py
+	$(BIN)/python tests/benchmarks/export.py
 
 setup: $(STAMP)
 

@@ -123,6 +123,7 @@ class Runtime_(Protocol):  # noqa: N801 - `Runtime` is the target's
 class Module(Protocol):
     """`tensorrt` or `tensorrt_rtx`."""
 
+    __name__: str
     __version__: str
     ILogger: Any
     IProgressMonitor: Any

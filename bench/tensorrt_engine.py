@@ -20,7 +20,7 @@ from typing import Any
 
 from rkd.bench.cuda import Gpu
 from rkd.bench.external import refuse_external_data
-from rkd.bench.tensorrt_api import Builder, INetworkDefinition, IOptimizationProfile, Module, OnnxParser
+from rkd.bench.tensorrt_api import MODULES, Builder, INetworkDefinition, IOptimizationProfile, Module, OnnxParser
 from rkd.errors import BundleError, RuntimeUnavailableError, StorageError
 from rkd.files import sha256, write_file
 from rkd.target import Precision, Runtime, Target
@@ -163,14 +163,16 @@ def build_engine(
     if options.precision == "fp32":
         config.clear_flag(trt.BuilderFlag.TF32)
     config.add_optimization_profile(_profile(builder, network, options, origin))
-    config.set_timing_cache(config.create_timing_cache(timing_cache), False)  # noqa: FBT003 - positional in every release
+    times = trt.__name__ == MODULES["tensorrt"]  # TensorRT for RTX times nothing while it builds, and warns when asked
+    if times:
+        config.set_timing_cache(config.create_timing_cache(timing_cache), False)  # noqa: FBT003 - positional everywhere
     built = builder.build_serialized_network(network, config)
     if built is None:
         raise RuntimeUnavailableError(
             f"{origin}: {options.runtime} {trt.__version__} cannot build the engine: {log.why()}; "
             "free memory, lower workspace_mib in the target, or export for the target ort-cpu"
         )
-    cache = config.get_timing_cache()
+    cache = config.get_timing_cache() if times else None
     return bytes(built), b"" if cache is None else bytes(cache.serialize() or b"")
 
 

@@ -62,7 +62,7 @@ def diagnose() -> list[Finding]:
         _package("onnxruntime", "bench and export parity on CPUs", "pip install 'rkd[ort]'", _onnxruntime),
         _package(
             "tensorrt",
-            "bench on Jetson boards (not in this version)",
+            "bench on Jetson boards",
             "it comes with JetPack; use a venv with --system-site-packages",
         ),
         _package("timm", "teachers named timm:NAME", "pip install timm"),

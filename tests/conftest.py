@@ -17,12 +17,13 @@ SIDE = 16
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip slow tests unless RKD_SLOW=1."""
-    if os.environ.get("RKD_SLOW") == "1":
-        return
-    for item in items:
-        if item.get_closest_marker("slow") is not None:
-            item.add_marker(pytest.mark.skip(reason="slow: run with RKD_SLOW=1"))
+    """Skip slow tests unless RKD_SLOW=1, and those that need a board unless RKD_GPU=1."""
+    for marker, switch in (("slow", "RKD_SLOW"), ("gpu", "RKD_GPU")):
+        if os.environ.get(switch) == "1":
+            continue
+        for item in items:
+            if item.get_closest_marker(marker) is not None:
+                item.add_marker(pytest.mark.skip(reason=f"{marker}: run with {switch}=1"))
 
 
 def pytest_runtest_setup() -> None:

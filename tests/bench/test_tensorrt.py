@@ -1,0 +1,425 @@
+"""TensorRT without a GPU: the real module of TensorRT for RTX builds, a recording device shows the runner's order."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper
+
+from rkd.bench import tensorrt_api as api
+from rkd.bench.cuda import Gpu, probe_gpu
+from rkd.bench.tensorrt_engine import (
+    BuildOptions,
+    build_engine,
+    check_memory,
+    engine_key,
+    load_engine,
+    store_engine,
+)
+from rkd.bench.tensorrt_layers import count_types, read_layers, verify_precision
+from rkd.bench.tensorrt_runner import Machine, TensorRtRunner, tensorrt_missing
+from rkd.errors import BundleError, RuntimeUnavailableError
+from rkd.target import load_target
+
+ORIN = Gpu("Orin", "8.7", 12060, 8 * 2**30)
+FP16 = BuildOptions.of(load_target("jetson-fp16"))
+
+
+# ------------------------------------------------------------------------------------------- the real module, no GPU
+
+
+@pytest.fixture(scope="module")
+def trt() -> api.Module:
+    pytest.importorskip("tensorrt_rtx")
+    return api.import_tensorrt("tensorrt-rtx")
+
+
+CLASSES = [
+    api.IOptimizationProfile, api.ITimingCache, api.IBuilderConfig, api.ITensor, api.INetworkDefinition, api.Builder,
+    api.ParserError, api.OnnxParser, api.EngineInspector, api.IExecutionContext, api.ICudaEngine, api.Runtime_,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("protocol", CLASSES, ids=lambda protocol: protocol.__name__)
+def test_each_call_of_a_protocol_is_a_call_of_the_real_class(trt: api.Module, protocol: type) -> None:
+    real = getattr(trt, protocol.__name__.rstrip("_"))
+    for name in protocol.__annotations__:
+        assert hasattr(real, name), name
+    for name, function in vars(protocol).items():
+        if name.startswith("_") or not inspect.isfunction(function):
+            continue
+        said = str(getattr(real, name).__doc__)
+        parameters = list(inspect.signature(function).parameters)[1:]
+        assert f"{name}(" in said
+        for parameter in parameters:
+            assert f"{parameter}:" in said, f"{name}: {parameter} is not in {said.splitlines()[0]}"
+
+
+def test_the_module_has_what_its_protocol_says(trt: api.Module) -> None:
+    for name in [*api.Module.__annotations__, "Builder", "OnnxParser", "Runtime"]:
+        assert hasattr(trt, name), name
+    assert {"WORKSPACE"} <= set(trt.MemoryPoolType.__members__)
+    assert {"TF32"} <= set(trt.BuilderFlag.__members__)
+
+
+def model(node: Any, batch: str | int = "N") -> bytes:
+    graph = helper.make_graph(
+        [helper.make_node("Cast", ["images"], ["x"], to=TensorProto.FLOAT), node], "g",
+        [helper.make_tensor_value_info("images", TensorProto.UINT8, [batch, 3, 8, 8])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, None)],
+    )  # fmt: skip
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9).SerializeToString()
+
+
+@pytest.mark.parametrize("batch", ["N", 1])
+def test_a_file_is_built_with_progress_by_the_one_code_path(trt: api.Module, batch: str | int) -> None:
+    told: list[str] = []
+    node = helper.make_node("Flatten", ["x"], ["logits"], axis=1)
+    engine, _ = build_engine(trt, model(node, batch), FP16, "x.rkd", tell=told.append)
+    assert len(engine) > 100
+    assert any(" of " in line for line in told)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "no input 'images' of rank 4"),
+        (b"junk", "not a readable ONNX file"),
+        (model(helper.make_node("Det", ["x"], ["logits"], name="it")), r"cannot parse the model: node 'it' \(Det\)"),
+        (model(helper.make_node("Foo", ["x"], ["logits"], name="it")), r"node 'it' \(Foo\): .*Plugin not found"),
+    ],
+    ids=["empty", "junk", "unsupported operator", "unknown operator"],
+)
+def test_what_tensorrt_cannot_parse_is_named_with_its_words(trt: api.Module, data: bytes, message: str) -> None:
+    with pytest.raises(BundleError, match=rf"^x\.rkd: .*{message}") as caught:
+        build_engine(trt, data, FP16, "x.rkd")
+    assert "\n" not in str(caught.value)
+
+
+def test_here_without_a_device_the_reason_names_the_way_out(trt: api.Module) -> None:
+    machine = Machine(load=lambda _runtime: trt, probe=lambda: probe_gpu(code="raise SystemExit('it lists no device')"))
+    options = BuildOptions.of(load_target("rtx-fp16"))
+    assert tensorrt_missing(options, machine) == (
+        "no CUDA device: it lists no device; check the driver (a container needs --runtime nvidia), or export for the "
+        "target ort-cpu, which needs no GPU"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- driver
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (f"import os; os.kill(os.getpid(), {int(signal.SIGSEGV)})", "ended by signal 11"),
+        ("import ctypes; ctypes.CDLL('libno-such-driver.so.1')", "no CUDA device: OSError: libno-such-driver"),
+        ("print('hello')", "answer cannot be read"),
+        ("while True: pass", "did not answer within"),
+    ],
+    ids=["segfault", "no driver", "nonsense", "hangs"],
+)
+def test_a_driver_that_fails_cannot_take_the_bench_down(code: str, message: str) -> None:
+    seconds = 0.2 if "while" in code else 30.0
+    with pytest.raises(RuntimeUnavailableError, match=message) as caught:
+        probe_gpu(seconds, code)
+    assert "ort-cpu" in str(caught.value)
+
+
+def test_a_driver_that_answers_tells_its_device() -> None:
+    answer = {"name": "Orin", "compute": "8.7", "driver": 12060, "total_bytes": 8 * 2**30}
+    assert probe_gpu(code=f"print({json.dumps(answer)!r})") == ORIN
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [("8.6.2", r"8\.6\.2 is here, the target wants 10\.3 or newer.*ort-cpu"), ("12.0", "below 12.*ort-cpu")],
+)
+def test_other_releases_are_refused_with_the_way_out(version: str, message: str) -> None:
+    machine = Machine(load=lambda _runtime: SimpleNamespace(__version__=version), probe=lambda: ORIN)
+    with pytest.raises(RuntimeUnavailableError, match=message):
+        tensorrt_missing(FP16, machine)
+
+
+@pytest.mark.parametrize("version", ["10.3.0.26", "10.13.3.9", "10.16.1", "11.4.0"])
+def test_the_releases_of_jetpack_6_1_to_7_2_are_served(version: str) -> None:
+    machine = Machine(load=lambda _runtime: SimpleNamespace(__version__=version), probe=lambda: ORIN)
+    assert tensorrt_missing(FP16, machine) == ""
+
+
+def test_without_tensorrt_the_board_learns_where_it_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    assert "comes with JetPack" in tensorrt_missing(FP16)
+
+
+def test_too_little_memory_is_seen_before_the_build() -> None:
+    check_memory(FP16, 2**20, (512 + 256 + 4) * 2**20)
+    with pytest.raises(RuntimeUnavailableError, match=r"takes about 772 MiB, 771 MiB are free.*workspace_mib = 512"):
+        check_memory(FP16, 2**20, (512 + 256 + 3) * 2**20)
+
+
+# -------------------------------------------------------------------------------------------------------------- cache
+
+
+def key(**changes: Any) -> dict[str, Any]:
+    made = engine_key(SimpleNamespace(__version__="10.3"), b"model", FP16, ORIN)
+    return {**made, **changes}
+
+
+def test_an_engine_is_found_again_under_its_very_key_only(tmp_path: Path) -> None:
+    store_engine(tmp_path, key(), b"engine")
+    assert load_engine(tmp_path, key()) == b"engine"
+    for part in key():
+        assert load_engine(tmp_path, key(**{part: "another"})) is None
+
+
+def test_an_engine_that_was_changed_or_that_others_could_change_is_not_loaded(tmp_path: Path) -> None:
+    path = store_engine(tmp_path, key(), b"engine")
+    good = path.read_bytes()
+    for at in range(len(good)):
+        changed = bytearray(good)
+        changed[at] ^= 1
+        path.write_bytes(changed)
+        assert load_engine(tmp_path, key()) is None
+    path.write_bytes(good)
+    assert load_engine(tmp_path, key()) == b"engine"
+    path.chmod(0o666)
+    assert load_engine(tmp_path, key()) is None
+    path.chmod(0o600)
+    path.parent.chmod(0o777)
+    assert load_engine(tmp_path, key()) is None
+    path.parent.chmod(0o700)
+    (tmp_path / "elsewhere").write_bytes(good)
+    path.unlink()
+    path.symlink_to(tmp_path / "elsewhere")
+    assert load_engine(tmp_path, key()) is None
+
+
+# ------------------------------------------------------------------------------------------------------------- layers
+
+
+def layers(*types: str, field: str = "Format/Datatype") -> str:
+    return json.dumps(
+        {"Layers": [{"Name": "move", "LayerType": "Reformat", "Inputs": [{field: "Float"}]}]
+         + [{"Name": f"l{i}", "LayerType": "CaskConvolution", "Inputs": [{field: kind}]} for i, kind in enumerate(types)]}
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "precision"),
+    [
+        ("Row major linear FP16 format", "Format/Datatype", "fp16"),
+        ("Half", "Format/Datatype", "fp16"),
+        ("Thirty-two wide channel vectorized row major Int8 format.", "Format/Datatype", "int8"),
+        ("Float", "Format/Datatype", "fp32"),
+        ("Half", "DataType", "fp16"),
+        ("N/A due to dynamic shapes", "Format/Datatype", "unknown"),
+    ],
+)
+def test_types_are_read_from_both_forms_of_the_inspector(kind: str, field: str, precision: str) -> None:
+    assert count_types(read_layers(layers(kind, field=field))) == {precision: 1}
+
+
+@pytest.mark.parametrize(
+    ("precision", "types", "fine"),
+    [
+        ("fp16", ("Half", "Half"), True),
+        ("fp16", ("Float", "Float"), False),
+        ("fp16", ("Half", "Float"), False),
+        ("int8", ("Int8", "Half"), True),
+        ("int8", ("Half", "Half"), False),
+        ("int8", ("Int8", "Float"), False),
+        ("fp32", ("Float",), True),
+        ("fp32", ("Half",), False),
+    ],
+)
+def test_an_engine_that_silently_computes_in_another_type_is_refused(
+    precision: Any, types: tuple[str, ...], fine: bool
+) -> None:
+    found = read_layers(layers(*types))
+    if fine:
+        assert verify_precision(found, precision, "x").startswith("layers: ")
+    else:
+        with pytest.raises(RuntimeUnavailableError, match=f"does not compute in {precision}"):
+            verify_precision(found, precision, "x")
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"Layers": 3}', '{"Layers": [3]}'])
+def test_what_is_no_list_of_layers_is_refused(text: str) -> None:
+    with pytest.raises(RuntimeUnavailableError, match="no list of layers"):
+        read_layers(text)
+
+
+# --------------------------------------------------------------------------------------------------- recording device
+
+
+class Recorder:
+    """TensorRT and CUDA as one device that writes down what it is asked; its engine sums up each image's bytes."""
+
+    def __init__(self, inspector: str = "Half", runs: bool = True) -> None:
+        self.calls: list[str] = []
+        self.buffers: dict[int, np.ndarray] = {}
+        self.addresses: dict[str, int] = {}
+        self.batch, self.inspector, self.runs, self.name = 0, inspector, runs, "recorder"
+        self.built = 0
+
+    def __getattr__(self, name: str) -> Any:  # what only leaves a trace
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *arguments: self.calls.append(name)
+
+    # CUDA
+    def free_bytes(self) -> int:
+        return 2**40
+
+    def allocate(self, size_bytes: int) -> int:
+        address = 1000 + len(self.buffers)
+        self.buffers[address] = np.zeros(size_bytes, np.uint8)
+        return address
+
+    def pinned(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        return np.zeros(shape, dtype)
+
+    def stream(self) -> int:
+        return 7
+
+    def event(self) -> int:
+        return 0
+
+    def elapsed_ms(self, _first: Any, _second: Any) -> float:
+        return 0.5
+
+    def to_device(self, address: int, source: np.ndarray) -> None:
+        self.calls.append("to_device")
+        self.buffers[address][: source.nbytes] = source.ravel().view(np.uint8)
+
+    def to_host(self, target: np.ndarray, address: int) -> None:
+        self.calls.append("to_host")
+        target[...] = self.buffers[address][: target.nbytes].view(np.float32).reshape(target.shape)
+
+    # TensorRT
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        self.addresses[name] = address
+        return True
+
+    def set_input_shape(self, _name: str, shape: tuple[int, ...]) -> bool:
+        self.calls.append(f"shape {shape[0]}")
+        self.batch = shape[0]
+        return True
+
+    def infer_shapes(self) -> list[str]:
+        return []
+
+    def execute_async_v3(self, stream: int) -> bool:
+        self.calls.append(f"execute on {stream}")
+        size = 3 * 4 * 4
+        pixels = self.buffers[self.addresses["images"]][: self.batch * size].reshape(self.batch, size).astype(np.int64)
+        logits = np.stack([pixels.sum(axis=1), -pixels.sum(axis=1)], axis=1).astype(np.float32)
+        self.buffers[self.addresses["logits"]][: logits.nbytes] = logits.ravel().view(np.uint8)
+        return self.runs
+
+    def get_engine_information(self, _format: Any) -> str:
+        return layers(self.inspector)
+
+    def module(self) -> Any:
+        engine = SimpleNamespace(
+            num_io_tensors=2, device_memory_size_v2=2**20,
+            get_tensor_name=lambda i: ("images", "logits")[i], get_tensor_mode=lambda name: ("in", "out")[name == "logits"],
+            get_tensor_dtype=lambda name: ("u8", "f32")[name == "logits"],
+            get_tensor_shape=lambda name: (-1, 2) if name == "logits" else (-1, 3, 4, 4),
+            create_execution_context=lambda: self, create_engine_inspector=lambda: self,
+        )  # fmt: skip
+        return SimpleNamespace(
+            __version__="10.3.0", ILogger=type("ILogger", (), {"ERROR": 1, "INTERNAL_ERROR": 2}),
+            Runtime=lambda _logger: SimpleNamespace(deserialize_cuda_engine=lambda _data: engine),
+            TensorIOMode=SimpleNamespace(INPUT="in", OUTPUT="out"), LayerInformationFormat=SimpleNamespace(JSON="json"),
+            DataType=SimpleNamespace(UINT8="u8", FLOAT="f32"),
+        )  # fmt: skip
+
+
+def runner(device: Recorder, cache: Path) -> TensorRtRunner:
+    """Its engine lies in the cache already."""
+    trt = device.module()
+    store_engine(cache, engine_key(trt, b"model", FP16, ORIN), b"engine")
+    machine = Machine(load=lambda _runtime: trt, probe=lambda: ORIN, open=lambda: device, cache=lambda: cache)
+    return TensorRtRunner(b"model", FP16, "x.rkd", machine=machine)
+
+
+def test_an_inference_copies_in_executes_copies_out_and_waits_on_one_stream(tmp_path: Path) -> None:
+    device, images = Recorder(), np.random.default_rng(0).integers(0, 256, (1, 3, 4, 4), dtype=np.uint8)
+    with runner(device, tmp_path) as active:
+        device.calls.clear()
+        logits = active.infer(images)
+        assert device.calls == [
+            "record", "to_device", "record", "execute on 7", "record", "to_host", "record", "synchronise"
+        ]  # fmt: skip
+        assert logits.tolist() == [[float(images.sum()), -float(images.sum())]]
+        assert active.times().compute_ms == 0.5
+        assert active.layer_types() == {"fp16": 1}
+    assert device.calls[-1] == "close"
+
+
+def test_the_shape_is_set_when_the_batch_changes_and_results_are_copies(tmp_path: Path) -> None:
+    device, images = Recorder(), np.random.default_rng(1).integers(0, 256, (5, 3, 4, 4), dtype=np.uint8)
+    with runner(device, tmp_path) as active:
+        first = active.infer(images[:1])
+        kept = first.copy()
+        device.calls.clear()
+        for part in (images, images, images[:2]):
+            assert active.infer(part)[:, 0].tolist() == part.reshape(len(part), -1).sum(axis=1).tolist()
+        assert [call for call in device.calls if call.startswith("shape")] == ["shape 5", "shape 2"]
+        assert np.array_equal(first, kept)
+        with pytest.raises(BundleError, match="batch of 17; its profile goes from 1 to 16"):
+            active.infer(np.zeros((17, 3, 4, 4), np.uint8))
+
+
+def test_a_silent_fp32_engine_is_refused_and_everything_is_released(tmp_path: Path) -> None:
+    device = Recorder(inspector="Float")
+    with pytest.raises(RuntimeUnavailableError, match="does not compute in fp16"), runner(device, tmp_path):
+        pass
+    assert device.calls[-1] == "close"
+
+
+def test_an_execution_that_fails_is_one_line(tmp_path: Path) -> None:
+    with (
+        runner(Recorder(runs=False), tmp_path) as active,
+        pytest.raises(BundleError, match="does not run a batch of 1"),
+    ):
+        active.infer(np.zeros((1, 3, 4, 4), np.uint8))
+
+
+def test_another_gpu_than_the_targets_is_refused_with_what_to_write(tmp_path: Path) -> None:
+    machine = Machine(probe=lambda: Gpu("RTX 4090", "8.9", 12060, 2**34), cache=lambda: tmp_path)
+    with (
+        pytest.raises(RuntimeUnavailableError, match=r'RTX 4090 has compute capability 8\.9.*compute = \["8\.9"\]'),
+        TensorRtRunner(b"model", FP16, "x.rkd", machine=machine),
+    ):
+        pass
+
+
+@pytest.mark.gpu
+def test_a_board_builds_keeps_and_runs_a_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a board with TensorRT: RKD_GPU_BUNDLE names a bundle for it."""
+    from rkd.bench.runner import choose_runner, open_runner
+    from rkd.bundle import read_bundle
+
+    monkeypatch.setenv("RKD_CACHE", str(tmp_path))
+    bundle = read_bundle(Path(os.environ["RKD_GPU_BUNDLE"]))
+    choice = choose_runner(bundle.target)
+    assert choice.instead == ""
+    images, _ = bundle.evaluation()
+    found = []
+    for _ in range(2):  # the second time from the cache
+        with open_runner(choice, bundle.model, "bundle") as active:
+            found.append(active.infer(np.ascontiguousarray(images[:1])))
+    np.testing.assert_array_equal(*found)
+    ledger = bundle.ledger()
+    assert ledger is None or int(found[0].argmax()) == int(ledger.steps[-1].labels["clean"][0])
