@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from rkd.cli import app
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]  # a cluster starts slowly on a busy machine
 
 CLUSTER = """
 import sys
@@ -68,7 +68,7 @@ def test_cells_run_on_both_workers_and_give_what_they_give_here(
 ) -> None:
     (folder / "tiny.toml").write_text(tiny)
     with suite(folder, address) as process:
-        out, said = process.communicate(timeout=280)
+        out, said = process.communicate(timeout=800)
     assert process.returncode == 0, said
     assert "2 at once" in said
     cells = sorted((finished / "results" / "tiny" / "cells").iterdir())
@@ -93,7 +93,7 @@ def test_stopped_in_the_middle_the_cells_save_and_the_next_call_goes_on(folder: 
                 continue
             raise AssertionError(process.communicate())
         process.terminate()
-        _, said = process.communicate(timeout=120)
+        _, said = process.communicate(timeout=400)
     assert process.returncode == 143, said
     assert json.loads((student / "run.json").read_text())["state"] == "running"
     log = (folder / "runs/tiny/logs/student__stripes__tiny__clean__full__ofd__s0.log").read_text()
@@ -104,7 +104,7 @@ def test_without_a_cluster_it_says_how_to_start_one(folder: Path, tiny: str) -> 
     needs_ray()
     (folder / "tiny.toml").write_text(tiny)
     with suite(folder, "127.0.0.1:1") as process:
-        _, said = process.communicate(timeout=120)
+        _, said = process.communicate(timeout=400)
     assert process.returncode == 1
     assert "ray start --head" in said.strip().splitlines()[-1]
     assert "Traceback" not in said
