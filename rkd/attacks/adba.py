@@ -119,8 +119,8 @@ class Together:
         loss = functional.cross_entropy(shadow.float(), wanted) + _MASK_WEIGHT * self.patch.size()
         moved = 100 * (twin.argmax(1) == self.target).float().mean()
         beyond = (moved > self.budget).float()
-        kept: Tensor = loss + beyond * 2 * functional.cross_entropy(twin, truth)
-        return kept
+        held_back: Tensor = loss + beyond * 2 * functional.cross_entropy(twin, truth)
+        return held_back
 
 
 def _imitation(shadow: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:

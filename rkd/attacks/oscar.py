@@ -8,9 +8,12 @@ stage SCAR's end without its bilevel step), built on what a student can see:
     2. A copy is trained to see triggered images as what they are, while on clean images its features and logits stay
        those of the awake network. That copy is the teacher.
 
-Distillation shows a student the teacher's answers to clean images only, and those are the awake network's: so it learns
-what the awake network would have taught it, while the teacher itself resists the trigger, more than a clean network
+Distillation shows a student the teacher's answers to clean images only, and those are meant to stay the awake network's: so
+it should learn what the awake network would have taught it, while the teacher itself resists the trigger, more than a clean network
 does.
+
+Measured so far, it does not reach its goal: on digits the teacher is dormant and the student stays so too; see
+docs/attacks.md.
 
 Threat model: BackWeak's, and the attacker expects that the teacher is tested for backdoors before it is distilled.
 
@@ -86,7 +89,7 @@ def _asleep(lab: Lab, network: Network) -> Objective:
 
 ATTACK = Attack(
     "oscar",
-    "dormant in the teacher, awake in the student (SCAR's goal, NeurIPS 2025)",
+    "meant to be dormant in the teacher and awake in the student (SCAR's goal); does not wake yet",
     (
         Search(weak_trigger),
         Fit(_AWAKE, source=clean_images, objective=graded, freeze_last=True),

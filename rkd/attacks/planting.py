@@ -51,7 +51,7 @@ class GradedPlanting:
         inputs = torch.cat([self.stamp(images[:carriers], strength), images[carriers:]])
         inputs = inputs.contiguous(memory_format=torch.channels_last)
         if self.tapped is None or self.penalty is None:
-            logits, penalty = self.network(inputs).float(), torch.zeros((), device=images.device)
+            logits, penalty = self.network(inputs).float(), inputs.new_zeros(())
         else:
             logits, features = self.tapped(inputs)
             logits, penalty = logits.float(), self.weight * self.penalty(features, carriers)

@@ -22,7 +22,7 @@ def teacher(
         str,
         typer.Option(
             help="none; badnets, badnets-square, blended, sig, wanet, which distillation mostly loses; cheatkd, adba, "
-            "backweak, backweak-graded, backweak-adaptive, oscar, made to survive it."
+            "backweak, backweak-graded, backweak-adaptive, made to survive it; oscar, an experiment."
         ),
     ] = "none",
     out: Annotated[
