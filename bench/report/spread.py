@@ -34,7 +34,7 @@ class Spread:
 
 def spreads(label: str, rows: Sequence[Spread], colours: int = 6) -> Markup:
     """A hill for each bundle, its highest bin as high as any other's; nothing where there is none."""
-    rows = [row for row in rows if row.low_ms > 0 and sum(row.counts)]
+    rows = [row for row in rows if row.low_ms > 0 and any(row.counts)]
     if not rows:
         return Markup()
     low, high = min(row.low_ms for row in rows), max(row.high_ms for row in rows)
