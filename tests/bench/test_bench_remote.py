@@ -193,9 +193,13 @@ def test_an_interrupt_reaches_the_board_and_brings_its_partial_result(boards, ma
         'signal.signal(signal.SIGINT, stop)\nprint("latency ...", file=sys.stderr, flush=True)\nsignal.pause()\n'
     )
     program.chmod(0o755)
-    stop = {"latency": lambda: board.interrupt()}  # noqa: PLW0108 - the board comes after it
+
+    def stop(line):
+        if line == "one: latency ...":
+            board.interrupt()
+
     with tempfile.TemporaryDirectory(dir="/tmp") as sockets:
-        board = remote._Board("one", str(program), lambda line: stop.get(line.split()[1], int)(), sockets)
+        board = remote._Board("one", str(program), stop, sockets)
         found = board.bench([make_bundle()], OPTIONS, per_class=False)
     assert found["interrupted"] is True
 

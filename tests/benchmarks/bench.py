@@ -79,7 +79,7 @@ def bare_times(infer: Infer, images: np.ndarray, seconds: float) -> list[int]:
     return times
 
 
-def latency(bundle: Bundle, folder: Path, rounds: int = 24, seconds: float = 0.4) -> None:
+def latency(bundle: Bundle, folder: Path, rounds: int = 16, seconds: float = 0.4) -> None:
     """Print p50 over a bare loop's, ONNX Runtime's own, and Polygraphy's."""
     images = np.ascontiguousarray(bundle.evaluation()[0][:1])
     plain, profiled = bare_session(bundle.model), bare_session(bundle.model, str(folder / "ort"))
