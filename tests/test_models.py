@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torchvision import models as torchvision_models
 
 from rkd.data import ArraySource
-from rkd.distill.attention import AttentionTransfer
 from rkd.distill.loop import Recipe, Trainer
-from rkd.distill.objectives import FeatureDistillation, Objective, margins
+from rkd.distill.objectives import FeatureDistillation, margins
 from rkd.errors import ArchitectureError
 from rkd.models import STUDENTS, build
 from rkd.models.infer import infer_arch
@@ -342,10 +341,7 @@ def test_names_that_are_known_already_stay_as_they_are(name: str) -> None:
     ("teacher", "student"),
     [("wrn-28-4", "wrn-16-4"), ("pyramidnet-200-240", "wrn-28-4"), ("resnet50", "mobilenet")],
 )
-@pytest.mark.parametrize("method", ["ofd", "at"])
-def test_the_papers_pairs_train_for_a_step(teacher: str, student: str, method: str) -> None:
-    if (teacher, method) == ("pyramidnet-200-240", "at"):
-        pytest.skip("a second pass through 200 layers shows nothing new")
+def test_the_papers_pairs_train_for_a_step(teacher: str, student: str) -> None:
     size = (16, 16)
     torch.manual_seed(0)
     frozen = build(teacher, 10, size).eval().requires_grad_(requires_grad=False)
@@ -353,19 +349,15 @@ def test_the_papers_pairs_train_for_a_step(teacher: str, student: str, method: s
     network = build(student, 10, size)
     rng = np.random.default_rng(0)
     source = ArraySource(rng.integers(0, 256, (4, 3, *size), dtype=np.uint8), rng.integers(0, 10, 4))
-    objective: Objective
-    if method == "at":
-        objective = AttentionTransfer(network, tapped, size)
-    else:
-        margin = margins(tapped, frozen, [torch.randn(2, 3, *size)])
-        objective = FeatureDistillation(network, tapped, size, margin)
+    margin = margins(tapped, frozen, [torch.randn(2, 3, *size)])
+    objective = FeatureDistillation(network, tapped, size, margin)
     before = {name: p.detach().clone() for name, p in network.named_parameters()}
     trainer = Trainer(
         network, objective, source, Normalisation(), Recipe(epochs=1, batch=4, lr=0.01), torch.device("cpu")
     )
     (step,) = trainer.steps()
     assert torch.isfinite(step.loss)
-    assert len(objective.pairs) >= 2  # type: ignore[attr-defined]
+    assert len(objective.pairs) >= 2
     moved = [name for name, p in network.named_parameters() if not torch.equal(p, before[name])]
     assert len(moved) > 0.9 * len(before)
     assert all(torch.isfinite(p).all() for p in network.parameters())
