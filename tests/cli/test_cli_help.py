@@ -12,7 +12,20 @@ from typer.testing import CliRunner
 
 from rkd.cli import app
 
-COMMANDS = ["bench", "demo", "distill", "doctor", "export", "inspect", "report", "students", "targets", "teacher"]
+COMMANDS = [
+    "bench",
+    "demo",
+    "distill",
+    "doctor",
+    "export",
+    "inspect",
+    "keygen",
+    "report",
+    "students",
+    "targets",
+    "teacher",
+    "verify",
+]
 SLOW = {"torch", "torchvision", "onnx", "onnxruntime", "onnxscript", "PIL", "sklearn", "scipy", "safetensors", "numpy"}
 
 BLOCK = """
