@@ -19,11 +19,13 @@ COMMANDS = [
     "doctor",
     "export",
     "inspect",
+    "keygen",
     "report",
     "students",
     "suite",
     "targets",
     "teacher",
+    "verify",
 ]
 SLOW = {"torch", "torchvision", "onnx", "onnxruntime", "onnxscript", "PIL", "sklearn", "scipy", "safetensors", "numpy"}
 
