@@ -396,7 +396,7 @@ def test_debug_shows_where(place: Place, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize(
     "arguments",
-    [("distill", "--epoch", "3"), ("bench", "--batch", "many"), ("export", "a", "b"), ("nothing",), ("--nothing",), ("inspect",)],
+    [("distill", "--epoch", "3"), ("bench", "--threads", "many"), ("export", "a", "b"), ("nothing",), ("--nothing",), ("inspect",)],
 )  # fmt: skip
 def test_a_usage_error_is_exit_code_2(place: Place, arguments: tuple[str, ...]) -> None:
     before = place.tree()

@@ -6,19 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from rkd.attacks import ATTACKS
 from rkd.suite.file import read_suite
 from rkd.suite.plan import make_plan
-from rkd.toml import read_toml
 
 SUITES = sorted((Path(__file__).parents[2] / "suites").glob("*.toml"))
 
 
 @pytest.mark.parametrize("path", SUITES, ids=lambda path: path.name)
 def test_a_shipped_suite_can_be_planned(path: Path) -> None:
-    wanted = {entry["teacher"]["attack"] for entry in read_toml(path)["attacks"].values()}
-    if missing := sorted(wanted - set(ATTACKS)):
-        pytest.skip(f"this checkout lacks attacks: {', '.join(missing)}")
     suite = read_suite(path)
     plan = make_plan(suite)
     assert {cell.attack for cell in plan.cells} == {"clean", *(entry.name for entry in suite.axes["attack"])}
