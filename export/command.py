@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rkd.cli import tables
 from rkd.data import Dataset
 from rkd.distill.session import clean_budget, config_digest, open_with_progress
 from rkd.distill.settings import DistillSettings
 from rkd.errors import DataError, RunError
 from rkd.export import Exporter, ExportReport, choose_calibration, choose_evaluation
 from rkd.files import sha256, storage_errors
-from rkd.ledger import pairs
 from rkd.network import Network
 from rkd.progress import say
 from rkd.run import STUDENT, TRIGGERS, Run
@@ -31,8 +29,7 @@ def export_command(
     sign: Path | None = None,
     force: bool = False,
     overwrite: bool,
-    json_output: bool,
-) -> list[ExportReport]:
+) -> tuple[Run, list[ExportReport]]:
     """Write one bundle a target.
 
     Args:
@@ -44,7 +41,9 @@ def export_command(
         sign: a private key in PEM that signs the bundles.
         force: write bundles that fail the target's budgets, marked.
         overwrite: replace existing bundles.
-        json_output: print JSON instead of lines.
+
+    Returns:
+        The run, and a report a target.
 
     Raises:
         RunError: no such run, or not finished, or its student was changed.
@@ -77,8 +76,7 @@ def export_command(
         )
         for target in targets
     ]
-    _print(run, reports, json_output=json_output)
-    return reports
+    return run, reports
 
 
 def _student(run: Run) -> Network:
@@ -102,35 +100,3 @@ def _data(run: Run, data: str, student: Network) -> Dataset:
             f"{data or settings.data} is not the data that {run.path} was made with: its test images cannot stand for it"
         )
     return dataset
-
-
-def _print(run: Run, reports: Sequence[ExportReport], *, json_output: bool) -> None:
-    if json_output:
-        bundles = [
-            {
-                "path": str(r.path), "sha256": r.digest, "size_bytes": r.size_bytes, "model_bytes": r.model_bytes,
-                "student": r.student.to_json(), "exported": r.exported.to_json(), "agreement": r.parity.to_json(),
-                "flips": {f"{a.name} -> {b.name}": len(r.ledger.flips(a, b)) for a, b in pairs(r.ledger)},
-                "quantisation": r.quantised.to_json() if r.quantised else None, "forced": list(r.forced),
-                "seconds": dict(r.seconds),
-            }
-            for r in reports
-        ]  # fmt: skip
-        tables.print_json({"run": str(run.path), "bundles": bundles})
-        return
-    for r in reports:
-        tables.print_scores([("student in torch", r.student), (r.path.name, r.exported)])
-        for before, after in pairs(r.ledger):
-            flips = r.ledger.flips(before, after)
-            tables.say_next(f"{before.name} -> {after.name}: {len(flips)} of {r.ledger.decisions} decisions flip")
-        if r.quantised:
-            kept = ", ".join(r.quantised.kept) or "none"
-            tables.say_next(
-                f"INT8: calibrator {r.quantised.calibrator}; kept in higher precision, {len(r.quantised.kept)} of "
-                f"{r.quantised.layers} layers: {kept}"
-            )
-        for line in r.forced:
-            tables.say_next(f"FORCED: {line}")
-        stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in r.seconds.items())
-        tables.say_next(f"wrote {r.path}: {r.size_bytes / 1e6:.2f} MB, sha256 {r.digest[:16]}..., seconds: {stages}")
-    tables.say_next(f"next: copy it to the board and run rkd bench there, or here: rkd bench {reports[0].path}")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from rkd.cli.app import app, guarded
+
+if TYPE_CHECKING:
+    from rkd.export import ExportReport
 
 
 @app.command()
@@ -45,9 +48,10 @@ def export(
 
         rkd export --target jetson-int8 --sign mine.key
     """
+    from rkd.cli import tables
     from rkd.export.command import export_command
 
-    export_command(
+    exported, reports = export_command(
         run,
         target or ["ort-cpu"],
         out,
@@ -56,5 +60,47 @@ def export(
         sign=sign,
         force=force,
         overwrite=overwrite,
-        json_output=json_output,
     )
+    if json_output:
+        bundles = [_as_json(report) for report in reports]
+        tables.print_json({"run": str(exported.path), "bundles": bundles})
+        return
+    for report in reports:
+        _print(report)
+    tables.say_next(f"next: copy it to the board and run rkd bench there, or here: rkd bench {reports[0].path}")
+
+
+def _as_json(report: ExportReport) -> dict[str, Any]:
+    from rkd.ledger import pairs
+
+    ledger = report.ledger
+    return {
+        "path": str(report.path), "sha256": report.digest, "size_bytes": report.size_bytes,
+        "model_bytes": report.model_bytes, "student": report.student.to_json(), "exported": report.exported.to_json(),
+        "agreement": report.parity.to_json(),
+        "flips": {f"{a.name} -> {b.name}": len(ledger.flips(a, b)) for a, b in pairs(ledger)},
+        "quantisation": report.quantised.to_json() if report.quantised else None, "forced": list(report.forced),
+        "seconds": dict(report.seconds),
+    }  # fmt: skip
+
+
+def _print(report: ExportReport) -> None:
+    from rkd.cli import tables
+    from rkd.ledger import pairs
+
+    ledger = report.ledger
+    tables.print_scores([("student in torch", report.student), (report.path.name, report.exported)])
+    for before, after in pairs(ledger):
+        flips = ledger.flips(before, after)
+        tables.say_next(f"{before.name} -> {after.name}: {len(flips)} of {ledger.decisions} decisions flip")
+    if report.quantised:
+        kept = ", ".join(report.quantised.kept) or "none"
+        tables.say_next(
+            f"INT8: calibrator {report.quantised.calibrator}; kept in higher precision, {len(report.quantised.kept)} of "
+            f"{report.quantised.layers} layers: {kept}"
+        )
+    for line in report.forced:
+        tables.say_next(f"FORCED: {line}")
+    stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in report.seconds.items())
+    size = f"{report.size_bytes / 1e6:.2f} MB"
+    tables.say_next(f"wrote {report.path}: {size}, sha256 {report.digest[:16]}..., seconds: {stages}")

@@ -63,9 +63,9 @@ def suite(
         rkd suite suites/cpu.toml --table-only
     """
     from rkd.cli import tables
+    from rkd.cli.suite_tables import plan_json, print_plan, print_tables
     from rkd.errors import ConfigError
     from rkd.suite.command import SuiteOptions, rebuild, run_suite, show_plan
-    from rkd.suite.printing import plan_json, print_plan, print_tables
 
     if dry_run and table_only:
         raise ConfigError("give either --dry-run or --table-only")
