@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 
 from rkd.cli.tables import console, folding_table, say_next
-from rkd.suite.display import duration, shown
-from rkd.suite.output import MARKDOWN, PAGE, STANDING_HEADS, Tables, standing_cells
 
 if TYPE_CHECKING:
     from rkd.suite.command import Planned
+    from rkd.suite.output import Tables
 
 
 def print_plan(planned: Planned) -> None:
     """Every job with its state and estimated time, and the time of all."""
+    from rkd.suite.display import duration
+
     table = folding_table("job", "state", "about", "options")
     for line in planned.lines:
         options = ", ".join(f"{name.replace('_', '-')}={value}" for name, value in line.options.items())
@@ -43,6 +44,9 @@ def plan_json(planned: Planned) -> dict[str, Any]:
 
 def print_tables(made: Tables) -> None:
     """The ranking of the defences, and where the rest is."""
+    from rkd.suite.display import shown
+    from rkd.suite.output import MARKDOWN, PAGE, STANDING_HEADS, standing_cells
+
     table = folding_table(*STANDING_HEADS)
     for standing in made.table.standings:
         budget = f" ({standing.budget})" if len({s.budget for s in made.table.standings}) > 1 else ""
