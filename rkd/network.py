@@ -136,8 +136,12 @@ class Network:
         write_file(path, self.to_bytes())
 
     @classmethod
-    def load(cls, path: Path) -> Network:
+    def load(cls, path: Path, trusted: str = "") -> Network:
         """Read what `save` wrote.
+
+        Args:
+            path: the file.
+            trusted: code that the user named on the command line (`path/file.py:factory`); the file may name it too.
 
         Raises:
             CheckpointError: not a network that rkd wrote.
@@ -154,10 +158,10 @@ class Network:
             raise CheckpointError(f"{path} was not written by rkd; give it as a teacher instead")
         try:
             with torch.device("meta"):  # see that it fits before memory is taken for it
-                wanted = cls.from_header(header).module.state_dict()
+                wanted = cls.from_header(header, trusted).module.state_dict()
             if {n: t.shape for n, t in wanted.items()} != {n: t.shape for n, t in tensors.items()}:
                 raise ValueError(f"its tensors are not those of {header['arch']}")
-            network = cls.from_header(header)
+            network = cls.from_header(header, trusted)
             network.module.load_state_dict(tensors)
         except CheckpointError:
             raise
@@ -166,10 +170,11 @@ class Network:
         return network
 
     @classmethod
-    def from_header(cls, header: Mapping[str, Any]) -> Network:
-        """A network with fresh weights from `describe()`'s answer."""
+    def from_header(cls, header: Mapping[str, Any], trusted: str = "") -> Network:
+        """A network with fresh weights from `describe()`'s answer; `trusted` as in `load`."""
         classes, size = tuple(map(str, header["classes"])), (int(header["size"][0]), int(header["size"][1]))
-        module = build(safe_arch(header["arch"], "the file"), len(classes), size)
+        arch = trusted if trusted and header["arch"] == trusted else safe_arch(header["arch"], "the file")
+        module = build(arch, len(classes), size)
         normalisation = Normalisation(tuple(header["mean"]), tuple(header["std"]))
         return cls(module, str(header["arch"]), classes, size, normalisation, dict(header.get("provenance", {})))
 

@@ -490,6 +490,13 @@ def test_a_teacher_that_cannot_be_traced_is_measured_without_its_mask(here: Path
         "    return Moody(num_classes)\n"
     )
     done("teacher", "--data", stripes, "--arch", "moody.py:make", "--epochs", 8, "--batch", 15, *EXACT, "--out", "m.pt")
+    assert "if you trust it, add --arch moody.py:make" in one_line(
+        rkd("teacher", "--resume", "runs/teacher-m", "--overwrite")
+    ), "a directory may not name code to run"
+    done("teacher", "--resume", "runs/teacher-m", "--arch", "moody.py:make", "--overwrite")
+    Path("rkd.toml").write_text('[teacher]\narch = "moody.py:make"\n')
+    assert "code to run is taken from the command line only" in one_line(rkd("teacher", "--out", "other.pt"))
+    Path("rkd.toml").unlink()
     options = ("m.pt", "--arch", "moody.py:make", *SHORT, "--json")
     plain = json.loads(done("distill", *options, "--method", "kd", "--out", "kd").stdout)["models"][0]
     with pytest.MonkeyPatch.context() as patch:  # a mask that ruins the teacher: all constant

@@ -150,6 +150,21 @@ def only_resume(context: typer.Context, *also: str) -> None:
         raise ConfigError(f"--resume takes everything from the run directory: leave {names} out")
 
 
+def code_from_command_line(context: typer.Context, *names: str) -> None:
+    """Refuse code to run (`path/file.py:factory`) that rkd.toml or the environment names.
+
+    Raises:
+        ConfigError: one of the options `names` names code, and does not come from the command line.
+    """
+    where = origins(context)
+    for name in names:
+        value = str(context.params.get(name) or "")
+        if ".py" in value and where[name] != "command line":
+            raise ConfigError(
+                f"{name} = {value!r}: code to run is taken from the command line only; give it with --{name}"
+            )
+
+
 def origins(context: typer.Context) -> dict[str, str]:
     """Where the value of each option came from: command line, rkd.toml, environment or default."""
     names = {"COMMANDLINE": "command line", "DEFAULT_MAP": "rkd.toml", "ENVIRONMENT": "environment"}

@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from rkd.cli.app import app, guarded, only_resume, origins
+from rkd.cli.app import app, code_from_command_line, guarded, only_resume, origins
 
 METHOD_HELP = (
     "robustkd (detoxify, then distil features); ofd, kd, at (these trust the teacher: features, logits, attention); ce "
@@ -204,10 +204,7 @@ def distill(
             where = origins(context)
             found_data, data_origin = find_data(teacher, data)
             found_triggers, trigger_origin = find_triggers(teacher, trigger or [])
-            if ".py" in arch and where["arch"] != "command line":
-                raise ConfigError(
-                    f"arch = {arch!r}: code to run is taken from the command line only; give it with --arch"
-                )
+            code_from_command_line(context, "arch")
             where |= {
                 "data": data_origin or where["data"],
                 "triggers": trigger_origin or where["trigger"],

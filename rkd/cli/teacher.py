@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from rkd.cli.app import app, guarded, only_resume, origins
+from rkd.cli.app import app, code_from_command_line, guarded, only_resume, origins
 
 
 @app.command()
@@ -98,17 +98,22 @@ def teacher(
     """
     from rkd.attacks.session import CLEAN, TeacherSettings, make_teacher, start_teacher
     from rkd.cli import tables
-    from rkd.errors import RunError
+    from rkd.errors import ConfigError, RunError
     from rkd.intake import clean_twin_beside, trigger_beside
     from rkd.network import Network
     from rkd.run import Run, free_name
     from rkd.signals import stop_requests
     from rkd.teacher import save_teacher
 
+    code_from_command_line(context, "arch", "shadow")
     resumed = None
     if resume is not None:
-        only_resume(context, "out", "overwrite")
+        only_resume(context, "out", "overwrite", "arch", "shadow")
         resumed = Run.open(resume)
+        for name, given in (("arch", arch), ("shadow", shadow)):
+            code = str(resumed.setting(name))
+            if ".py" in code and code != given:
+                raise ConfigError(f"{resume} is made by code ({code}); if you trust it, add --{name} {code}")
         if origins(context)["out"] != "command line":
             out = Path(resumed.summary.get("out", out))
     written = [out, trigger_beside(out), clean_twin_beside(out)]
@@ -133,7 +138,7 @@ def teacher(
     if trigger is not None:
         trigger.save(trigger_beside(out))
     if (run.path / CLEAN).is_file():
-        save_teacher(clean_twin_beside(out), Network.load(run.path / CLEAN))
+        save_teacher(clean_twin_beside(out), Network.load(run.path / CLEAN, trusted=network.arch))
     rows = [("teacher", scores), *([("clean twin, same trigger", twin_scores)] if twin_scores is not None else [])]
     if json_output:
         tables.print_json({"out": str(out), "run": str(run.path), "scores": {role: s.to_json() for role, s in rows}})
