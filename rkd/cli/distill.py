@@ -122,13 +122,8 @@ def distill(
         ),
     ] = None,
     mask: Annotated[
-        str,
-        typer.Option(
-            help="position or channel: what has a mask value of its own. Default: channel, paper: position.",
-            show_default=False,
-            rich_help_panel=ABLATION,
-        ),
-    ] = "",
+        str, typer.Option(help="position or channel: what has a mask value of its own.", rich_help_panel=ABLATION)
+    ] = "position",
     variance: Annotated[
         bool,
         typer.Option(

@@ -16,10 +16,7 @@ from rkd.run import Run
 S = TypeVar("S", bound="TrainingSettings")
 
 _PRECISIONS = ("fp32", "bf16", "fp16")
-_VARIANTS = {  # of RobustKD: radius of hardening in 255ths, the mask's cap and shape
-    "default": (8.0, 0.05, "channel"),
-    "paper": (0.0, 0.9, "position"),
-}
+_VARIANTS = {"default": (8.0, 0.05), "paper": (0.0, 0.9)}  # of RobustKD: radius of hardening in 255ths, mask's cap
 _CHOICES = {
     "variant": tuple(_VARIANTS),
     "mask": ("position", "channel"),
@@ -111,7 +108,7 @@ class DistillSettings(TrainingSettings):
         cap: upper end of RobustKD's mask; None for the variant's.
         hardening: radius, in 255ths, of the universal perturbations that the student is hardened against; 0 for none;
             None for the variant's with robustkd and 0 with other methods.
-        mask: `position` or `channel`: what has a mask value of its own; empty for the variant's.
+        mask: `position` or `channel`: what has a mask value of its own.
         variance: whether the mask lowers the features' variance (the ablation leaves only cross-entropy).
         replacement: where the replacement starts: `mean`, `zero` or `random`.
         taps: which of the teacher's taps are used: `all`, `last`, or numbers from the input such as `1,3`.
@@ -133,7 +130,7 @@ class DistillSettings(TrainingSettings):
     variant: str = "default"
     cap: float | None = None
     hardening: float | None = None
-    mask: str = ""
+    mask: str = "position"
     variance: bool = True
     replacement: str = "mean"
     taps: str = "all"
@@ -152,16 +149,14 @@ class DistillSettings(TrainingSettings):
         method = Method.parse(self.method)
         object.__setattr__(self, "method", str(method))
         for name, known in _CHOICES.items():
-            if getattr(self, name) not in known and (name, self.mask) != ("mask", ""):
+            if getattr(self, name) not in known:
                 option = name.replace("_", "-")
                 raise ConfigError(f"--{option} {getattr(self, name)!r}: expected {' or '.join(known)}")
-        radius, cap, shape = _VARIANTS[self.variant]
+        radius, cap = _VARIANTS[self.variant]
         if self.cap is None:
             object.__setattr__(self, "cap", cap)
         if self.hardening is None:
             object.__setattr__(self, "hardening", radius if method.treatment == "robustkd" else 0.0)
-        if not self.mask and method.treatment == "robustkd":
-            object.__setattr__(self, "mask", shape)
         if not 0 <= self.accuracy_budget <= 100:
             raise ConfigError(f"--accuracy-budget {self.accuracy_budget:g}: expected 0 to 100 points")
         if not 0 < self.mask_cap <= 1:
@@ -221,5 +216,5 @@ class DistillSettings(TrainingSettings):
         """The same run without a defence: OFD from the teacher as it is."""
         return replace(
             self, method="ofd", undefended=False, teacher=teacher, triggers=triggers, variant="default", hardening=0.0,
-            mask="", variance=True, replacement="mean", taps="all", teacher_mode="eval", input_noise=0.0,
+            mask="position", variance=True, replacement="mean", taps="all", teacher_mode="eval", input_noise=0.0,
         )  # fmt: skip
