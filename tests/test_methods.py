@@ -53,6 +53,10 @@ def test_no_two_methods_are_called_the_same_in_a_table() -> None:
 def test_robustkd_is_hardened_and_the_papers_form_and_the_baselines_are_not() -> None:
     default, paper = settings(), settings(variant="paper")
     assert default.radius > 0
+    assert not default.masked
+    assert paper.masked
+    assert settings(cap=0.05).masked
+    assert not settings(method="ofd", cap=0.05).masked
     assert (paper.radius, paper.mask_cap) == (0, 0.9)
     assert settings(variant="paper", cap=0.2, hardening=4.0).mask_cap == 0.2
     assert settings(variant="paper", hardening=4.0).radius == 4
@@ -75,7 +79,19 @@ def test_robustkd_is_hardened_and_the_papers_form_and_the_baselines_are_not() ->
 def test_a_switch_that_the_method_would_ignore_is_refused(change: dict[str, object], method: str) -> None:
     with pytest.raises(ConfigError, match="changes nothing with --method"):
         settings(method=method, **change)
-    settings(method="robustkd+kd", **change)
+    settings(method="robustkd+kd", **({"cap": 0.05} | change))
+
+
+@pytest.mark.parametrize("change", [{"mask": "channel"}, {"variance": False}, {"replacement": "zero"}])
+def test_a_switch_of_the_mask_is_refused_where_there_is_none(change: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="it needs robustkd with a mask"):
+        settings(**change)
+
+
+def test_robustkd_without_hardening_and_without_a_mask_is_refused() -> None:
+    with pytest.raises(ConfigError, match="defends nothing"):
+        settings(hardening=0.0)
+    assert settings(hardening=0.0, cap=0.2).masked
 
 
 @pytest.mark.parametrize(
@@ -92,7 +108,7 @@ def test_a_switch_that_the_method_would_ignore_is_refused(change: dict[str, obje
         ({"input_noise": float("nan")}, "--input-noise"),
         ({"purify_steps": 0}, "--purify-steps"),
         ({"purify_lr": float("inf")}, "--purify-lr"),
-        ({"cap": 0.0}, "--cap"),
+        ({"cap": -0.1}, "--cap"),
     ],
 )
 def test_an_impossible_value_is_refused_by_the_options_name(change: dict[str, object], option: str) -> None:
@@ -107,7 +123,7 @@ def test_taps_are_counted_from_one_at_the_input(text: str, taps: tuple[int, ...]
 
 def test_the_undefended_twin_has_no_defence_left() -> None:
     defended = settings(
-        undefended=True, mask="channel", variance=False, replacement="zero", taps="last", teacher_mode="train",
+        undefended=True, cap=0.05, mask="channel", variance=False, replacement="zero", taps="last", teacher_mode="train",
         input_noise=4.0, epochs=7, labels=False,
     )  # fmt: skip
     twin = defended.undefended_twin("other.pt", ("trigger.npz",))

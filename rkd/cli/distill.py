@@ -116,7 +116,7 @@ def distill(
     cap: Annotated[
         Optional[float],
         typer.Option(
-            help="Upper end of the mask, above 0 and at most 1. Default: 0.05, paper: 0.9.",
+            help="Upper end of the mask, 0 (no mask) to 1. Default: 0, paper: 0.9.",
             show_default=False,
             rich_help_panel=ABLATION,
         ),

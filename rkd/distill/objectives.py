@@ -148,8 +148,8 @@ class UniversalPerturbations(nn.Module):
     """Harden a student against perturbations that work on many images at once.
 
     A backdoor that survives distillation is a universal perturbation which the teacher's features respond to. While the
-    student is trained, a few such perturbations are kept that do it the most harm within a ball, and a quarter of its
-    images carries one of them, while the teacher's features and the labels stay those of the clean images (universal adversarial
+    student is trained, a few such perturbations are kept that do it the most harm within a ball, and three in ten of
+    its images carry one of them, while the teacher's features and the labels stay those of the clean images (universal adversarial
     training, Shafahi et al., AAAI 2020; here with feature distillation). They are found with the gradient that the
     training step has computed anyway, so they cost next to nothing. No trigger and no target class is known.
 
@@ -169,7 +169,7 @@ class UniversalPerturbations(nn.Module):
         std: tuple[float, float, float],
         seed: int,
         count: int = 4,
-        share: float = 0.25,
+        share: float = 0.3,
     ) -> None:
         super().__init__()
         self.count, self.share = count, share

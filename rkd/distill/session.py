@@ -174,12 +174,16 @@ def distill(run: Run, stop: StopRequest, work: Inputs | None = None) -> list[Mod
             run.drop_checkpoints()  # which a kill at the very end left
             return models_of(run)
         settings = DistillSettings.from_run(run)
-        work = work or reopen(run, arch=settings.arch)
+        work = work or reopen(run)
         assert work is not None  # noqa: S101  (the run is not finished)
         compare = settings.undefended and (settings.method, settings.radius) != ("ofd", 0)
         rows = _undefended(run, settings, stop, work) if compare else []
         for note in (*work.data.notes, *work.notes):
             say(note)
+        if settings.accuracy_budget != DistillSettings.accuracy_budget and not settings.masked:
+            say(
+                "--accuracy-budget bounds what a mask may cost; no mask is learned here (--cap 0.05, or --variant paper)"
+            )
         work = work if settings.labels else _relabelled(run, work)
         method = Method.parse(settings.method)
         trusted = _purified(run, settings, work, stop) if method.purifies else work.teacher
@@ -202,7 +206,10 @@ def _undefended(run: Run, settings: DistillSettings, stop: StopRequest, work: In
     """The undefended student's own run inside this one: made, gone on with, or done already."""
     path = run.path / UNDEFENDED
     if (path / "run.json").is_file():
-        return distill(Run.open(path), stop)
+        made = Run.open(path)
+        if made.setting("arch") != settings.arch:  # which may be code that the user has allowed by name
+            raise RunError(f"{path} is not this run's: its teacher is another network; start a new run")
+        return distill(made, stop, reopen(made, arch=settings.arch))
     triggers = tuple(str(p) for p in sorted((run.path / TRIGGERS).glob("*.npz")))
     plain = settings.undefended_twin(str(run.path / TEACHER), triggers)
     origins = {name: str(setting["origin"]) for name, setting in run.summary["settings"].items()}
@@ -424,7 +431,7 @@ def _objective(run: Run, settings: DistillSettings, work: Inputs, student: Netwo
         raise ArchitectureError(f"no feature map was found in {work.teacher.arch}; use --method kd, which needs none")
     images = work.clean_batches(4) if method.objective == "ofd" and margins_need_images(tapped, module) else []
     found = margins(tapped, module, images) if method.objective == "ofd" else []
-    if method.treatment == "robustkd":
+    if settings.masked:
         masks = _masks(run, settings, work, tapped)
         fp32 = work.recipe.precision == "fp32"
         dtype = torch.float32 if fp32 else autocast(work.device, work.recipe.precision).fast_dtype

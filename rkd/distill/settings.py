@@ -16,7 +16,10 @@ from rkd.run import Run
 S = TypeVar("S", bound="TrainingSettings")
 
 _PRECISIONS = ("fp32", "bf16", "fp16")
-_VARIANTS = {"default": (8.0, 0.05), "paper": (0.0, 0.9)}  # of RobustKD: radius of hardening in 255ths, mask's cap
+_VARIANTS = {  # of RobustKD: radius of hardening in 255ths, and the mask's cap; docs/results.md says why
+    "default": (8.0, 0.0),
+    "paper": (0.0, 0.9),
+}
 _CHOICES = {
     "variant": tuple(_VARIANTS),
     "mask": ("position", "channel"),
@@ -103,9 +106,9 @@ class DistillSettings(TrainingSettings):
         method: a name of `rkd.distill.methods`.
         triggers: paths of the triggers to test with; no method ever sees them.
         undefended: also train a student of the undefended teacher (OFD), to compare with.
-        accuracy_budget: points of clean accuracy that the detoxified teacher may lose.
+        accuracy_budget: points of clean accuracy that the detoxified teacher may lose, where there is a mask.
         variant: of RobustKD: `default`, or `paper` for the paper's form (no hardening, a cap of 0.9).
-        cap: upper end of RobustKD's mask; None for the variant's.
+        cap: upper end of RobustKD's mask; 0 for no mask; None for the variant's.
         hardening: radius, in 255ths, of the universal perturbations that the student is hardened against; 0 for none;
             None for the variant's with robustkd and 0 with other methods.
         mask: `position` or `channel`: what has a mask value of its own.
@@ -159,8 +162,8 @@ class DistillSettings(TrainingSettings):
             object.__setattr__(self, "hardening", radius if method.treatment == "robustkd" else 0.0)
         if not 0 <= self.accuracy_budget <= 100:
             raise ConfigError(f"--accuracy-budget {self.accuracy_budget:g}: expected 0 to 100 points")
-        if not 0 < self.mask_cap <= 1:
-            raise ConfigError(f"--cap {self.mask_cap:g}: expected above 0 and at most 1")
+        if not 0 <= self.mask_cap <= 1:
+            raise ConfigError(f"--cap {self.mask_cap:g}: expected 0 (no mask) to 1")
         for option, value in (("hardening", self.radius), ("input-noise", self.input_noise)):
             if not 0 <= value <= 255:
                 raise ConfigError(f"--{option} {value:g}: expected 0 to 255 (255ths of a pixel's range)")
@@ -177,7 +180,11 @@ class DistillSettings(TrainingSettings):
         """Refuse what the method would ignore: an ablation that changes nothing is a mistake."""
         defaults = {field.name: field.default for field in fields(self)}
         needs = {
-            "robustkd": (method.treatment == "robustkd", ("variant", "mask", "variance", "replacement")),
+            "robustkd": (method.treatment == "robustkd", ("variant",)),
+            "robustkd with a mask (--cap 0.05, or --variant paper)": (
+                self.masked,
+                ("mask", "variance", "replacement"),
+            ),
             "robustkd, or one with ofd or at": (
                 method.treatment == "robustkd" or method.objective in ("ofd", "at"), ("taps", "teacher_mode"),
             ),
@@ -187,6 +194,11 @@ class DistillSettings(TrainingSettings):
             if changed and not fits:
                 given = "--no-variance" if changed[0] == "variance" else f"--{changed[0].replace('_', '-')}"
                 raise ConfigError(f"{given} changes nothing with --method {self.method}: it needs {wanted}")
+        if method.treatment == "robustkd" and not (self.radius or self.mask_cap):
+            raise ConfigError(
+                f"--method {self.method} without hardening and without a mask defends nothing: give --variant paper for "
+                f"the mask alone, or --method {method.objective}"
+            )
 
     @property
     def radius(self) -> float:
@@ -197,6 +209,11 @@ class DistillSettings(TrainingSettings):
     def mask_cap(self) -> float:
         """The cap that is used."""
         return _VARIANTS[self.variant][1] if self.cap is None else self.cap
+
+    @property
+    def masked(self) -> bool:
+        """Whether the teacher's features are detoxified by a mask."""
+        return Method.parse(self.method).treatment == "robustkd" and self.mask_cap > 0
 
     @property
     def chosen_taps(self) -> tuple[int, ...] | None:

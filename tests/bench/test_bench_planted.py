@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import mmap
 
 import numpy as np
 import pytest
@@ -105,7 +106,11 @@ class Leaking:
 
     def infer(self, images):
         if self.size:
-            self.kept.append(np.ones(self.size, np.uint8))
+            pages = mmap.mmap(
+                -1, self.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            )  # memory that the process had freed before cannot stand in for it
+            pages.write(bytes(self.size - 1) + b"1")
+            self.kept.append(pages)
         return images
 
 

@@ -243,7 +243,7 @@ def test_a_device_that_does_not_exist(place: Place, device: str) -> None:
     "arguments",
     [
         ("--epochs", "0"), ("--epochs", "-1"), ("--batch", "0"), ("--batch", "-5"), ("--lr", "0"), ("--lr", "nan"), ("--lr", "-1"),
-        ("--seed", "-1"), ("--threads", "-1"), ("--checkpoint-every", "0"), ("--cap", "0"), ("--cap", "nan"),
+        ("--seed", "-1"), ("--threads", "-1"), ("--checkpoint-every", "0"), ("--cap", "-0.1"), ("--cap", "nan"),
         ("--accuracy-budget", "-1"), ("--accuracy-budget", "nan"), ("--clean-budget", "0"), ("--clean-budget", "some"),
         ("--clean-budget", "200%"), ("--image-size", "-1"), ("--image-size", "100000"), ("--normalize", "mine"),
         ("--precision", "int8"),

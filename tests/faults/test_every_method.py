@@ -23,7 +23,7 @@ STEPS = 6  # 90 images, 30 a step, two epochs
 RESUME = ("distill", "--resume", "run")
 METHODS: dict[str, tuple[str, ...]] = {
     "robustkd": (),
-    "robustkd, paper": ("--hardening", "0"),
+    "robustkd, paper": ("--variant", "paper"),
     "ofd": ("--method", "ofd"),
     "ofd, hardened": ("--method", "ofd", "--hardening", "8"),
     "kd": ("--method", "kd"),

@@ -19,7 +19,8 @@ import pytest
 Start = Callable[..., BaseProcess]
 
 EXACT = ("--threads", "1", "--precision", "fp32", "--device", "cpu", "--checkpoint-every", "2")
-COMMAND = ("distill", "teacher.pt", "--student", "wrn-10-1", "--epochs", "3", "--batch", "15", "--out", "run", *EXACT)
+COMMAND = ("distill", "teacher.pt", "--student", "wrn-10-1", "--epochs", "3", "--batch", "15", "--cap", "0.05", "--out",
+           "run", *EXACT)  # fmt: skip
 STEPS = 18  # 90 images, 15 a step, three epochs
 RESUME = ("distill", "--resume", "run")
 SIGKILLED = -signal.SIGKILL
@@ -296,7 +297,7 @@ def test_asked_to_stop_it_saves_says_how_to_go_on_and_can(
     assert said.splitlines()[-1].endswith("go on with: rkd distill --resume run")
     assert "Traceback" not in said
     before = newest_checkpoint(folder)
-    assert (before > 0) == (moment != "while the mask is learned")
+    assert before > 0 or moment == "while the mask is learned"
     resume_to_the_end(start, folder)
     assert result(folder) == uninterrupted
 

@@ -19,7 +19,8 @@ from rkd.detox import DetoxRecipe
 from rkd.distill import session
 
 EXACT = ("--threads", "1", "--precision", "fp32", "--device", "cpu", "--checkpoint-every", "1")
-COMMAND = ("distill", "teacher.pt", "--student", "wrn-10-1", "--epochs", "1", "--batch", "45", "--out", "run", *EXACT)
+COMMAND = ("distill", "teacher.pt", "--student", "wrn-10-1", "--epochs", "1", "--batch", "45", "--cap", "0.05", "--out",
+           "run", *EXACT)  # fmt: skip
 CALLS = ("write", "fsync", "replace")
 RESULTS = ("student.safetensors", "masks.npz", "metrics.jsonl")
 
