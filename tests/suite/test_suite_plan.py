@@ -185,5 +185,6 @@ def test_settings_that_differ_are_named_and_what_the_run_chose_itself_is_not() -
 
 
 def test_a_record_without_a_setting_that_came_later_fits_its_default() -> None:
-    older = {f.name: f.default for f in dataclasses.fields(TeacherSettings) if f.name != "augmentation"}
+    older = dataclasses.asdict(TeacherSettings(data="digits"))
+    del older["augmentation"]
     assert differences(teacher_kind(), older, {}, seed=0) == []
