@@ -10,7 +10,7 @@ import typer
 from rkd.cli.app import app, code_from_command_line, guarded, only_resume, origins
 
 METHOD_HELP = (
-    "robustkd (detoxify, then distil features); ofd, kd, at (these trust the teacher: features, logits, attention); ce "
+    "robustkd (distil features, and harden the student); ofd, kd, at (these trust the teacher: features, logits, attention); ce "
     "(no teacher); or a treatment of the teacher and what is distilled from it: robustkd, finetune, prune, nad or anp "
     "with +ofd, +kd or +at, such as robustkd+kd."
 )
@@ -48,7 +48,7 @@ def distill(
         bool, typer.Option("--undefended", help="Also train a student of the teacher as it is, to compare with.")
     ] = False,
     accuracy_budget: Annotated[
-        float, typer.Option(help="Points of clean accuracy that detoxifying may cost the teacher.")
+        float, typer.Option(help="Points of clean accuracy that a mask (--cap, --variant paper) may cost the teacher.")
     ] = 1.0,
     hardening: Annotated[
         Optional[float],
@@ -109,7 +109,7 @@ def distill(
     variant: Annotated[
         str,
         typer.Option(
-            help="default, or paper: the paper's form of RobustKD (no hardening, a cap of 0.9).",
+            help="default (hardening, no mask), or paper: the paper's form of RobustKD (no hardening, a mask up to 0.9).",
             rich_help_panel=ABLATION,
         ),
     ] = "default",
@@ -165,7 +165,7 @@ def distill(
         typer.Option(help="Their highest learning rate; 0 for the method's own.", rich_help_panel=BASELINE),
     ] = 0.0,
 ) -> None:
-    """Detoxify a teacher and distil a student from it.
+    """Distil a student that does not keep what may be hidden in its teacher.
 
     Examples:
         rkd distill teacher.pt --student mobilenet --data photos/

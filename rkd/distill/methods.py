@@ -20,7 +20,7 @@ OBJECTIVES = {
     "at": "attention transfer (Zagoruyko and Komodakis, 2017)",
 }
 TREATMENTS = {
-    "robustkd": "RobustKD: detoxify the teacher's features, harden the student",
+    "robustkd": "RobustKD: harden the student; where a mask is asked for, detoxify the teacher's features",
     "finetune": "fine-tune the teacher on the clean images",
     "prune": "fine-pruning (Liu et al., 2018): prune dormant channels of the last stage, then fine-tune",
     "nad": "neural attention distillation (Li et al., 2021): fine-tune under the attention of a fine-tuned copy",
