@@ -365,3 +365,11 @@ def test_the_papers_pairs_train_for_a_step(teacher: str, student: str) -> None:
 
 def test_tensors_of_no_known_network_are_not_guessed() -> None:
     assert infer_arch({"a.weight": (3, 5), "a.bias": (3,)}, (32, 32)) == ()
+
+
+@pytest.mark.parametrize("name", ["mobilenet", "mobilenet-v2", "resnet18"])
+def test_running_statistics_follow_short_training(name: str) -> None:
+    """After 100 steps less than a thousandth of what they started from is left in them."""
+    momenta = [m.momentum for m in build(name, 3, (32, 32)).modules() if isinstance(m, nn.BatchNorm2d)]
+    assert momenta
+    assert all(m is not None and (1 - m) ** 100 < 1e-3 for m in momenta)

@@ -69,7 +69,7 @@ def build(name: str, classes: int, size: tuple[int, int]) -> nn.Module:
         depth, kind = int(match[1]), match[3] or ("-bottleneck" if int(match[1]) >= BOTTLENECK_FROM else "-basic")
         return PyramidNet(depth, int(match[2]), classes, bottleneck=kind == "-bottleneck")
     key = ALIASES.get(name.replace("-", "_"), name.replace("-", "_"))
-    return adapt_stem(_from_torchvision(key, classes), size)
+    return adapt_stem(_with_quick_statistics(_from_torchvision(key, classes)), size)
 
 
 def torchvision_names() -> list[str]:
@@ -77,6 +77,18 @@ def torchvision_names() -> list[str]:
     from torchvision import models
 
     return list(models.list_models(module=models))
+
+
+def _with_quick_statistics(network: nn.Module) -> nn.Module:
+    """Let BN's running statistics follow at PyTorch's usual rate at least.
+
+    MobileNet v3's 0.01 is meant for hundreds of thousands of steps: after 312 of them a student had 66 % of its training
+    images right with each batch's own statistics and 16 % of the test images with the running ones.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.momentum is not None:
+            module.momentum = max(module.momentum, 0.1)
+    return network
 
 
 def _from_torchvision(name: str, classes: int) -> nn.Module:

@@ -111,7 +111,9 @@ def resume_to_the_end(start: Start, folder: Path) -> None:
 MOMENTS: dict[str, Callable[[Path], bool]] = {
     "as soon as there is a run": lambda folder: (folder / "run" / "run.json").exists(),
     "while the mask is learned": lambda folder: (
-        (folder / "run" / "run.json").exists() and not (folder / "run" / "masks.npz").exists()
+        (folder / "run" / "run.json").exists()
+        and not (folder / "run" / "masks.npz").exists()
+        and "training images" in (folder / "stderr.txt").read_text()  # said by a run that knows how to go on
     ),
     "as soon as there is a mask": lambda folder: (folder / "run" / "masks.npz").exists(),
     "after the first checkpoint": lambda folder: newest_checkpoint(folder) >= 2,
