@@ -36,6 +36,7 @@ def test_malformed_files_are_read_or_refused_and_nothing_else(parser: str) -> No
     assert tally["peak_bytes"] < MEMORY_BYTES
 
 
+@pytest.mark.slow  # 240 programs are started: minutes
 @pytest.mark.timeout(1200)
 def test_malformed_files_end_the_command_line_with_exit_1_and_one_line() -> None:
     tallies = fuzz("--cli", str(THROUGH_THE_COMMAND_LINE))
