@@ -23,6 +23,7 @@ from rkd.bench import result as bench_result
 from rkd.bench.options import BenchOptions
 from rkd.bundle import Bundle
 from rkd.errors import ConfigError, RemoteError, RkdError, printable
+from rkd.files import sha256
 from rkd.progress import say
 
 _SSH = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=20", "-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=8")
@@ -218,7 +219,14 @@ class _Board:
 
     def _command(self, *more: str) -> list[str]:
         """One connection carries all commands: one login, one touch of a security key."""
-        shared = ("-o", "ControlMaster=auto", "-o", "ControlPersist=120", "-o", f"ControlPath={self.sockets}/%C")
+        shared = (
+            "-o",
+            "ControlMaster=auto",
+            "-o",
+            "ControlPersist=120",
+            "-o",
+            f"ControlPath={self.sockets}/{sha256(self.host.encode())[:16]}",
+        )
         return ["ssh", *_SSH, *shared, *more, "--", self.host]
 
     def _ssh(self, line: str, timeout_s: float, stdin: Any = subprocess.DEVNULL) -> subprocess.CompletedProcess[bytes]:

@@ -201,8 +201,8 @@ def _floats(field: str, array: NDArray[Any]) -> Array:
 def _warp(x: Array, grid: Array) -> Array:
     """Bilinear sampling of (N, 3, H, W) at (H, W, 2), corners aligned, clamped at the border."""
     height, width = x.shape[2:]
-    column = np.clip((grid[..., 0] + 1) * (width - 1) / 2, 0, width - 1)
-    row = np.clip((grid[..., 1] + 1) * (height - 1) / 2, 0, height - 1)
+    column = (np.clip(grid[..., 0], -1, 1) + 1) * (width - 1) / 2
+    row = (np.clip(grid[..., 1], -1, 1) + 1) * (height - 1) / 2
     left, top = np.floor(column).astype(np.intp), np.floor(row).astype(np.intp)
     right, bottom = np.minimum(left + 1, width - 1), np.minimum(top + 1, height - 1)
     across = (column - left).astype(np.float32)
