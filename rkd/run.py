@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from rkd import __version__
-from rkd.errors import RkdError, RunError
+from rkd.errors import RkdError, RunError, StorageError
 from rkd.files import (
     append_line,
     read_json,
@@ -95,9 +95,7 @@ class Run:
             RunError: `path` exists.
             StorageError: the disk said no.
         """
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            go_on = f", or go on with it by --resume {path}" if (path / SUMMARY).is_file() else ""
-            raise RunError(f"{path} exists; choose another --out{go_on}")
+        _check_free(path)
         summary = {
             "schema": SCHEMA,
             "kind": kind,
@@ -110,11 +108,14 @@ class Run:
             **facts,
         }
         content = {**(members or {}), SUMMARY: to_json(summary)}
-        if path.exists():  # an empty folder, perhaps a mount point, which nothing can be renamed onto
-            for name, data in content.items():
-                write_file(path / name, data)
-        else:
+        try:
             write_directory(path, content)
+        except StorageError:
+            _check_free(path)
+            if not path.exists():
+                raise
+            for name, data in content.items():  # an empty mount point, onto which nothing can be renamed
+                write_file(path / name, data)
         return cls(path, summary)
 
     @classmethod
@@ -290,6 +291,12 @@ class Run:
         """Newest first; half-written ones have another name."""
         found = [p for p in (self.path / "checkpoints").glob("*") if re.fullmatch(r"\d{8,}", p.name)]
         return sorted(found, key=lambda place: int(place.name), reverse=True)
+
+
+def _check_free(path: Path) -> None:
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        go_on = f", or go on with it by --resume {path}" if (path / SUMMARY).is_file() else ""
+        raise RunError(f"{path} exists; choose another --out{go_on}")
 
 
 def free_name(root: Path, name: str) -> Path:

@@ -177,3 +177,12 @@ def test_mutated_archives_are_read_or_refused_and_nothing_else() -> None:
         except ValueError:
             refused += 1
     assert refused > 500
+
+
+@pytest.mark.parametrize("order", "<>")
+def test_text_with_a_character_that_does_not_exist_is_refused(order: str) -> None:
+    header = f"{{'descr': '{order}U2', 'fortran_order': False, 'shape': (1,), }}"
+    spelled = struct.pack(f"{order}2I", 0x41, 0x10FFFF)
+    assert read(archive({"name.npy": npy(header, spelled)}))["name"][0] == "A\U0010ffff"
+    with pytest.raises(ValueError, match=r"name\.npy: holds a character that does not exist"):
+        read(archive({"name.npy": npy(header, struct.pack(f"{order}2I", 0x41, 0x110000))}))

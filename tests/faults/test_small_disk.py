@@ -63,6 +63,12 @@ def test_on_a_full_disk_nothing_half_written_stays_and_the_last_checkpoint_loads
     assert not list(small_disk.rglob(".rkd-tmp-*"))
 
 
+def test_an_empty_mount_point_is_taken_as_a_run(small_disk: Path) -> None:
+    run = Run.create(small_disk, "distill", {}, members={"triggers/patch.npz": b"x"})
+    assert Run.open(small_disk).summary == run.summary
+    assert (small_disk / "triggers" / "patch.npz").read_bytes() == b"x"
+
+
 def test_a_clock_that_was_set_back_does_not_make_an_older_run_the_newest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,11 +96,16 @@ def _create(path: str, barrier: object, answers: object) -> None:
         answers.put(str(error))
 
 
-def test_of_two_processes_that_make_the_same_run_one_makes_it_and_the_other_is_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize("exists", [False, True])
+def test_of_two_processes_that_make_the_same_run_one_makes_it_and_the_other_is_told(
+    tmp_path: Path, exists: bool
+) -> None:
     context = multiprocessing.get_context("fork")
-    for number in range(5):
+    for number in range(10):
         barrier, answers = context.Barrier(2), context.Queue()
         place = tmp_path / str(number)
+        if exists:
+            place.mkdir()
         children = [context.Process(target=_create, args=(str(place), barrier, answers)) for _ in range(2)]
         for child in children:
             child.start()
