@@ -72,7 +72,7 @@ def _read_npy(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> NDArray[Any]:
     if len(data) != count * dtype.itemsize:
         raise ValueError(f"{entry.filename}: cut short")
     array = np.frombuffer(data, dtype=dtype)
-    if dtype.kind == "U" and len(data) and array.view(np.dtype("u4").newbyteorder(dtype.byteorder)).max() > sys.maxunicode:
+    if dtype.kind == "U" and data and array.view(np.dtype("u4").newbyteorder(dtype.byteorder)).max() > sys.maxunicode:
         raise ValueError(f"{entry.filename}: holds a character that does not exist")  # numpy raises SystemError later
     return array.reshape(shape, order="F" if fortran else "C")
 
