@@ -54,7 +54,7 @@ class DetoxRecipe:
     """
 
     accuracy_budget: float = 1.0
-    cap: float = 0.05
+    cap: float = 0.9
     steps: int = 200
     batch: int = 128
     lr: float = 0.05

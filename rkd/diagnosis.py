@@ -65,6 +65,11 @@ def diagnose() -> list[Finding]:
             "bench on Jetson boards",
             "it comes with JetPack; use a venv with --system-site-packages",
         ),
+        _package("cryptography", "keygen, export --sign, verify --pubkey", "pip install 'rkd[sign]'"),
+        _package("pycuda", "TensorRT on a board", "pip install 'rkd[trt]', or cuda-bindings"),
+        _package("cuda-bindings", "TensorRT where pycuda cannot be compiled", "pip install cuda-bindings"),
+        _package("tensorrt-rtx", "target rtx-fp16", "pip install 'rkd[rtx]'"),
+        _package("ray", "suite --launcher ray", "pip install 'rkd[ray]'"),
         _package("timm", "teachers named timm:NAME", "pip install timm"),
     ]
     return found

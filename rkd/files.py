@@ -136,6 +136,26 @@ def write_directory(path: Path, members: Mapping[str, bytes]) -> None:
         _sync_directory(path.parent)
 
 
+def fill_directory(path: Path, members: Mapping[str, bytes]) -> None:
+    """Write files into a directory that is there and empty, as a mount point is; of two processes one does.
+
+    The directory itself stays. A kill in the middle leaves it half filled, the last member being written last.
+
+    Raises:
+        StorageError: as for `write_file`; also when `path` is not empty, or another process is filling it.
+    """
+    claim = path / f"{_TEMPORARY}claim"
+    with storage_errors(path):
+        claim.mkdir()
+        try:
+            if any(entry != claim for entry in path.iterdir()):
+                raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+            for name, data in members.items():
+                write_file(path / name, data)
+        finally:
+            shutil.rmtree(claim, ignore_errors=True)
+
+
 def append_line(path: Path, line: str) -> None:
     """Append one line to a log; a failed write leaves no part of it, a kill can cut short the last line only.
 

@@ -233,6 +233,22 @@ def safe_arch(name: object, origin: str) -> str:
     return name
 
 
+def check_code(arch: str, allowed: str, option: str, origin: Path) -> None:
+    """Refuse a network that a directory makes by code, unless the user named that code on the command line.
+
+    Args:
+        arch: the network's name.
+        allowed: what the user gave.
+        option: by which option.
+        origin: the directory.
+
+    Raises:
+        ConfigError: the user did not name it.
+    """
+    if ".py" in arch and arch != allowed:
+        raise ConfigError(f"{origin} is made by code ({arch}); if you trust it, add --{option} {arch}")
+
+
 def safetensors_header(data: bytes, path: Path) -> dict[str, Any] | None:
     """The description that rkd wrote into a safetensors file; None where a stranger wrote the file.
 

@@ -17,6 +17,7 @@ Every write goes through `rkd.files`.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -35,6 +36,7 @@ from rkd import __version__
 from rkd.errors import RkdError, RunError, StorageError
 from rkd.files import (
     append_line,
+    fill_directory,
     read_json,
     remove_temporaries,
     sha256,
@@ -96,6 +98,7 @@ class Run:
             StorageError: the disk said no.
         """
         _check_free(path)
+        write = fill_directory if path.exists() else write_directory
         summary = {
             "schema": SCHEMA,
             "kind": kind,
@@ -109,13 +112,11 @@ class Run:
         }
         content = {**(members or {}), SUMMARY: to_json(summary)}
         try:
-            write_directory(path, content)
-        except StorageError:
-            _check_free(path)
-            if not path.exists():
-                raise
-            for name, data in content.items():  # an empty mount point, onto which nothing can be renamed
-                write_file(path / name, data)
+            write(path, content)
+        except StorageError as error:
+            if getattr(error.__cause__, "errno", None) in (errno.ENOTEMPTY, errno.EEXIST):  # another process was quicker
+                _check_free(path)
+            raise
         return cls(path, summary)
 
     @classmethod

@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from rkd.attacks.backweak import backweak_trigger
 from rkd.attacks.badnets import badnets_trigger
+from rkd.attacks.perturb import Additive, search, towards
 from rkd.attacks.poison import PoisonedSource
 from rkd.attacks.session import CLEAN, TRIGGER, TeacherSettings, make_teacher, start_teacher
 from rkd.data import ArraySource, FolderSource
@@ -154,9 +154,9 @@ def test_the_weak_trigger_stays_in_its_ball_and_within_its_budget(
     source.probe = None
     before = {name: tensor.clone() for name, tensor in network.module.state_dict().items()}
     reports: list[float] = []
-    trigger = backweak_trigger(
-        network, source, target=3, linf=linf / 255, budget=budget, seed=0, device=torch.device("cpu"), steps=40,
-        batch=32, on_step=lambda _step, asr: reports.append(asr),
+    trigger = search(
+        network, source, Additive(linf / 255), towards(network, 3), name="weak", target=3, linf=linf / 255, budget=budget,
+        seed=0, device=torch.device("cpu"), steps=40, batch=32, on_step=lambda _step, asr: reports.append(asr),
     )  # fmt: skip
     assert source.probe is not None
     assert (source.labels[list(source.held_out)] != 3).all()

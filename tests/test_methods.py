@@ -56,7 +56,9 @@ def test_robustkd_is_hardened_and_the_papers_form_and_the_baselines_are_not() ->
     assert not default.masked
     assert paper.masked
     assert settings(cap=0.05).masked
-    assert not settings(method="ofd", cap=0.05).masked
+    assert not settings(method="ofd", cap=0.0).masked
+    with pytest.raises(ConfigError, match="--cap changes nothing with --method ofd"):
+        settings(method="ofd", cap=0.05)
     assert (paper.radius, paper.mask_cap) == (0, 0.9)
     assert settings(variant="paper", cap=0.2, hardening=4.0).mask_cap == 0.2
     assert settings(variant="paper", hardening=4.0).radius == 4
@@ -129,6 +131,6 @@ def test_the_undefended_twin_has_no_defence_left() -> None:
     twin = defended.undefended_twin("other.pt", ("trigger.npz",))
     plain = DistillSettings(
         teacher="other.pt", student="wrn-10-1", data="digits", method="ofd", triggers=("trigger.npz",), epochs=7,
-        labels=False, cap=defended.cap,
+        labels=False,
     )  # fmt: skip
     assert twin == plain

@@ -149,7 +149,9 @@ def test_at_224_pixels_the_network_is_torchvisions(name: str) -> None:
     with torch.device("meta"):
         original = torchvision_models.get_model(ADAPTED[name], weights=None, num_classes=10)
     built = on_meta(name, (224, 224))
-    assert repr(built) == repr(original).replace("momentum=0.01", "momentum=0.1")  # and its running statistics are quick
+    assert repr(built) == repr(original).replace(
+        "momentum=0.01", "momentum=0.1"
+    )  # and its running statistics are quick
     assert last_map(built, (224, 224)) == (7, 7)
 
 

@@ -27,7 +27,12 @@ from rkd.run import Run
 from rkd.triggers import Trigger
 
 EXACT = ("--threads", "1", "--precision", "fp32", "--device", "cpu")
-SHORT = (*EXACT, "--student", "wrn-10-1", "--epochs", "3", "--batch", "15", "--cap", "0.05")  # robustkd with its mask
+SHORT = (*EXACT, "--student", "wrn-10-1", "--epochs", "3", "--batch", "15")
+MASKED = (*SHORT, "--cap", "0.05")  # robustkd with its mask
+
+
+def for_method(method: str) -> tuple[str, ...]:
+    return MASKED if method.startswith("robustkd") else SHORT
 
 
 def rkd(*arguments: object) -> Any:
@@ -113,6 +118,20 @@ def test_a_resumed_teacher_goes_where_the_first_command_wanted_it(here: Path, st
 
 # -------------------------------------------------------------------------------------------------------------- distill
 
+
+def test_a_student_that_nothing_is_called_is_refused_before_the_data_is_looked_at(here: Path) -> None:
+    refused = rkd("distill", "teacher.pt", "--student", "mobilnet", "--data", "no/such/folder")
+    assert refused.exit_code == 1
+    assert "no network is called 'mobilnet'; did you mean mobilenet?" in refused.stderr
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(("given", "noted"), [("cifar10", False), ("imagenet", True)])
+def test_a_scaling_that_the_teachers_file_contradicts_is_taken_and_said(here: Path, given: str, noted: bool) -> None:
+    result = done("distill", "teacher.pt", "--method", "ce", *SHORT, "--epochs", 1, "--normalize", given)
+    assert ("--normalize imagenet is used, although the teacher's file says [0.4914," in result.output) == noted
+
+
 ROLES = {
     "robustkd": "RobustKD student",
     "ofd": "undefended student (OFD)",
@@ -136,7 +155,7 @@ PURIFIED = {
 
 @pytest.mark.parametrize("method", ROLES)
 def test_each_method_leaves_a_whole_run_directory(here: Path, method: str) -> None:
-    result = done("distill", "teacher.pt", "--method", method, *SHORT, "--purify-steps", 10, "--json")
+    result = done("distill", "teacher.pt", "--method", method, *for_method(method), "--purify-steps", 10, "--json")
     printed = json.loads(result.stdout)
     place = Path(f"runs/wrn-10-1-{method}-s0")
     assert printed["run"] == str(place)
@@ -182,7 +201,7 @@ def test_without_labels_the_teachers_answers_decide_and_the_labels_do_not(
     arrays = dict(np.load(stripes))
     rng = np.random.default_rng(0)
     np.savez(here / "true.npz", **arrays)
-    options = ("teacher.pt", "--method", method, *SHORT, "--epochs", 1, "--no-labels")
+    options = ("teacher.pt", "--method", method, *for_method(method), "--epochs", 1, "--no-labels")
     first = json.loads(done("distill", *options, "--data", "true.npz", "--out", "a", "--json").stdout)
     assert first["models"][-1]["role"].endswith("without labels)")
     labels = np.load("a/labels.npz")["y"]
@@ -225,7 +244,7 @@ def test_each_part_of_robustkd_can_be_switched_off_and_then_makes_another_studen
     students, masks = {}, {}
     for name, switch in {"default": (), **SWITCHES}.items():
         out = Path(name.replace(" ", "-"))
-        done("distill", "teacher.pt", *SHORT, "--epochs", 1, *switch, "--out", out)
+        done("distill", "teacher.pt", *MASKED, "--epochs", 1, *switch, "--out", out)
         students[name] = hashlib.sha256((out / "student.safetensors").read_bytes()).hexdigest()
         masks[name] = [] if name == "no mask" else load_masks(out)
         assert (out / "masks.npz").exists() == (name != "no mask")
@@ -248,7 +267,7 @@ def load_masks(run: Path) -> list[np.ndarray]:
 
 
 def test_taps_that_the_teacher_does_not_have_are_refused_before_anything_is_written(here: Path) -> None:
-    assert "the network has 3 taps" in one_line(rkd("distill", "teacher.pt", *SHORT, "--taps", "1,4", "--out", "out"))
+    assert "the network has 3 taps" in one_line(rkd("distill", "teacher.pt", *MASKED, "--taps", "1,4", "--out", "out"))
     assert not Path("out").exists()
 
 
@@ -319,7 +338,7 @@ def test_the_trigger_beside_the_teacher_is_found_unless_another_is_given(here: P
 
 def test_the_same_seed_gives_the_same_student_and_another_does_not(here: Path) -> None:
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        done("distill", "teacher.pt", *SHORT, "--out", name, "--seed", seed)
+        done("distill", "teacher.pt", *MASKED, "--out", name, "--seed", seed)
     a, b, c = (hashlib.sha256((here / n / "student.safetensors").read_bytes()).hexdigest() for n in "abc")
     assert a == b != c
     assert Path("a/masks.npz").read_bytes() == Path("b/masks.npz").read_bytes() != Path("c/masks.npz").read_bytes()
@@ -327,8 +346,8 @@ def test_the_same_seed_gives_the_same_student_and_another_does_not(here: Path) -
 
 
 def test_undefended_adds_a_row_and_changes_nothing_of_the_student(here: Path) -> None:
-    done("distill", "teacher.pt", *SHORT, "--out", "plain")
-    result = done("distill", "teacher.pt", *SHORT, "--out", "both", "--undefended", "--json")
+    done("distill", "teacher.pt", *MASKED, "--out", "plain")
+    result = done("distill", "teacher.pt", *MASKED, "--out", "both", "--undefended", "--json")
     rows = json.loads(result.stdout)["models"]
     assert [row["role"] for row in rows] == ["teacher", "undefended student (OFD)", "RobustKD student"]
     assert Path("both/student.safetensors").read_bytes() == Path("plain/student.safetensors").read_bytes()
@@ -394,13 +413,13 @@ def interrupted(here: Path, monkeypatch: pytest.MonkeyPatch, write_stripes: Call
 
     with monkeypatch.context() as patch:
         patch.setattr(session, "train", dies)
-        died = rkd("distill", "teacher.pt", *SHORT, "--data", "data.npz", "--out", "out")
+        died = rkd("distill", "teacher.pt", *MASKED, "--data", "data.npz", "--out", "out")
     assert "out of memory" in one_line(died)
     return here / "out"
 
 
 def test_an_interrupted_run_goes_on_to_the_same_student(interrupted: Path) -> None:
-    done("distill", "teacher.pt", *SHORT, "--data", "data.npz", "--out", "whole")
+    done("distill", "teacher.pt", *MASKED, "--data", "data.npz", "--out", "whole")
     done("distill", "--resume", interrupted)
     assert (interrupted / "student.safetensors").read_bytes() == Path("whole/student.safetensors").read_bytes()
     assert (interrupted / "metrics.jsonl").read_bytes() == Path("whole/metrics.jsonl").read_bytes()
@@ -445,16 +464,16 @@ def test_resume_takes_no_other_option(interrupted: Path, extra: tuple[object, ..
 
 
 def test_what_is_wrong_at_the_start_leaves_no_run_behind(here: Path) -> None:
-    one_line(rkd("distill", "teacher.pt", *SHORT, "--out", "out", "--student", "nonsense-9"))
-    one_line(rkd("distill", "teacher.pt", *SHORT, "--out", "out", "--data", "nowhere.npz"))
-    one_line(rkd("distill", "teacher.pt", *SHORT, "--out", "out", "--method", "magic"))
+    one_line(rkd("distill", "teacher.pt", *MASKED, "--out", "out", "--student", "nonsense-9"))
+    one_line(rkd("distill", "teacher.pt", *MASKED, "--out", "out", "--data", "nowhere.npz"))
+    one_line(rkd("distill", "teacher.pt", *MASKED, "--out", "out", "--method", "magic"))
     assert not Path("out").exists()
 
 
 def test_a_folder_that_is_not_empty_is_not_written_into(here: Path) -> None:
     Path("out").mkdir()
     Path("out/mine.txt").write_text("mine")
-    message = one_line(rkd("distill", "teacher.pt", *SHORT, "--out", "out"))
+    message = one_line(rkd("distill", "teacher.pt", *MASKED, "--out", "out"))
     assert "out exists; choose another --out" in message
     assert "--resume" not in message, "there is no run to go on with"
     assert [p.name for p in Path("out").iterdir()] == ["mine.txt"]
@@ -509,6 +528,6 @@ def test_a_teacher_that_cannot_be_traced_is_measured_without_its_mask(here: Path
             tapped.set_edits([torch.zeros_like] * len(tapped.taps))
 
         patch.setattr(session, "set_masks", constant)
-        rows = json.loads(done("distill", *options, "--out", "robust").stdout)["models"]
+        rows = json.loads(done("distill", *options, "--cap", "0.05", "--out", "robust").stdout)["models"]
     assert plain["scores"]["acc"]["percent"] > 60
     assert rows[0]["scores"] == plain["scores"]

@@ -17,37 +17,12 @@ Trigger: d alone, at most `linf` in each pixel.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
-
 from rkd.attacks.lab import Lab
-from rkd.attacks.perturb import Additive, search, towards
+from rkd.attacks.perturb import Additive, towards
 from rkd.attacks.planting import graded
 from rkd.attacks.recipe import Attack, Fit, Search, clean_images
-from rkd.data import Source
 from rkd.network import Network
 from rkd.triggers import Trigger
-
-
-def backweak_trigger(
-    teacher: Network,
-    source: Source,
-    *,
-    target: int,
-    linf: float,
-    budget: float,
-    seed: int,
-    device: torch.device,
-    steps: int = 200,
-    batch: int = 128,
-    on_step: Callable[[int, float], None] = lambda _step, _asr: None,
-) -> Trigger:
-    """Find the weak universal perturbation of a clean `teacher`; for the arguments see `rkd.attacks.perturb.search`."""
-    return search(
-        teacher, source, Additive(linf), towards(teacher, target), name="backweak", target=target, linf=linf,
-        budget=budget, seed=seed, device=device, steps=steps, batch=batch, on_step=on_step,
-    )  # fmt: skip
 
 
 def weak_trigger(lab: Lab, twin: Network) -> Trigger:

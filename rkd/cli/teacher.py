@@ -98,9 +98,9 @@ def teacher(
     """
     from rkd.attacks.session import CLEAN, TeacherSettings, make_teacher, start_teacher
     from rkd.cli import tables
-    from rkd.errors import ConfigError, RunError
+    from rkd.errors import RunError
     from rkd.intake import clean_twin_beside, trigger_beside
-    from rkd.network import Network
+    from rkd.network import Network, check_code
     from rkd.run import Run, free_name
     from rkd.signals import stop_requests
     from rkd.teacher import save_teacher
@@ -111,9 +111,7 @@ def teacher(
         only_resume(context, "out", "overwrite", "arch", "shadow")
         resumed = Run.open(resume)
         for name, given in (("arch", arch), ("shadow", shadow)):
-            code = str(resumed.setting(name))
-            if ".py" in code and code != given:
-                raise ConfigError(f"{resume} is made by code ({code}); if you trust it, add --{name} {code}")
+            check_code(str(resumed.setting(name)), given, name, resume)
         if origins(context)["out"] != "command line":
             out = Path(resumed.summary.get("out", out))
     written = [out, trigger_beside(out), clean_twin_beside(out)]

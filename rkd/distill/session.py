@@ -40,7 +40,7 @@ from rkd.files import sha256, storage_errors, to_json, write_file
 from rkd.measure import choose_device, choose_precision, count_macs, use_threads
 from rkd.metrics import evaluate
 from rkd.models import build
-from rkd.network import Network, Normalisation
+from rkd.network import Network, Normalisation, check_code
 from rkd.npz import npz_bytes, read_npz
 from rkd.progress import Bar, progress, say
 from rkd.purify import Purification, purified
@@ -74,6 +74,8 @@ def start(
     Raises:
         RkdError: whatever of the input is wrong, before anything is written.
     """
+    with torch.device("meta"):  # a name that nothing has is refused before the images are read
+        build(settings.student, 2, (224, 224))
     work = Inputs.open(settings, Path(settings.teacher), data)
     settings, origins = _resolved(settings, origins, work)
     _ = build(settings.student, len(work.data.classes), work.data.size)
@@ -142,10 +144,7 @@ def reopen(run: Run, *, data: str = "", arch: str = "") -> Inputs | None:
     if run.finished:
         return None
     settings = DistillSettings.from_run(run)
-    if ".py" in settings.arch and arch != settings.arch:
-        raise ConfigError(
-            f"the teacher of {run.path} is made by code ({settings.arch}); if you trust it, add --arch {settings.arch}"
-        )
+    check_code(settings.arch, arch, "arch", run.path)
     triggers = tuple(str(path) for path in sorted((run.path / TRIGGERS).glob("*.npz")))
     work = Inputs.open(replace(settings, data=data or settings.data, triggers=triggers), run.path / TEACHER)
     work.check_same(run)
@@ -252,6 +251,7 @@ class Inputs:
         low, high = found.interval
         notes = (
             *checkpoint.notes,
+            *_contradiction(checkpoint.header, scaling),
             (
                 f"teacher: {teacher.arch}, {teacher.parameters:,} parameters, inputs scaled by {teacher.normalisation}, "
                 f"{found.value:.1f} % of {found.n} clean training images right [{low:.1f}, {high:.1f}]"
@@ -306,6 +306,16 @@ def augmentation_for(name: str, data: Dataset) -> str:
     if name != "auto":
         return name
     return "crop" if re.search(r"\b(digits?|[a-z]*mnist|gtsrb|svhn|signs?)\b", data.name.lower()) else "crop-flip"
+
+
+def _contradiction(header: Mapping[str, Any] | None, given: Normalisation | None) -> tuple[str, ...]:
+    """A note where `--normalize` is not what the teacher's file says."""
+    if given is None or header is None or "mean" not in header or "std" not in header:
+        return ()
+    if (header["mean"], header["std"]) == (list(given.mean), list(given.std)):
+        return ()
+    said = f"{header['mean']};{header['std']}"[:100].replace(" ", "")
+    return (f"--normalize {given} is used, although the teacher's file says {said}",)
 
 
 def _header_size(header: Mapping[str, Any] | None) -> int | tuple[int, int]:

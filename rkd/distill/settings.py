@@ -79,7 +79,9 @@ class TrainingSettings:
             raise ConfigError(f"--lr {self.lr:g}: expected a number above 0")
         for name, known in (("augmentation", AUGMENTATIONS), ("precision", _PRECISIONS)):
             if getattr(self, name) not in ("auto", *known):
-                raise ConfigError(f"--{name} {getattr(self, name)!r}: expected auto, {', '.join(known)}")
+                raise ConfigError(
+                    f"--{name} {getattr(self, name)!r}: expected auto, {', '.join(known[:-1])} or {known[-1]}"
+                )
 
     @classmethod
     def from_run(cls, run: Run) -> Self:
@@ -155,6 +157,8 @@ class DistillSettings(TrainingSettings):
             if getattr(self, name) not in known:
                 option = name.replace("_", "-")
                 raise ConfigError(f"--{option} {getattr(self, name)!r}: expected {' or '.join(known)}")
+        if self.cap and method.treatment != "robustkd":
+            raise ConfigError(f"--cap changes nothing with --method {self.method}: it needs robustkd")
         radius, cap = _VARIANTS[self.variant]
         if self.cap is None:
             object.__setattr__(self, "cap", cap)
@@ -232,6 +236,6 @@ class DistillSettings(TrainingSettings):
     def undefended_twin(self, teacher: str, triggers: tuple[str, ...]) -> DistillSettings:
         """The same run without a defence: OFD from the teacher as it is."""
         return replace(
-            self, method="ofd", undefended=False, teacher=teacher, triggers=triggers, variant="default", hardening=0.0,
-            mask="position", variance=True, replacement="mean", taps="all", teacher_mode="eval", input_noise=0.0,
+            self, method="ofd", undefended=False, teacher=teacher, triggers=triggers, variant="default", cap=0.0,
+            hardening=0.0, mask="position", variance=True, replacement="mean", taps="all", teacher_mode="eval", input_noise=0.0,
         )  # fmt: skip

@@ -241,7 +241,7 @@ def test_killed_while_a_teacher_is_purified_both_networks_are_the_same(
     method: str, faults: list[tuple[str, int]], start: Start, fresh: Callable[[], Path]
 ) -> None:
     whole, folder = fresh(), fresh()
-    command = (*COMMAND, *PURIFYING, "--method", method)
+    command = (*COMMAND, "--cap", "0", *PURIFYING, "--method", method)
     assert finish(start(whole, *command)) == 0, (whole / "stderr.txt").read_text()
     first, *others = faults
     assert finish(start(folder, *command, fault=first)) == SIGKILLED
@@ -253,7 +253,7 @@ def test_killed_while_a_teacher_is_purified_both_networks_are_the_same(
 
 
 @pytest.mark.parametrize(
-    "options", [("--method", "robustkd+kd", "--input-noise", "8"), ("--method", "at", "--no-labels")]
+    "options", [("--method", "robustkd+kd", "--input-noise", "8"), ("--method", "at", "--cap", "0", "--no-labels")]
 )
 def test_killed_with_noise_or_without_labels_the_student_is_the_same(
     options: tuple[str, ...], start: Start, fresh: Callable[[], Path]
