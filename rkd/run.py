@@ -114,7 +114,10 @@ class Run:
         try:
             write(path, content)
         except StorageError as error:
-            if getattr(error.__cause__, "errno", None) in (errno.ENOTEMPTY, errno.EEXIST):  # another process was quicker
+            if getattr(error.__cause__, "errno", None) in (
+                errno.ENOTEMPTY,
+                errno.EEXIST,
+            ):  # another process was quicker
                 _check_free(path)
             raise
         return cls(path, summary)

@@ -19,7 +19,7 @@ from rkd.suite.output import Tables, write_tables
 from rkd.suite.place import DONE, STALE, Place
 from rkd.suite.plan import Job, Plan, Score, Student, Teacher, make_plan
 from rkd.suite.results import CELLS
-from rkd.suite.runner import STALE_CHOICES, Progress, Runner
+from rkd.suite.runner import STALE_CHOICES, Progress, Runner, recorded
 from rkd.suite.sources import Facts, facts_of, find_sources, ready_sources
 
 LAUNCHERS = ("local", "ray")
@@ -69,6 +69,7 @@ class _Work:
     suite: Suite
     plan: Plan
     place: Place
+    known: int
     found: Mapping[str, Path | str]
     facts: Mapping[str, Facts]
     costs: Costs
@@ -77,6 +78,9 @@ class _Work:
     def open(cls, options: SuiteOptions) -> _Work:
         suite = read_suite(options.file)
         plan = make_plan(suite, options.only)
+        out = (options.out or Path("runs") / suite.name).absolute()
+        known = recorded(plan, Place(out, plan), options.results.absolute() / suite.name)
+        plan = make_plan(suite, options.only, known)
         used = {cell.data for cell in plan.cells}
         found = find_sources(suite, options.data_root, used)
         sizes = {
@@ -85,8 +89,7 @@ class _Work:
             for name in found
         }  # fmt: skip
         facts = {name: facts_of(source, sizes[name]) for name, source in found.items()}
-        out = (options.out or Path("runs") / suite.name).absolute()
-        return cls(suite, plan, Place(out, plan), found, facts, measure_costs(plan, facts))
+        return cls(suite, plan, Place(out, plan), len(known), found, facts, measure_costs(plan, facts))
 
     def estimator(self) -> Estimator:
         """Guesses from what this suite's finished jobs took."""
@@ -151,6 +154,7 @@ def show_plan(options: SuiteOptions) -> Planned:
         f"{n}: not on this machine yet, counted as {f.train:,} images" for n, f in work.facts.items() if not f.known
     ]
     notes += [f"{name.replace(':', ' ', 1)} is stale: {s.why}" for name, s in standings.items() if s.state == STALE]
+    notes += [_known(work, options)] if work.known else []
     left = [job for job in work.plan.jobs.values() if standings[job.name].state != DONE]
     return Planned(work.suite.name, lines, slots, estimator.left(left, slots), tuple(notes))
 
@@ -169,6 +173,8 @@ def run_suite(options: SuiteOptions) -> tuple[Tables, RkdError | None]:
         stop.hint = f"go on with the same command: rkd suite {options.file}"
         work = _Work.open(options)
         results = options.results.absolute() / work.suite.name
+        if work.known:
+            say(_known(work, options))
         with work.place.claimed():
             sources = ready_sources(work.found, work.place.out / "data")
             launcher = _launcher(options, work.place.out)
@@ -188,6 +194,10 @@ def run_suite(options: SuiteOptions) -> tuple[Tables, RkdError | None]:
             stop.signal_number,
         )
     return tables, failure(progress, f"{shown(work.place.out / 'logs')} has the logs; {_AGAIN}")
+
+
+def _known(work: _Work, options: SuiteOptions) -> str:
+    return f"{work.known} cells were made elsewhere: {options.results / work.suite.name} has their results"
 
 
 _AGAIN = "the same command tries again what failed"

@@ -7,7 +7,7 @@ For each seed, data set and pair: the clean twin, the attacked teachers, and for
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -167,12 +167,13 @@ class Plan:
         }
 
 
-def make_plan(suite: Suite, only: Sequence[str] = ()) -> Plan:
+def make_plan(suite: Suite, only: Sequence[str] = (), without: Collection[Cell] = ()) -> Plan:
     """Plan a suite.
 
     Args:
         suite: the file's content.
         only: patterns of the cells' names; empty for all. Controls come along with their cells.
+        without: cells that are known already.
 
     Raises:
         ConfigError: a recipe is impossible, a pattern fits no cell, or nothing is left to do.
@@ -193,6 +194,9 @@ def make_plan(suite: Suite, only: Sequence[str] = ()) -> Plan:
                 )
         cells = {cell: None for cell in cells if any(fnmatchcase(cell.name, pattern) for pattern in only)}
     for cell in list(cells):
+        cells[cell.control] = None
+    cells = {cell: None for cell in cells if cell not in without}
+    for cell in list(cells):  # what is left needs its control, known or not
         cells[cell.control] = None
     rank = {axis: {entry.name: i for i, entry in enumerate(entries)} for axis, entries in suite.axes.items()}
     first = sorted({cell.seed for cell in cells}, key=lambda seed: _seed_rank(suite, seed))

@@ -8,14 +8,47 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rkd.errors import RkdError, RunError
+from rkd.suite.file import CLEAN
 from rkd.suite.launch import Launcher, Outcome, Task
 from rkd.suite.place import DONE, FRESH, RESUME, STALE, Place, Standing
-from rkd.suite.plan import Job, Plan, Score, Student, Teacher
-from rkd.suite.recipes import command_line, distill_kind, teacher_kind
-from rkd.suite.results import code_version, collect, write_record
+from rkd.suite.plan import Cell, Job, Plan, Score, Student, Teacher
+from rkd.suite.recipes import command_line, differences, distill_kind, teacher_kind
+from rkd.suite.results import code_version, collect, read_record, record_path, write_record
 
 _WAIT_S = 0.5
 STALE_CHOICES = ("refuse", "keep", "redo")
+
+
+def recorded(plan: Plan, place: Place, results: Path) -> frozenset[Cell]:
+    """The cells that were finished elsewhere: their results are there, made with the settings wanted, their runs are not.
+
+    Args:
+        plan: all that is wanted.
+        place: the suite's folder.
+        results: `results/SUITE`.
+
+    Raises:
+        RunError: a result is damaged.
+    """
+    teachers, students = teacher_kind(), distill_kind()
+    found = set()
+    for cell in plan.cells:
+        path, student, teacher = record_path(results, cell), plan.student(cell), plan.teacher(cell)
+        if not path.is_file() or place.run_folder(student).exists():
+            continue
+        made = read_record(path)
+        settings, taught = made.data.get("settings"), made.data["teacher"].get("settings")
+        if (
+            not isinstance(settings, dict)
+            or not isinstance(taught, dict)
+            or (cell.attack != CLEAN and not made.control)
+        ):
+            continue
+        other = differences(students, settings, student.options, seed=cell.seed)
+        other += differences(teachers, taught, teacher.options, seed=teacher.seed)
+        if not other:
+            found.add(cell)
+    return frozenset(found)
 
 
 class Watcher(Protocol):

@@ -120,6 +120,8 @@ def test_the_tables_come_from_the_results_alone(resumed: Path) -> None:
 
 def test_the_dry_run_tells_what_is_done_and_writes_nothing(resumed: Path) -> None:
     shutil.rmtree(resumed / "runs/tiny/cells/stripes/tiny/clean/full/ce")
+    for attack in ("clean", "patch"):
+        (resumed / f"results/tiny/cells/stripes__tiny__{attack}__full__ce__s0.json").unlink()
     before = contents(resumed)
     done = suite("tiny.toml", "--dry-run", "--json")
     assert done.exit_code == 0, done.output
@@ -153,6 +155,37 @@ def test_results_that_were_lost_are_written_again_from_the_runs(resumed: Path, h
     assert suite("tiny.toml").exit_code == 0
     assert here.done == []
     assert contents(resumed / "results") == before
+
+
+def test_on_another_machine_the_cells_that_have_results_are_not_made_again(resumed: Path, here: Any) -> None:
+    before = contents(resumed / "results")
+    shutil.rmtree(resumed / "runs")
+    done = suite("tiny.toml")
+    assert done.exit_code == 0, done.output
+    assert "4 cells were made elsewhere: results/tiny has their results" in done.output
+    assert here.done == []
+    assert contents(resumed / "results") == before
+
+    (resumed / "results/tiny/cells/stripes__tiny__patch__full__ofd__s0.json").unlink()
+    done = suite("tiny.toml")
+    assert done.exit_code == 0, done.output
+    made = [job for job in here.done if not job.startswith("teacher")]
+    assert made == [f"{kind}:stripes/tiny/{attack}/full/ofd/s0"
+                    for kind, attack in (("student", "clean"), ("student", "patch"), ("score", "clean"))]  # fmt: skip
+    assert record(resumed, "patch", "ofd")["excess_asr"] is not None
+    assert set(contents(resumed / "results")) == set(before)
+
+
+def test_a_result_of_other_settings_does_not_stand_for_a_cell(resumed: Path, here: Any) -> None:
+    shutil.rmtree(resumed / "runs")
+    edit(
+        resumed / "tiny.toml",
+        '[distill]\nstudent = "wrn-10-1"\nepochs = 2',
+        '[distill]\nstudent = "wrn-10-1"\nepochs = 3',
+    )
+    assert suite("tiny.toml").exit_code == 0
+    assert len([job for job in here.done if job.startswith("student")]) == 3
+    assert record(resumed, "patch", "ofd")["settings"]["epochs"] == 3
 
 
 def test_a_new_attack_asks_for_its_own_cells_only(resumed: Path, here: Any) -> None:
