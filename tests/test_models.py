@@ -155,6 +155,13 @@ def test_at_224_pixels_the_network_is_torchvisions(name: str) -> None:
     assert last_map(built, (224, 224)) == (7, 7)
 
 
+def test_a_vgg_for_small_images_has_one_linear_layer() -> None:
+    small = on_meta("vgg11", (32, 32))
+    assert [m.in_features for m in small.modules() if isinstance(m, nn.Linear)] == [512]
+    assert 9_000_000 < sum(p.numel() for p in small.parameters()) < 10_000_000
+    assert sum(p.numel() for p in on_meta("vgg11", (224, 224)).parameters()) > 128_000_000
+
+
 def test_torchvision_colon_name_is_left_as_it_is_at_any_size() -> None:
     with torch.device("meta"):
         original = torchvision_models.get_model("resnet18", weights=None, num_classes=10)

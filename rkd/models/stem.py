@@ -4,14 +4,20 @@ Networks for 224 pixels divide the resolution by 32: a 32-pixel image would end 
 the first two layers. The remedy in the literature is to take the stride out of the first layers (He et al., CVPR 2016,
 do so for CIFAR). Here that is done by looking at the network: the first strided convolutions or poolings are set to
 stride 1, one by one, as long as the network still runs and its last feature map grows.
+
+VGG also loses the two hidden layers of its classifier, 120 of its 129 million parameters, as its ports to CIFAR do.
 """
 
 from __future__ import annotations
 
 import copy
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torchvision.models import VGG
 
 _SMALL = {40: 2, 72: 1}  # images up to so many pixels lose so many stride-2 layers
 
@@ -36,7 +42,22 @@ def adapt_stem(network: nn.Module, size: tuple[int, int]) -> nn.Module:
         if after > before:
             _set(network, name, _without_stride(network.get_submodule(name)))
             removed += 1
+    if wanted and type(network).__name__ == "VGG":
+        _shorten_classifier(cast("VGG", network))
     return network
+
+
+def _shorten_classifier(network: VGG) -> None:
+    """One linear layer behind a global average instead of three behind 7 x 7 places."""
+    hidden, outputs = network.classifier[0], network.classifier[-1]
+    assert isinstance(hidden, nn.Linear)  # noqa: S101  (torchvision's VGG)
+    assert isinstance(outputs, nn.Linear)  # noqa: S101
+    network.avgpool = nn.AdaptiveAvgPool2d(1)
+    head = nn.Linear(hidden.in_features // 49, outputs.out_features, device=outputs.weight.device)
+    if not head.weight.is_meta:
+        nn.init.normal_(head.weight, 0, 0.01)
+        nn.init.zeros_(head.bias)
+    network.classifier = nn.Sequential(head)
 
 
 def _downsamples(module: nn.Module) -> bool:
