@@ -18,7 +18,10 @@ STUDENTS = (
     Student("mobilenet-v2", "MobileNet v2 (Sandler et al., 2018): no squeeze-and-excite, kind to INT8"),
     Student("shufflenet-v2", "ShuffleNet v2 x1.0 (Ma et al., 2018): few memory accesses"),
     Student("resnet18", "ResNet-18 (He et al., 2016): plain convolutions, fast in TensorRT"),
-    Student("vgg11", "VGG-11 (Simonyan and Zisserman, 2015) with BN: large (9 M parameters at 32 pixels, 129 M from 73 on), but nothing except 3x3 convolutions"),
+    Student(
+        "vgg11",
+        "VGG-11 (Simonyan and Zisserman, 2015) with BN: large (9 M parameters at 32 pixels, 129 M from 73 on), but nothing except 3x3 convolutions",
+    ),
     Student("resnet20", "CIFAR ResNet-20: 0.27 M parameters, for images of about 32 pixels; also 32, 44, 56"),
     Student("wrn-16-1", "wide ResNet, 0.17 M parameters; any wrn-D-K with D = 6 n + 4"),
     Student("wrn-16-2", "wide ResNet, 0.69 M parameters"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import cache
 
 import torch
 
@@ -94,6 +95,7 @@ def _count(shapes: Shapes, pattern: str) -> int:
     return sum(re.fullmatch(pattern, name) is not None for name in shapes)
 
 
+@cache
 def _shapes(name: str, classes: int, size: tuple[int, int]) -> Shapes | None:
     """Of the network of that name; None where there is none."""
     try:
