@@ -7,13 +7,17 @@ STAMP := $(VENV)/.rkd-ready
 # One thread a process: the tests and the demo are many small computations.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow test-gpu test-ray test-board lint types bench fuzz soak clean setup
+.PHONY: demo test test-promises test-slow test-gpu test-ray test-board lint types bench fuzz soak clean setup
 
 demo: $(STAMP)
 	$(BIN)/rkd demo --overwrite
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+# The figures of docs/promises.md that take minutes: every failing write of every kind, kills, mutants by command line
+test-promises: $(STAMP)
+	RKD_SLOW=1 $(BIN)/python -m pytest -n auto --dist worksteal -m slow tests/fuzz tests/faults tests/security
 
 test-slow: $(STAMP)
 	RKD_SLOW=1 $(BIN)/python -m pytest

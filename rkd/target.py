@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from rkd.errors import ConfigError, TargetError
 from rkd.toml import read_toml, unknown_key
@@ -227,13 +227,13 @@ def _plain(value: Any) -> Any:
 
 
 @cache
-def _hints(cls: Any) -> dict[str, Any]:
+def _hints(cls: type[Any]) -> dict[str, Any]:
     return get_type_hints(cls)
 
 
 def _typed(cls: type[T], values: dict[str, Any], origin: str) -> T:
     """A dataclass from a mapping; every key known and of its type, none missing."""
-    hints = _hints(cls)
+    hints = _hints(cast("Any", cls))
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in values:
         if key not in fields:

@@ -50,17 +50,20 @@ def export(
     """
     from rkd.cli import tables
     from rkd.export.command import export_command
+    from rkd.signals import stop_requests
 
-    exported, reports = export_command(
-        run,
-        target or ["ort-cpu"],
-        out,
-        eval_images=eval_images,
-        data=data,
-        sign=sign,
-        force=force,
-        overwrite=overwrite,
-    )
+    with stop_requests() as stop:
+        stop.hint = "bundles that were finished are kept; the same command with --overwrite makes all of them"
+        exported, reports = export_command(
+            run,
+            target or ["ort-cpu"],
+            out,
+            eval_images=eval_images,
+            data=data,
+            sign=sign,
+            force=force,
+            overwrite=overwrite,
+        )
     if json_output:
         bundles = [_as_json(report) for report in reports]
         tables.print_json({"run": str(exported.path), "bundles": bundles})

@@ -6,6 +6,7 @@ import errno
 import functools
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,13 @@ from rkd import files
 from rkd.cli import app
 from rkd.detox import DetoxRecipe
 from rkd.distill import session
+from rkd.export import command as export_module
 
 EXACT = ("--threads", "1", "--precision", "fp32", "--device", "cpu", "--checkpoint-every", "1")
 COMMAND = ("distill", "teacher.pt", "--student", "wrn-10-1", "--epochs", "1", "--batch", "45", "--cap", "0.05", "--out",
            "run", *EXACT)  # fmt: skip
 CALLS = ("write", "fsync", "replace")
+SAID = {errno.ENOSPC: "No space left on", errno.EACCES: "no permission for"}
 RESULTS = ("student.safetensors", "masks.npz", "metrics.jsonl")
 
 
@@ -82,18 +85,27 @@ def check(here: Path, failed: Any, where: str, code: int) -> None:
     assert failed.stderr.splitlines()[-1] == lines[0], where
     assert "Traceback" not in failed.stderr, where
     assert "internal error" not in lines[0], where
-    assert (os.strerror(code) if code != errno.ENOSPC else "No space left on") in lines[0], where
+    assert SAID.get(code, os.strerror(code)) in lines[0], where
     assert not list(here.rglob(".rkd-tmp-*")), where
     for place in (here / "run" / "checkpoints").glob("*"):
         assert (place / "digests.json").is_file(), where
 
 
-def test_wherever_the_disk_fails_the_run_goes_on_to_the_same_student(here: Path) -> None:
+@pytest.mark.parametrize(
+    "codes",
+    [
+        {"write": errno.ENOSPC, "fsync": errno.EIO, "replace": errno.EACCES},
+        pytest.param(dict.fromkeys(CALLS, errno.ENOSPC), marks=pytest.mark.slow),
+        pytest.param(dict.fromkeys(CALLS, errno.EIO), marks=pytest.mark.slow),
+        pytest.param(dict.fromkeys(CALLS, errno.EACCES), marks=pytest.mark.slow),
+    ],
+    ids=["mixed", "full", "broken", "forbidden"],
+)
+def test_wherever_the_disk_fails_the_run_goes_on_to_the_same_student(here: Path, codes: dict[str, int]) -> None:
     whole = Disk()
     assert rkd(whole, *COMMAND).exit_code == 0
     wanted = results(here / "run")
     assert min(whole.counts.values()) >= 8
-    codes = {"write": errno.ENOSPC, "fsync": errno.EIO, "replace": errno.EIO}
     for call, number, code in failures(whole, codes):
         shutil.rmtree("run")
         where = f"{call} {number}"
@@ -163,3 +175,60 @@ def test_a_folder_that_may_not_be_written_is_one_line(here: Path, monkeypatch: p
     assert "no permission for" in failed.stderr.splitlines()[-1]
     assert not Path("run").exists()
     assert not list(here.rglob(".rkd-tmp-*"))
+
+
+# --------------------------------------------------------------------------------------------------------------- export
+
+EXPORT = ("export", "run", "--target", "ort-cpu", "--target", "jetson-fp16", "--eval-images", "20")
+
+
+@pytest.fixture
+def to_export(here: Path) -> Path:
+    assert rkd(Disk(), *COMMAND).exit_code == 0
+    return here
+
+
+def bundles(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.rkd"))}
+
+
+def test_wherever_the_disk_fails_an_export_leaves_whole_bundles_only(to_export: Path) -> None:
+    whole = Disk()
+    assert rkd(whole, *EXPORT).exit_code == 0
+    wanted = bundles(to_export)
+    assert len(wanted) == 2
+    for call, number, code in failures(whole, {"write": errno.ENOSPC, "fsync": errno.EIO, "replace": errno.EACCES}):
+        for path in to_export.glob("*.rkd"):
+            path.unlink()
+        where = f"{call} {number}"
+        check(to_export, rkd(Disk(call, number, code), *EXPORT), where, code)
+        assert bundles(to_export).items() <= wanted.items(), where
+    assert rkd(Disk(), *EXPORT, "--overwrite").exit_code == 0
+    assert bundles(to_export) == wanted
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
+def test_stopped_at_any_stage_an_export_leaves_whole_bundles_only(
+    to_export: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
+) -> None:
+    stages: list[str] = []
+    monkeypatch.setattr(export_module, "say", stages.append)
+    assert rkd(Disk(), *EXPORT).exit_code == 0
+    wanted, counted = bundles(to_export), len(stages)
+    assert counted > 6
+    for stop_at in range(counted):
+        stages.clear()
+
+        def say(stage: str, stop_at: int = stop_at) -> None:
+            stages.append(stage)
+            if len(stages) == stop_at + 1:
+                os.kill(os.getpid(), number)
+
+        monkeypatch.setattr(export_module, "say", say)
+        stopped = rkd(Disk(), *EXPORT, "--overwrite", "--out", "other")
+        assert stopped.exit_code == code, (stop_at, stopped.output)
+        assert stopped.stderr.splitlines()[-1].startswith("rkd: stopped; bundles that were finished are kept"), stop_at
+        assert bundles(to_export / "other").items() <= wanted.items(), stop_at
+        assert not list(to_export.rglob(".rkd-tmp-*")), stop_at
