@@ -11,9 +11,9 @@ from rkd.distill.settings import DistillSettings
 from rkd.errors import DataError, RunError
 from rkd.export import Exporter, ExportReport, choose_calibration, choose_evaluation
 from rkd.files import sha256, storage_errors
-from rkd.network import Network
+from rkd.network import Network, check_code
 from rkd.progress import say
-from rkd.run import STUDENT, TRIGGERS, Run
+from rkd.run import STUDENT, TEACHER, TRIGGERS, Run
 from rkd.signing import read_private
 from rkd.target import load_target
 from rkd.triggers import Trigger
@@ -26,6 +26,8 @@ def export_command(
     *,
     eval_images: int,
     data: str,
+    teacher: bool = False,
+    arch: str = "",
     sign: Path | None = None,
     force: bool = False,
     overwrite: bool,
@@ -38,6 +40,8 @@ def export_command(
         folder: where the bundles go.
         eval_images: how many test images travel at most.
         data: where the data set is now; empty for where it was.
+        teacher: export the run's teacher instead of its student, to compare them on the board.
+        arch: the user's own code for the teacher, where it is made by some.
         sign: a private key in PEM that signs the bundles.
         force: write bundles that fail the target's budgets, marked.
         overwrite: replace existing bundles.
@@ -47,6 +51,7 @@ def export_command(
 
     Raises:
         RunError: no such run, or not finished, or its student was changed.
+        ConfigError: the teacher is made by code that was not named.
         DataError: the data is not what the run was made with.
         SigningError: the key cannot be used.
         TargetError, ExportError, StorageError: see `Exporter.write`.
@@ -54,47 +59,61 @@ def export_command(
     targets = [load_target(name) for name in target_names]
     key = read_private(sign) if sign is not None else None
     run = Run.open(run_path) if run_path is not None else Run.newest(Path("runs"))
-    student = _student(run)
-    dataset = _data(run, data, student)
+    network, digest = _teacher(run, arch) if teacher else _student(run)
+    dataset = _data(run, data, network)
     evaluation = choose_evaluation(dataset.test, run.setting("seed"), limit_images=eval_images)
     triggers = [Trigger.load(path) for path in sorted((run.path / TRIGGERS).glob("*.npz"))]
     chain = {
         "teacher": str(run.summary["teacher"]["sha256"]),
         "config": config_digest(run),
-        "student": str(run.summary["student"]["sha256"]),
+        "student": digest,
     }
     train = clean_budget(
         dataset.train, run.setting("clean_budget"), run.setting("seed"), by_class=run.setting("labels")
     )
+    name = run.path.resolve().name + ("-teacher" if teacher else "")
     exporter = Exporter(
-        student, evaluation, triggers, on_stage=lambda stage: say(f"{stage} ..."),
+        network, evaluation, triggers, on_stage=lambda stage: say(f"{stage} ..."),
         calibrate=lambda wanted: choose_calibration(train, evaluation[0], wanted, run.setting("seed")),
     )  # fmt: skip
     reports = [
-        exporter.write(
-            target, name=run.path.resolve().name, chain=chain, folder=folder, overwrite=overwrite, force=force, key=key
-        )
+        exporter.write(target, name=name, chain=chain, folder=folder, overwrite=overwrite, force=force, key=key)
         for target in targets
     ]
     return run, reports
 
 
-def _student(run: Run) -> Network:
-    if not run.finished:
-        raise RunError(f"{run.path} is not finished; go on with it by: rkd distill --resume {run.path}")
-    if run.summary.get("kind") != "distill":
-        raise RunError(f"{run.path} made a teacher, not a student; distil it first")
+def _student(run: Run) -> tuple[Network, str]:
+    """The student and the digest of its file."""
+    _check_finished(run)
     path = run.path / STUDENT
     with storage_errors(path):
         digest = sha256(path.read_bytes())
     if digest != run.summary.get("student", {}).get("sha256"):
         raise RunError(f"{path} is not the student that this run made: its digest differs from run.json")
-    return Network.load(path)
+    return Network.load(path), digest
 
 
-def _data(run: Run, data: str, student: Network) -> Dataset:
+def _teacher(run: Run, arch: str) -> tuple[Network, str]:
+    """The teacher as it was taken in, and the digest of that file."""
+    _check_finished(run)
+    check_code(str(run.setting("arch")), arch, "arch", run.path)
+    path = run.path / TEACHER
+    with storage_errors(path):
+        digest = sha256(path.read_bytes())
+    return Network.load(path, trusted=arch), digest
+
+
+def _check_finished(run: Run) -> None:
+    if not run.finished:
+        raise RunError(f"{run.path} is not finished; go on with it by: rkd distill --resume {run.path}")
+    if run.summary.get("kind") != "distill":
+        raise RunError(f"{run.path} made a teacher, not a student; distil it first")
+
+
+def _data(run: Run, data: str, network: Network) -> Dataset:
     settings = DistillSettings.from_run(run)
-    dataset = open_with_progress(data or settings.data, student.size, settings.split_seed)
+    dataset = open_with_progress(data or settings.data, network.size, settings.split_seed)
     if dataset.digest != run.summary.get("data", {}).get("digest"):
         raise DataError(
             f"{data or settings.data} is not the data that {run.path} was made with: its test images cannot stand for it"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from rkd.cli.app import app, guarded
+from rkd.cli.app import app, code_from_command_line, guarded
 
 if TYPE_CHECKING:
     from rkd.export import ExportReport
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 @app.command()
 @guarded
 def export(
+    context: typer.Context,
     run: Annotated[
         Optional[Path],
         typer.Argument(help="The run directory. Default: the newest finished one under runs/.", show_default=False),
@@ -29,6 +30,18 @@ def export(
     out: Annotated[Path, typer.Option(help="The folder that the bundles go to.")] = Path(),
     eval_images: Annotated[int, typer.Option(help="At most so many test images travel in the bundle.")] = 5000,
     data: Annotated[str, typer.Option(help="The data set, where it has moved since the run.", show_default=False)] = "",
+    teacher: Annotated[
+        bool,
+        typer.Option(
+            "--teacher", help="Export the run's teacher instead, to compare it with its student on the board."
+        ),
+    ] = False,
+    arch: Annotated[
+        str,
+        typer.Option(
+            help="With --teacher: your code for it (path/file.py:factory), where it has some.", show_default=False
+        ),
+    ] = "",
     sign: Annotated[
         Optional[Path],
         typer.Option(help="Sign the bundles with this private key (`rkd keygen`).", show_default=False),
@@ -47,11 +60,14 @@ def export(
         rkd export runs/mobilenet-robustkd-s0 --target ort-cpu --target jetson-fp16 --out ship/
 
         rkd export --target jetson-int8 --sign mine.key
+
+        rkd export --teacher --target ort-cpu
     """
     from rkd.cli import tables
     from rkd.export.command import export_command
     from rkd.signals import stop_requests
 
+    code_from_command_line(context, "arch")
     with stop_requests() as stop:
         stop.hint = "bundles that were finished are kept; the same command with --overwrite makes all of them"
         exported, reports = export_command(
@@ -60,6 +76,8 @@ def export(
             out,
             eval_images=eval_images,
             data=data,
+            teacher=teacher,
+            arch=arch,
             sign=sign,
             force=force,
             overwrite=overwrite,
@@ -69,7 +87,7 @@ def export(
         tables.print_json({"run": str(exported.path), "bundles": bundles})
         return
     for report in reports:
-        _print(report)
+        _print(report, "teacher" if teacher else "student")
     tables.say_next(f"next: copy it to the board and run rkd bench there, or here: rkd bench {reports[0].path}")
 
 
@@ -87,12 +105,12 @@ def _as_json(report: ExportReport) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _print(report: ExportReport) -> None:
+def _print(report: ExportReport, role: str) -> None:
     from rkd.cli import tables
     from rkd.ledger import pairs
 
     ledger = report.ledger
-    tables.print_scores([("student in torch", report.student), (report.path.name, report.exported)])
+    tables.print_scores([(f"{role} in torch", report.student), (report.path.name, report.exported)])
     for before, after in pairs(ledger):
         flips = ledger.flips(before, after)
         tables.say_next(f"{before.name} -> {after.name}: {len(flips)} of {ledger.decisions} decisions flip")

@@ -1,0 +1,69 @@
+"""`rkd export` of a run: its student, and its teacher to compare with."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from rkd.bench.runner import CPU_PROVIDER, OrtRunner
+from rkd.bundle import read_bundle
+from rkd.cli import app
+from rkd.files import sha256
+from rkd.network import Network
+
+EXACT = ("--batch", "15", "--threads", "1", "--precision", "fp32", "--device", "cpu")
+DISTILL = ("--method", "ofd", "--student", "wrn-10-1", "--epochs", "1", "--out", "run", *EXACT)
+
+
+def rkd(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backdoored: Path) -> Path:
+    for file in backdoored.parent.glob("teacher.*"):
+        shutil.copy(file, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_student_and_teacher_are_two_bundles_with_the_same_images(here: Path) -> None:
+    assert rkd("distill", "teacher.pt", *DISTILL).exit_code == 0
+    for more in ((), ("--teacher",)):
+        done = rkd("export", "run", *more)
+        assert done.exit_code == 0, done.output
+        assert ("teacher in torch" in done.output) == bool(more)
+    student, teacher = (read_bundle(here / f"{name}.ort-cpu.rkd") for name in ("run", "run-teacher"))
+    images = student.evaluation()[0]
+    assert np.array_equal(images, teacher.evaluation()[0])
+    assert student.manifest["chain"]["teacher"] == teacher.manifest["chain"]["teacher"]
+    for bundle, name in ((student, "student"), (teacher, "teacher")):
+        file = here / "run" / f"{name}.safetensors"
+        assert bundle.manifest["chain"]["student"] == sha256(file.read_bytes())
+        with OrtRunner(bundle.model, CPU_PROVIDER, 1, name) as runner:
+            logits = runner.infer(np.ascontiguousarray(images[:20]))
+        torchs = Network.load(file).predictor(torch.device("cpu"))(images[:20])
+        np.testing.assert_allclose(logits, torchs, rtol=1e-3, atol=1e-3)
+
+
+def test_a_teacher_that_is_made_by_code_is_exported_only_with_that_code(here: Path, stripes: Path) -> None:
+    Path("net.py").write_text(
+        "from rkd.models.wrn import WideResNet\ndef make(num_classes):\n    return WideResNet(10, 1, num_classes)\n"
+    )
+    code = ("--arch", "net.py:make")
+    assert rkd("teacher", "--data", stripes, *code, "--epochs", 8, *EXACT, "--out", "mine.pt").exit_code == 0
+    done = rkd("distill", "mine.pt", *code, *DISTILL)
+    assert done.exit_code == 0, done.output
+    refused = rkd("export", "run", "--teacher")
+    assert refused.exit_code == 1
+    assert refused.stderr == "rkd: run is made by code (net.py:make); if you trust it, add --arch net.py:make\n"
+    assert rkd("export", "run", "--teacher", *code).exit_code == 0
+    Path("rkd.toml").write_text('[export]\narch = "net.py:make"\n')
+    refused = rkd("export", "run", "--teacher", "--overwrite")
+    assert (refused.exit_code, "taken from the command line only" in refused.stderr) == (1, True)
