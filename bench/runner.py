@@ -112,7 +112,20 @@ class Runner(Protocol):
     ) -> None: ...
 
 
-class OrtRunner:
+class _Identified:
+    """What a runner is, from its activation on."""
+
+    _identity: Identity | None = None
+
+    @property
+    def identity(self) -> Identity:
+        """What runs the model."""
+        if self._identity is None:
+            raise RuntimeError("the runner is not active")
+        return self._identity
+
+
+class OrtRunner(_Identified):
     """ONNX Runtime with exactly one provider and no silent fallback; for one activation.
 
     Args:
@@ -126,14 +139,6 @@ class OrtRunner:
         self._model, self._provider, self._threads, self._origin = model, provider, threads, origin
         self._session: Any = None
         self._outputs = [OUTPUT]
-        self._identity: Identity | None = None
-
-    @property
-    def identity(self) -> Identity:
-        """What runs the model."""
-        if self._identity is None:
-            raise RuntimeError("the runner is not active")
-        return self._identity
 
     def __enter__(self) -> OrtRunner:  # noqa: PYI034 - as above
         """Load the model.
@@ -219,19 +224,12 @@ class OrtRunner:
             )
 
 
-class _TensorRt:
+class _TensorRt(_Identified):
     """A `TensorRtRunner` as a `Runner`."""
 
     def __init__(self, model: bytes, choice: Choice, origin: str) -> None:
         self._inner = TensorRtRunner(model, BuildOptions(**choice.build), origin, tell=say)
         self._choice = choice
-        self._identity: Identity | None = None
-
-    @property
-    def identity(self) -> Identity:
-        if self._identity is None:
-            raise RuntimeError("the runner is not active")
-        return self._identity
 
     def __enter__(self) -> _TensorRt:  # noqa: PYI034 - as above
         inner = self._inner.__enter__()

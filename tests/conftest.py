@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -87,6 +88,15 @@ def backdoored(tmp_path_factory: pytest.TempPathFactory, stripes: Path) -> Path:
         done = CliRunner().invoke(app, ["teacher", "--data", str(stripes), *options, *exact, "--out", "teacher.pt"])
     assert done.exit_code == 0, done.output
     return folder / "teacher.pt"
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backdoored: Path) -> Path:
+    """A working folder with a teacher and its trigger."""
+    for file in backdoored.parent.glob("teacher.*"):
+        shutil.copy(file, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import fields
 from html.parser import HTMLParser
@@ -53,15 +52,6 @@ def summary(run: Path | str) -> dict[str, Any]:
 @pytest.fixture(autouse=True)
 def _short_detox(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "DetoxRecipe", functools.partial(DetoxRecipe, steps=20, check_every=5))
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backdoored: Path) -> Path:
-    """A working folder with a teacher and its trigger."""
-    for file in backdoored.parent.glob("teacher.*"):
-        shutil.copy(file, tmp_path)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 class Tags(HTMLParser):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from typer.testing import CliRunner
 
@@ -23,14 +21,6 @@ DISTILL = ("--method", "ofd", "--student", "wrn-10-1", "--epochs", "1", "--out",
 
 def rkd(*arguments: object) -> Any:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backdoored: Path) -> Path:
-    for file in backdoored.parent.glob("teacher.*"):
-        shutil.copy(file, tmp_path)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def test_student_and_teacher_are_two_bundles_with_the_same_images(here: Path) -> None:

@@ -53,14 +53,6 @@ def _short_detox(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "DetoxRecipe", functools.partial(DetoxRecipe, steps=2, check_every=1))
 
 
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backdoored: Path) -> Path:
-    for file in backdoored.parent.glob("teacher.*"):
-        shutil.copy(file, tmp_path)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def rkd(disk: Disk, *arguments: str) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "os", disk)
