@@ -5,7 +5,8 @@
     student = "mobilenet"
     epochs = 60
 
-Keys are the options' names; the command line wins.
+Keys are the options' names; the command line wins. The file may come with somebody else's folder: what acts on other
+machines, on clocks or on what is there already is taken from the command line only, and outputs stay in the folder.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any
 from rkd.errors import ConfigError
 from rkd.toml import read_toml, unknown_key
 
+_COMMAND_LINE_ONLY = frozenset({"host", "remote_rkd", "lock_clocks", "force", "overwrite"})
+
 
 def command_defaults(path: Path, options: Mapping[str, Mapping[str, bool]]) -> dict[str, dict[str, Any]]:
     """Defaults per command.
@@ -26,7 +29,8 @@ def command_defaults(path: Path, options: Mapping[str, Mapping[str, bool]]) -> d
         options: the parameter names of every command, and whether a parameter may be repeated.
 
     Raises:
-        ConfigError: not TOML, an unknown command or option, or a value that is no plain value.
+        ConfigError: not TOML, an unknown command or option, one that the file may not decide, or a value that is no plain
+            value.
         StorageError: it cannot be read.
     """
     defaults: dict[str, dict[str, Any]] = {command: {} for command in options}
@@ -65,4 +69,8 @@ def _option(key: str, value: object, known: Iterable[str], path: Path, where: st
     plain = (str, int, float, bool)
     if not isinstance(value, plain) and not (isinstance(value, list) and all(isinstance(v, plain) for v in value)):
         raise ConfigError(f"{path}{where}: {key} must be a text, a number, true, false or a list of these")
+    if name in _COMMAND_LINE_ONLY:
+        raise ConfigError(f"{path}{where}: {key} is taken from the command line only; leave it out here")
+    if name in ("out", "results") and (Path(str(value)).is_absolute() or ".." in Path(str(value)).parts):
+        raise ConfigError(f"{path}{where}: {key} = {value!r} leads out of this folder; give such an --{key} by hand")
     return name

@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from rkd.cli import app
+from rkd.config import command_defaults
 from rkd.errors import ConfigError
 
 
@@ -168,3 +169,23 @@ def test_a_value_of_the_wrong_type_is_a_usage_error_that_names_the_option() -> N
     done = CliRunner().invoke(app, DISTILL)
     assert done.exit_code == 2
     assert "--epochs" in done.output
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('host = ["board"]', "host is taken from the command line only"),
+        ('remote-rkd = "touch x; rkd"', "remote-rkd is taken from the command line only"),
+        ("lock-clocks = true", "lock-clocks is taken from the command line only"),
+        ('out = "../result.json"', "leads out of this folder"),
+        ('out = "/etc/result.json"', "leads out of this folder"),
+    ],
+)
+def test_a_folder_decides_nothing_outside_of_it(tmp_path: Path, line: str, said: str) -> None:
+    options = {"bench": {"host": True, "remote_rkd": False, "lock_clocks": False, "out": False}}
+    for text in (line, f"[bench]\n{line}"):
+        (tmp_path / "rkd.toml").write_text(text)
+        with pytest.raises(ConfigError, match=said):
+            command_defaults(tmp_path / "rkd.toml", options)
+    (tmp_path / "rkd.toml").write_text('[bench]\nout = "results/mine.json"')
+    assert command_defaults(tmp_path / "rkd.toml", options) == {"bench": {"out": "results/mine.json"}}
