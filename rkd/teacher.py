@@ -395,9 +395,9 @@ def _sound(state: dict[str, Tensor], file_bytes: int, path: Path, notes: list[st
         if tensor.numel() * tensor.element_size() > file_bytes:
             raise CheckpointError(f"{path}: tensor {name!r} claims more bytes than the file has; refused")
         if not tensor.is_floating_point():
-            if tensor.numel() > 1 or tensor.is_complex():
-                raise CheckpointError(f"{path}: tensor {name!r} holds {tensor.dtype}, expected floating-point weights")
-            sound[name] = tensor
+            if tensor.is_complex():
+                raise CheckpointError(f"{path}: tensor {name!r} holds {tensor.dtype}, expected real weights")
+            sound[name] = tensor.detach().contiguous()  # counters and tables of indices
             continue
         if tensor.dtype != torch.float32:
             kinds.add(str(tensor.dtype).removeprefix("torch."))
@@ -456,6 +456,12 @@ def _check_fit(module: nn.Module, checkpoint: Checkpoint, arch: str) -> dict[str
         tensors, got = known_names(tensors), renamed
     problems = [f"{n} is {got[n]}, expected {wanted[n]}" for n in wanted if n in got and got[n] != wanted[n]]
     problems += [f"{n} is missing" for n in wanted if n not in got]
+    fractions = {n: t.is_floating_point() for n, t in module.state_dict().items()}
+    problems += [
+        f"{n} holds {t.dtype}, expected {'fractions' if fractions[n] else 'whole numbers'}"
+        for n, t in tensors.items()
+        if n in fractions and fractions[n] != t.is_floating_point()
+    ]
     problems += [f"{n} is not part of it" for n in got if n not in wanted]
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""

@@ -251,16 +251,45 @@ def test_broken_weights_are_named(tmp_path: Path, value: float) -> None:
     [
         lambda: torch.zeros(3).to_sparse(),
         lambda: torch.zeros(3, dtype=torch.complex64),
-        lambda: torch.zeros(3, dtype=torch.int64),
         lambda: torch.zeros(3, device="meta"),
         lambda: torch.quantize_per_tensor(torch.zeros(3), 0.1, 0, torch.qint8),
     ],
-    ids=["sparse", "complex", "integers", "meta", "quantised"],
+    ids=["sparse", "complex", "meta", "quantised"],
 )
 @pytest.mark.filterwarnings("ignore")
 def test_tensors_that_are_no_plain_weights_are_named(tmp_path: Path, odd: Callable[[], Tensor]) -> None:
     message = refusal(saved(tmp_path / "t.pt", {**small(), "odd": odd()}))
     assert re.search(r"'odd'|torch\._utils\._rebuild_(sparse_tensor|meta_tensor_no_storage|qtensor)", message), message
+
+
+def test_tables_of_indices_are_read_and_whole_numbers_as_weights_are_refused(tmp_path: Path) -> None:
+    """As torchvision's Swin has tables, and as quantised networks have weights."""
+    code = tmp_path / "net.py"
+    code.write_text(
+        "import torch\nfrom torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.fc = nn.Linear(3, 2)\n"
+        "        self.register_buffer('table', torch.zeros(3, dtype=torch.int64))\n"
+        "    def forward(self, x):\n"
+        "        return self.fc(x.mean((2, 3))[:, self.table])\n"
+        "def make():\n    return Net()\n"
+    )
+    table = torch.tensor([2, 0, 1])
+    state = {"fc.weight": torch.ones(2, 3), "fc.bias": torch.zeros(2), "table": table}
+
+    def opened(state: dict[str, Tensor]) -> Network:
+        checkpoint = read_checkpoint(saved(tmp_path / "t.pt", state))
+        return open_teacher(
+            checkpoint, arch=f"{code}:make", normalisation=Normalisation(), classes=("a", "b"), size=(8, 8)
+        )[0]
+
+    assert torch.equal(opened(state).module.get_buffer("table"), table)
+    for name, wrong, expected in (("fc.weight", torch.ones(2, 3, dtype=torch.int8), "fractions"),
+                                  ("table", table.float(), "whole numbers")):  # fmt: skip
+        with pytest.raises(ArchitectureError, match=f"{name} holds .*, expected {expected}"):
+            opened({**state, name: wrong})
 
 
 # ------------------------------------------------------------------------------------------------------ huge claims

@@ -74,7 +74,7 @@ def bench(
     Examples:
         rkd bench
 
-        rkd bench student.ort-cpu.rkd teacher.ort-cpu.rkd --batch 1,8
+        rkd bench student.ort-cpu.rkd student-teacher.ort-cpu.rkd --batch 1,8
 
         rkd bench --gate 'acc>=90, asr<=2, p99<=5ms' --require-valid
 
