@@ -3,7 +3,8 @@
 ONNX Runtime resolves external data of a model that was loaded from bytes against the current folder, so a bundle could
 make the bench read any file there. The check walks the protobuf wire format (protobuf.dev/programming-guides/encoding)
 along the fields of onnx.proto that can hold a tensor, and looks at nothing else. What two protobuf readers could read
-differently (tags and lengths beyond 32 bits) is refused, so that the check sees what the runtime sees.
+differently (tags and lengths beyond 32 bits) is refused, so that the check sees what the runtime sees. Operators that
+hold graphs are refused too: inside the runtime, a loop of 2^60 rounds hears no signal.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ _FIELDS: dict[str, dict[int, str]] = {
     "Function": {7: "Node", 11: "Attribute"},
     "Graph": {1: "Node", 5: "Tensor", 15: "Sparse"},
     "Node": {5: "Attribute"},
-    "Attribute": {5: "Tensor", 6: "Graph", 10: "Tensor", 11: "Graph", 22: "Sparse", 23: "Sparse"},
+    "Attribute": {5: "Tensor", 10: "Tensor", 22: "Sparse", 23: "Sparse"},
     "Sparse": {1: "Tensor", 2: "Tensor"},
     "Tensor": {},
 }
 _EXTERNAL_DATA, _DATA_LOCATION = 13, 14  # TensorProto
+_SUBGRAPHS = (6, 11)  # AttributeProto's g and graphs
 _OP_TYPE = 4  # NodeProto
 _READS_FILES = b"EPContext"  # an operator whose attribute names a compiled engine to load
 _FLATBUFFER = b"ORTM"  # ONNX Runtime takes a model with this at byte 4 for one of its own format
@@ -33,14 +35,14 @@ _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 
 
 def refuse_external_data(model: bytes, origin: str) -> None:
-    """Check that all of a model's tensors are inside of it.
+    """Check that all of a model's tensors are inside of it, and that it has no loops.
 
     Args:
         model: an ONNX file.
         origin: names it in errors.
 
     Raises:
-        BundleError: a tensor is in another file, or the bytes are not a protobuf message.
+        BundleError: a tensor is in another file, an operator holds a graph, or the bytes are not a protobuf message.
     """
     view = memoryview(model)
     pending = [("Model", 0, len(view))]
@@ -59,6 +61,11 @@ def refuse_external_data(model: bytes, origin: str) -> None:
                 if message == "Node" and field == _OP_TYPE and wire == _LENGTH and view[low:high] == _READS_FILES:
                     raise BundleError(
                         f"{origin}: the ONNX file wants a compiled engine from another file; export it again"
+                    )
+                if message == "Attribute" and field in _SUBGRAPHS and wire == _LENGTH:
+                    raise BundleError(
+                        f"{origin}: the ONNX file has a graph inside of an operator (a loop or a branch), which may run "
+                        "for ever; networks that rkd exports have none"
                     )
                 fields += 1
                 if fields > _MAX_FIELDS:

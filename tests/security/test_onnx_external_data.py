@@ -87,8 +87,26 @@ PLACES = [
 def test_external_data_is_refused_wherever_it_is(linear, place):
     model = linear.onnx()
     place(model)
-    with pytest.raises(BundleError, match="stored in another file"):
+    with pytest.raises(BundleError, match="stored in another file|a graph inside of an operator"):
         refuse_external_data(model.SerializeToString(), "x.rkd")
+
+
+def test_a_loop_that_never_ends_is_refused_before_it_runs(linear):
+    """In the runtime it would hear no signal but SIGKILL."""
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["go"], ["on"]), helper.make_node("Identity", ["v"], ["w"])], "body",
+        [helper.make_tensor_value_info(n, t, None) for n, t in (("i", TensorProto.INT64), ("go", TensorProto.BOOL), ("v", TensorProto.FLOAT))],
+        [helper.make_tensor_value_info(n, t, None) for n, t in (("on", TensorProto.BOOL), ("w", TensorProto.FLOAT))],
+    )  # fmt: skip
+    model = linear.onnx()
+    model.graph.initializer.append(numpy_helper.from_array(np.array(2**60), "rounds"))
+    model.graph.initializer.append(numpy_helper.from_array(np.float32(1), "start"))
+    model.graph.node.append(helper.make_node("Loop", ["rounds", "", "start"], ["end"], body=body))
+    with (
+        pytest.raises(BundleError, match=r"a graph inside of an operator \(a loop or a branch\)"),
+        OrtRunner(model.SerializeToString(), CPU_PROVIDER, 1, "m"),
+    ):
+        pass
 
 
 def test_a_file_in_the_current_folder_is_not_read(linear, folder):
