@@ -3,7 +3,7 @@
 Thresholds: other programs kept more than 0.5 cores (or 5 % of them, if that is more) busy just before the start or in
 more than a tenth of the seconds of the timing; a clock's median in the last third of the timing differs from that of
 the first third by more than 5 %; the medians of latency in the same thirds by more than 10 %; anything throttled;
-fewer samples than asked for.
+fewer samples than asked for; the sensors not read for two seconds of the timing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CODES: dict[str, Affects] = {
     "interrupted": "all", "not-finite": "scores", "one-class": "scores",
     **dict.fromkeys((
         "other-runtime", "emulated", "too-short", "not-stationary", "latency-drifted", "throttled", "clocks-drifted",
-        "shared-cpu",
+        "shared-cpu", "not-watched",
     ), "timing"),
 }  # fmt: skip
 FINDINGS = ("leak", "part-of-the-images", "classes-missing", "flips")
@@ -123,6 +123,7 @@ def judge(
     if latencies:
         reasons += _before(load, device.cores)
         if conditions:
+            reasons += _unwatched(conditions.reason)
             reasons += _throttled(conditions.throttle)
             reasons += _capped(conditions.clocks)
             reasons += _clocks(conditions.thirds)
@@ -193,6 +194,12 @@ def _shared(others: Others | None) -> list[Reason]:
         f"{others.seconds} seconds of the timing; stop it and run again"
     )
     return [Reason("shared-cpu", text)]
+
+
+def _unwatched(reason: str | None) -> list[Reason]:
+    if reason is None:
+        return []
+    return [Reason("not-watched", f"what happened while it was timed is not known: {reason}; run it again")]
 
 
 def _throttled(throttle: Mapping[str, Span]) -> list[Reason]:

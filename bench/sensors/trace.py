@@ -9,6 +9,7 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from rkd.bench.sensors.reading import Reading, total_rails
 Slice = tuple[int, int]  # nanoseconds
 _LEVEL = "now: "
 _SECOND_NS = 1_000_000_000
+_LONGEST_GAP_NS = 2 * _SECOND_NS
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Conditions:
         celsius: by zone; `during` is the highest.
         throttle: by name; a level (`now: ...`) at its highest, a counter (`count: ...`) as what was added.
         others: cores that others kept busy: mean, highest second, and how many of the seconds were above a limit.
-        reason: why nothing is reported.
+        reason: why nothing is reported, or not of all of the timing.
     """
 
     samples: int
@@ -180,7 +182,9 @@ def conditions(trace: Trace, slices: Sequence[Slice], ready_ns: int, limit_cores
         name: _events(parts, name) for name in sorted({name for s in trace.samples for name in s.reading.throttle})
     }
     celsius = _spans(parts, lambda r: r.celsius, max)
-    return Conditions(len(during), trace.interval_s, clocks, thirds, celsius, throttle, _others(during, limit_cores))
+    others = _others(during, limit_cores)
+    reason = _gap([first, *(sample.at_ns for sample in during), last])
+    return Conditions(len(during), trace.interval_s, clocks, thirds, celsius, throttle, others, reason)
 
 
 def power(trace: Trace, slices: Sequence[Slice], ready_ns: int, seconds: float) -> Power | None:
@@ -201,6 +205,12 @@ def power(trace: Trace, slices: Sequence[Slice], ready_ns: int, seconds: float) 
     idle = _mean_watts([sample for sample in trace.samples if sample.at_ns <= ready_ns])
     idle_watts = sum(idle[name] for name in total) if total and set(total) <= set(idle) else None
     return Power(rails, total, watts, idle_watts, watts * seconds if watts is not None else None, len(samples))
+
+
+def _gap(times_ns: Sequence[int]) -> str | None:
+    """What is wrong where one look came too long after the other."""
+    longest_ns = max(later - earlier for earlier, later in pairwise(times_ns))
+    return f"the sensors were not read for {longest_ns / 1e9:.1f} s" if longest_ns > _LONGEST_GAP_NS else None
 
 
 def _mean_watts(samples: Sequence[Sample]) -> dict[str, float]:
