@@ -205,8 +205,9 @@ def _unwatched(reason: str | None) -> list[Reason]:
 def _throttled(throttle: Mapping[str, Span]) -> list[Reason]:
     said = []
     for name, span in throttle.items():
-        if span.during:
-            kind, _, what = name.partition(": ")
+        kind, _, what = name.partition(": ")
+        usual = span.before or 0 if kind == "level" else 0  # a cooling device may rest at any level
+        if span.during and span.during > usual:
             said.append(f"{what} (+{span.during:.0f})" if kind == "count" else f"{what} (level {span.during:.0f})")
     if not said:
         return []

@@ -17,7 +17,7 @@ import numpy as np
 from rkd.bench.sensors.reading import Reading, total_rails
 
 Slice = tuple[int, int]  # nanoseconds
-_LEVEL = "now: "
+_COUNTER = "count: "
 _SECOND_NS = 1_000_000_000
 _LONGEST_GAP_NS = 2 * _SECOND_NS
 
@@ -77,7 +77,8 @@ class Conditions:
         clocks: hertz by name; `during` is the lowest.
         thirds: medians of a clock in the first and in the last third of the timing.
         celsius: by zone; `during` is the highest.
-        throttle: by name; a level (`now: ...`) at its highest, a counter (`count: ...`) as what was added.
+        throttle: by name; a level (`level: ...`, and `now: ...`, 1 or 0) at its highest, a counter (`count: ...`) as
+            what was added.
         others: cores that others kept busy: mean, highest second, and how many of the seconds were above a limit.
         reason: why nothing is reported, or not of all of the timing.
     """
@@ -236,7 +237,7 @@ def _spans(
 def _events(parts: tuple[Sequence[Sample], Sequence[Sample], Sequence[Sample]], name: str) -> Span:
     """A level at its highest; a counter as what was added since the part before ended."""
     values = [[v for s in part if (v := s.reading.throttle.get(name)) is not None] for part in parts]
-    if name.startswith(_LEVEL):
+    if not name.startswith(_COUNTER):
         return Span(*(float(max(part)) if part else None for part in values))
     added: list[float | None] = []
     last: int | None = None

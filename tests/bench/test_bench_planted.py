@@ -161,7 +161,9 @@ def test_few_figures_say_nothing_about_growth():
     ("reading", "words"),
     [
         (lambda t: Reading(throttle={"count: over-current oc3": int(t > 5) * 12}), "over-current oc3 (+12)"),
-        (lambda t: Reading(throttle={"now: cpu-throttle-alert": int(6 < t < 7)}), "cpu-throttle-alert (level 1)"),
+        (lambda t: Reading(throttle={"level: cpu-throttle-alert": int(6 < t < 7)}), "cpu-throttle-alert (level 1)"),
+        (lambda t: Reading(throttle={"level: Processor": 2 + int(t > 5)}), "Processor (level 3)"),
+        (lambda _: Reading(throttle={"now: under-voltage": 1}), "under-voltage (level 1)"),
         (lambda t: Reading(throttle={"count: cpu0 core too hot": 5 + int(t)}), "cpu0 core too hot (+10)"),
         (
             lambda t: Reading(hertz={"gpu cap": 1020e6 if t < 6 else 612e6}),
@@ -177,6 +179,10 @@ def test_a_throttled_board_is_called_throttled(reading, words):
 
 def test_throttling_before_and_after_the_timing_does_not_spoil_it():
     assert judged(lambda t: Reading(throttle={"count: oc3": int(t < 0.5), "now: hot": int(t > 11.2)})) == {}
+
+
+def test_a_level_that_a_cooling_device_had_before_is_none_of_throttling():
+    assert judged(lambda t: Reading(throttle={"level: Processor": 3 - int(t > 5)})) == {}
 
 
 def test_a_clock_that_falls_is_called_drift():
