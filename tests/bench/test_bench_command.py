@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import os
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from rkd import files
 from rkd.bench import command, result
 from rkd.bench.options import BenchOptions, parse_batches
 from rkd.cli import app
@@ -168,6 +173,30 @@ def test_a_batch_that_is_none_is_refused(text):
 def test_impossible_sweeps_are_refused(sweep):
     with pytest.raises(ConfigError, match="batch"):
         BenchOptions(sweep=sweep)
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_a_full_disk_costs_the_file_but_not_the_measurement(bench, folder, monkeypatch, options):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files, "os", types.SimpleNamespace(**{**vars(os), "fsync": full}))
+    done = bench(*options)
+    assert done.exit_code == 1
+    assert "No space left" in done.stderr
+    assert list(folder.iterdir()) == []
+    table, brace, rest = done.stdout.partition("{")
+    assert ("p50 ms" in table) == (not options)
+    assert result.verify(json.loads(brace + rest), "standard output")["entries"][0]["latency"]["n"] >= 30
+
+
+def test_a_full_standard_output_costs_the_table_but_not_the_file(bench, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(command, "_show", full)
+    assert bench().exit_code == 1
+    assert entries()
 
 
 def test_quick_and_mlperf_contradict_each_other(bench):
