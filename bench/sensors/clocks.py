@@ -62,7 +62,7 @@ def _performance(cores: Sequence[int], root: Path) -> Iterator[str]:
         yield "governor performance"
     finally:
         with held_signals():
-            _say_errors([partial(_set_governor, file, governor) for file, governor in before])
+            _say_errors([partial(_set_back, file, governor) for file, governor in before])
 
 
 def _say_errors(steps: Sequence[Callable[[], None]]) -> None:
@@ -89,6 +89,11 @@ def _set_governor(file: Path, governor: str) -> None:
         raise RuntimeUnavailableError(
             f"--lock-clocks: {file} does not take {governor!r} ({error.strerror}); {_HOW}"
         ) from error
+
+
+def _set_back(file: Path, governor: str) -> None:
+    if _governor(file) != governor:
+        _set_governor(file, governor)
 
 
 def _run(command: Sequence[str]) -> None:
