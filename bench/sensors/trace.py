@@ -184,8 +184,8 @@ def conditions(trace: Trace, slices: Sequence[Slice], ready_ns: int, limit_cores
     }
     celsius = _spans(parts, lambda r: r.celsius, max)
     others = _others(during, limit_cores)
-    reason = _gap([first, *(sample.at_ns for sample in during), last])
-    return Conditions(len(during), trace.interval_s, clocks, thirds, celsius, throttle, others, reason)
+    gap = _gap([first, *(sample.at_ns for sample in during), last])
+    return Conditions(len(during), trace.interval_s, clocks, thirds, celsius, throttle, others, gap)
 
 
 def power(trace: Trace, slices: Sequence[Slice], ready_ns: int, seconds: float) -> Power | None:
