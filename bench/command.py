@@ -17,7 +17,7 @@ from rkd.bench.options import BenchOptions
 from rkd.bench.remote import bench_hosts
 from rkd.bench.session import run
 from rkd.bundle import Bundle, read_bundle
-from rkd.errors import BundleError, ConfigError, GateError, RemoteError, StoppedError
+from rkd.errors import BundleError, ConfigError, GateError, RemoteError, StoppedError, StorageError
 from rkd.files import check_writable
 from rkd.progress import stage_lines
 from rkd.signals import stop_requests
@@ -59,6 +59,7 @@ def bench_command(request: Request) -> dict[str, Any]:
         GateError: after the result was written: a limit is broken, or the result is invalid where it must not be.
         RemoteError: a board cannot be reached or cannot measure; the others' results were written.
         StoppedError: Ctrl-C, after the partial result was written.
+        StorageError: the result cannot be written; it is on standard output.
     """
     gates = parse_gates(request.gates)
     bundles = [read_bundle(path) for path in request.bundles or [newest_bundle(Path())]]
@@ -72,8 +73,10 @@ def bench_command(request: Request) -> dict[str, Any]:
                 measured = run(bundles, request.options, tell, per_class=request.per_class)
     for entry in measured["entries"]:
         entry["gates"] = [gate.judge(entry) for gate in gates]
-    bench_result.write(request.out, measured)
-    _show(measured, request)
+    try:
+        _show(measured, request)
+    finally:  # standard output may be full or closed
+        _save(measured, request)
     if measured["interrupted"]:
         raise StoppedError(
             f"interrupted; what was measured is in {request.out}, marked invalid", stop.signal_number or signal.SIGINT
@@ -108,9 +111,20 @@ def _show(measured: dict[str, Any], request: Request) -> None:
     if request.json_output:
         print(json.dumps(measured, indent=2))  # noqa: T201
         return
-    screen = Console(highlight=False)
-    screen.print(table.render(measured))
-    screen.print(f"wrote {request.out}; next: rkd report {request.out}", markup=False, soft_wrap=True)
+    Console(highlight=False).print(table.render(measured))
+
+
+def _save(measured: dict[str, Any], request: Request) -> None:
+    """Write the result; to standard output where the disk does not take it."""
+    try:
+        bench_result.write(request.out, measured)
+    except StorageError:
+        if not request.json_output:
+            print(json.dumps(measured, indent=2))  # noqa: T201
+        raise
+    if not request.json_output:
+        line = f"wrote {request.out}; next: rkd report {request.out}"
+        Console(highlight=False).print(line, markup=False, soft_wrap=True)
 
 
 def _require(measured: dict[str, Any], request: Request) -> None:

@@ -2,7 +2,8 @@
 
 A limit is held against the bad end of a figure's 95 % interval where it has one: `acc>=90` asks that the lower end is
 at least 90. Of several triggers the worst counts; `asr:NAME` and `ra:NAME` ask for one. A figure that was not measured
-keeps no limit.
+keeps no limit, nor does one that the entry calls invalid: a gate on ACC, ASR, RA or agreement needs valid scores, any
+other needs valid timing.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Gate:
     limit: float
 
     def judge(self, entry: Mapping[str, Any]) -> dict[str, Any]:
-        """Hold an entry of a result against it: `{gate, value, passed, text}`."""
+        """Hold an entry of a result against it: `{gate, value, passed, text}`; what is invalid passes nothing."""
         ends = _ends(self.figure, self.trigger, entry)
         if ends is None:
             return self._verdict(None, passed=False, text=f"{self.text}: {self.figure} was not measured")
@@ -67,7 +68,15 @@ class Gate:
         kind = _FIGURES[self.figure]
         shown = f"{value / 1e6 if kind == 'bytes' else value:.4g}{_SHOWN[kind]}"
         end = "" if ends[0] == ends[1] else f" ({'lower' if self.operator.startswith('>') else 'upper'} 95 % limit)"
-        return self._verdict(value, passed=passed, text=f"{self.text}: {self.figure} is {shown}{end}")
+        text = f"{self.text}: {self.figure} is {shown}{end}"
+        if spoiled := self._spoiled(entry["validity"]):
+            return self._verdict(value, passed=False, text=f"{text}, but invalid: {', '.join(spoiled)}")
+        return self._verdict(value, passed=passed, text=text)
+
+    def _spoiled(self, validity: Mapping[str, Any]) -> list[str]:
+        """The codes that make its figure invalid."""
+        what = "scores" if _FIGURES[self.figure] == "percent" else "timing"
+        return list(dict.fromkeys(r["code"] for r in validity["reasons"] if r["affects"] in ("all", what)))
 
     def _verdict(self, value: float | None, *, passed: bool, text: str) -> dict[str, Any]:
         return {"gate": self.text, "value": value, "passed": passed, "text": text}

@@ -2,21 +2,26 @@
 
 The bundles are copied into a new folder on each board, the board's own rkd measures them there, and its result comes
 back; the folder is removed. Several boards work at once. Nothing asks for a password: a board that wants one is named.
+
+Ctrl-C stops each board between two steps and ends the ssh of the present one; a board that measures is asked to stop and
+to save, and its partial result is fetched. Ctrl-C again waits for no result.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import secrets
 import shlex
 import shutil
 import subprocess
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from rkd.bench import result as bench_result
@@ -30,8 +35,9 @@ _SSH = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=20", "-o", "ServerAliveInte
 _HOST = re.compile(r"[A-Za-z0-9_][\w.@:%\[\]-]{0,254}", re.ASCII)
 _PATH = 'PATH="$PATH:$HOME/.local/bin"; '  # a command over ssh reads no login files
 _SHORT = "/tmp" if Path("/tmp").is_dir() else None  # noqa: S108 - a socket's path has at most 104 characters
+_TEMPORARY = '"${TMPDIR:-/tmp}"'
 _NOT_FOUND, _SSH_FAILED = 127, 255
-_QUICK_S, _COPY_S = 60, 1800
+_QUICK_S, _COPY_S, _CLEAN_S = 60, 1800, 10
 _LIMIT_BYTES = 64 * 2**20
 
 Say = Callable[[str], None]
@@ -63,6 +69,7 @@ def bench_hosts(
     Raises:
         ConfigError: a host's name is none.
         RemoteError: no board measured.
+        KeyboardInterrupt: Ctrl-C before any board had measured.
     """
     for host in hosts:
         if not _HOST.fullmatch(host):
@@ -76,22 +83,34 @@ def bench_hosts(
         ThreadPoolExecutor(len(hosts), thread_name_prefix="rkd-host") as pool,
     ):
         boards = [_Board(host, command, tell, sockets) for host in hosts]
-        waiting = [pool.submit(board.bench, bundles, options, per_class=per_class) for board in boards]
+        waiting: list[Future[dict[str, Any]]] = []
+        stopped = None
         try:
-            results = [future.result() for future in waiting if future.exception() is None]
-        except KeyboardInterrupt:
-            for board in boards:
-                board.interrupt()
-            results = [future.result() for future in waiting if future.exception() is None]
-            if not results:
-                raise
-        errors = [str(error) for future in waiting if (error := future.exception()) is not None]
-        unexpected = next((e for f in waiting if (e := f.exception()) and not isinstance(e, RkdError)), None)
-    if unexpected:
+            waiting.extend(pool.submit(board.bench, bundles, options, per_class=per_class) for board in boards)
+            wait(waiting)
+        except KeyboardInterrupt as interrupt:
+            stopped = interrupt
+            _stop(boards, waiting)
+    results = [future.result() for future in waiting if future.exception() is None]
+    errors = [error for future in waiting if (error := future.exception()) is not None]
+    if unexpected := next((error for error in errors if not isinstance(error, RkdError)), None):
         raise unexpected
     if not results:
-        raise RemoteError("; ".join(errors))
-    return _merge(results), errors
+        raise stopped or RemoteError("; ".join(map(str, errors)))
+    merged = _merge(results)
+    merged["interrupted"] |= stopped is not None
+    return merged, [str(error) for error in errors]
+
+
+def _stop(boards: Sequence[_Board], waiting: Sequence[Future[dict[str, Any]]]) -> None:
+    """Until all are done; another Ctrl-C interrupts all again."""
+    done = False
+    while not done:
+        with suppress(KeyboardInterrupt):
+            for board in boards:
+                board.interrupt()
+            wait(waiting)
+            done = True
 
 
 def _merge(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -109,15 +128,18 @@ def _merge(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 @dataclass
 class _Board:
-    """One board; all of its work is in one folder there."""
+    """One board; all of its work is in one folder there, whose name is made here, so that it can always be removed."""
 
     host: str
     command: str
     tell: Say
     sockets: str
-    _folder: str = ""
-    _running: bool = False
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _name: str = field(default_factory=lambda: f"rkd-{secrets.token_hex(16)}")
+    _made: bool = False
+    _measuring: bool = False
+    _stopped: bool = False
+    _child: subprocess.Popen[bytes] | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)  # of the three above
 
     def bench(self, bundles: Sequence[Bundle], options: BenchOptions, *, per_class: bool) -> dict[str, Any]:
         """Copy, measure, fetch, clean up.
@@ -126,29 +148,44 @@ class _Board:
             RemoteError: naming the board, what it lacks and what to do.
         """
         self.tell(f"{self.host}: connecting ...")
-        self._folder = self._new_folder()
         try:
+            self._make_folder()
             self._check_rkd()
             names = [self._copy(bundle, number) for number, bundle in enumerate(bundles)]
             self._measure(names, options, per_class=per_class)
             return self._fetch()
         finally:
-            self._ssh(f"rm -rf -- {shlex.quote(self._folder)}", _QUICK_S)
-            subprocess.run(self._command("-O", "exit"), capture_output=True, check=False)  # noqa: S603 - as below
+            self._clean_up()
 
     def interrupt(self) -> None:
-        """Ask the board's rkd to stop and save what it has."""
-        if self._running and self._folder:
-            self._ssh(f"kill -INT $(cat {shlex.quote(self._folder)}/pid)", _QUICK_S)
+        """Stop: the board's rkd is asked to save what it has; any other step, and it at the second call, is ended."""
+        with self._lock:
+            ask, self._stopped = self._measuring and not self._stopped, True
+            if self._child and not ask:
+                self._child.terminate()
+        if ask:  # `stop` is for a board that has not yet begun
+            with suppress(RkdError, OSError):
+                self._ssh(self._there('touch stop; kill -INT "$(cat pid)"'), _CLEAN_S, aside=True)
 
-    def _new_folder(self) -> str:
-        done = self._ssh("umask 077; mktemp -d", _QUICK_S)
-        folder = done.stdout.decode(errors="replace").strip().splitlines()[-1:] or [""]
+    def _clean_up(self) -> None:
+        """Leave nothing behind where the board can be reached; what went wrong before is what is told."""
+        with suppress(RkdError, OSError, subprocess.TimeoutExpired):
+            if self._measuring:  # the connection ended, not the board's rkd
+                self._ssh(self._there('kill "$(cat pid)"'), _CLEAN_S, aside=True)
+            if self._made or self._stopped:
+                self._ssh(self._there(f"cd .. && rm -rf -- {self._name}"), _CLEAN_S, aside=True)
+            command = self._command("-O", "exit")
+            subprocess.run(command, capture_output=True, check=False, timeout=_CLEAN_S)  # noqa: S603 - as below
+
+    def _there(self, line: str) -> str:
+        """A line for the board's shell, in the folder."""
+        return f"sh -c {shlex.quote(f'cd {_TEMPORARY}/{self._name} && {{ {line}; }}')}"
+
+    def _make_folder(self) -> None:
+        done = self._ssh(f"sh -c {shlex.quote(f'mkdir -m 700 {_TEMPORARY}/{self._name}')}", _QUICK_S)
         if done.returncode:
             raise self._unreachable(done)
-        if not re.fullmatch(r"/[\w./-]+", folder[0], re.ASCII):
-            raise RemoteError(f"{self.host}: mktemp -d gave {printable(folder[0])!r}; is this a Linux board?")
-        return folder[0]
+        self._made = True
 
     def _check_rkd(self) -> None:
         done = self._ssh(f"{_PATH}{self.command} --version", _QUICK_S)
@@ -167,42 +204,37 @@ class _Board:
         )
 
     def _copy(self, bundle: Bundle, number: int) -> str:
-        name = f"{number}-{bundle.path.name}"
+        name = _plain(f"{number}-{bundle.path.name}")
         size_mb = bundle.path.stat().st_size / 1e6
         self.tell(f"{self.host}: copying {bundle.path.name}, {size_mb:.1f} MB ...")
-        target = PurePosixPath(self._folder) / _plain(name)
         with bundle.path.open("rb") as file:
-            done = self._ssh(f"cat > {shlex.quote(str(target))}", _COPY_S, stdin=file)
+            done = self._ssh(self._there(f"cat > {shlex.quote(name)}"), _COPY_S, stdin=file)
         if done.returncode:
             raise RemoteError(f"{self.host}: {bundle.path.name} could not be copied: {_last_line(done.stderr)}")
-        return target.name
+        return name
 
     def _measure(self, names: Sequence[str], options: BenchOptions, *, per_class: bool) -> None:
         arguments = [*names, "--out", "result.json", *_arguments(options, per_class=per_class)]
         line = " ".join(shlex.quote(argument) for argument in arguments)
-        script = f"{_PATH}cd {shlex.quote(self._folder)} && echo $$ > pid && exec {self.command} bench {line}"
-        self._running = True
-        with subprocess.Popen(  # noqa: S603 - the system's ssh
-            [*self._command(), f"sh -c {shlex.quote(script)}"],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C is passed on by `interrupt`, not by the terminal
-        ) as child:
+        script = self._there(f"{_PATH}echo $$ > pid && [ ! -e stop ] && exec {self.command} bench {line}")
+        with self._start(script, subprocess.DEVNULL, measuring=True) as child:
             last = ""
             for raw in child.stderr or ():
                 last = printable(raw.decode(errors="replace")).strip() or last
                 if last:
                     self.tell(f"{self.host}: {last}")
             code = child.wait()
-        self._running = False
+        with self._lock:
+            self._measuring = code == _SSH_FAILED or code < 0
+        self._check_stopped(unless=code in (0, 130, 143))
         if code == _SSH_FAILED:
             raise RemoteError(f"{self.host}: the connection was lost while it measured; run it again")
         if code not in (0, 130, 143):
             raise RemoteError(f"{self.host}: rkd bench failed there: {last.removeprefix('rkd: ') or f'status {code}'}")
 
     def _fetch(self) -> dict[str, Any]:
-        done = self._ssh(f"cat {shlex.quote(self._folder)}/result.json", _QUICK_S)
+        done = self._ssh(self._there("cat result.json"), _QUICK_S, aside=True)
+        self._check_stopped(unless=not done.returncode)
         if done.returncode or len(done.stdout) > _LIMIT_BYTES:
             raise RemoteError(f"{self.host}: its result could not be fetched: {_last_line(done.stderr)}")
         try:
@@ -229,20 +261,39 @@ class _Board:
         )
         return ["ssh", *_SSH, *shared, *more, "--", self.host]
 
-    def _ssh(self, line: str, timeout_s: float, stdin: Any = subprocess.DEVNULL) -> subprocess.CompletedProcess[bytes]:
-        try:
-            return subprocess.run(  # noqa: S603 - the system's ssh
+    def _check_stopped(self, *, unless: bool = False) -> None:
+        if self._stopped and not unless:
+            raise RemoteError(f"{self.host}: stopped")
+
+    def _start(self, line: str, stdin: Any, *, measuring: bool = False, aside: bool = False) -> subprocess.Popen[bytes]:
+        """Start a line on the board; once stopped, only what is `aside` of the work."""
+        with self._lock:
+            self._check_stopped(unless=aside)
+            child = subprocess.Popen(  # noqa: S603 - the system's ssh
                 [*self._command(), line],
                 stdin=stdin,
-                capture_output=True,
-                timeout=timeout_s,
-                check=False,
-                start_new_session=True,
+                stdout=subprocess.DEVNULL if measuring else subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,  # Ctrl-C is passed on by `interrupt`, not by the terminal
             )
-        except subprocess.TimeoutExpired as error:
-            raise RemoteError(
-                f"{self.host}: no answer within {timeout_s:g} s; is the board up and reachable?"
-            ) from error
+            if not aside:
+                self._child, self._measuring = child, measuring
+        return child
+
+    def _ssh(
+        self, line: str, timeout_s: float, stdin: Any = subprocess.DEVNULL, *, aside: bool = False
+    ) -> subprocess.CompletedProcess[bytes]:
+        with self._start(line, stdin, aside=aside) as child:
+            try:
+                out, err = child.communicate(timeout=timeout_s)
+            except subprocess.TimeoutExpired as error:
+                raise RemoteError(
+                    f"{self.host}: no answer within {timeout_s:g} s; is the board up and reachable?"
+                ) from error
+            finally:
+                child.kill()  # nothing, where it has ended
+        self._check_stopped(unless=aside)
+        return subprocess.CompletedProcess(child.args, child.returncode, out, err)
 
     def _unreachable(self, done: subprocess.CompletedProcess[bytes]) -> RemoteError:
         said = _last_line(done.stderr) or f"status {done.returncode}"

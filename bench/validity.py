@@ -3,7 +3,7 @@
 Thresholds: other programs kept more than 0.5 cores (or 5 % of them, if that is more) busy just before the start or in
 more than a tenth of the seconds of the timing; a clock's median in the last third of the timing differs from that of
 the first third by more than 5 %; the medians of latency in the same thirds by more than 10 %; anything throttled;
-fewer samples than asked for.
+fewer samples than asked for; the sensors not read for two seconds of the timing.
 """
 
 from __future__ import annotations
@@ -22,24 +22,31 @@ BUSY_SECONDS = 0.1
 DRIFT, CLOCK_DRIFT, CAP_DROP = 0.10, 0.05, 0.01
 
 Affects = Literal["all", "timing", "scores"]
-CODES = (
-    "interrupted", "other-runtime", "emulated", "not-finite", "one-class", "too-short", "not-stationary",
-    "latency-drifted", "throttled", "clocks-drifted", "shared-cpu",
-)  # fmt: skip
+CODES: dict[str, Affects] = {
+    "interrupted": "all", "not-finite": "scores", "one-class": "scores",
+    **dict.fromkeys((
+        "other-runtime", "emulated", "too-short", "not-stationary", "latency-drifted", "throttled", "clocks-drifted",
+        "shared-cpu", "not-watched",
+    ), "timing"),
+}  # fmt: skip
 FINDINGS = ("leak", "part-of-the-images", "classes-missing", "flips")
 
 
 @dataclass(frozen=True)
 class Reason:
-    """One fault: its name, which figures it spoils, and what happened and what to do in a line."""
+    """One fault: its name, and what happened and what to do in a line."""
 
     code: str
-    affects: Affects
     text: str
 
+    @property
+    def affects(self) -> Affects:
+        """Which figures it spoils."""
+        return CODES[self.code]
+
     def to_json(self) -> dict[str, str]:
-        """All of it."""
-        return dict(self.__dict__)
+        """`{code, affects, text}`."""
+        return {"code": self.code, "affects": self.affects, "text": self.text}
 
 
 @dataclass(frozen=True)
@@ -99,23 +106,24 @@ def judge(
     """
     reasons = []
     if interrupted:
-        reasons.append(Reason("interrupted", "all", f"interrupted during {interrupted}; run it again to the end"))
+        reasons.append(Reason("interrupted", f"interrupted during {interrupted}; run it again to the end"))
     if instead:
-        reasons.append(Reason("other-runtime", "timing", instead))
+        reasons.append(Reason("other-runtime", instead))
     if device.emulator:
         text = f"emulated CPU ({device.emulator}): scores hold for the file, latency, memory and power mean nothing"
-        reasons.append(Reason("emulated", "timing", text))
+        reasons.append(Reason("emulated", text))
     if not_finite:
         text = f"{not_finite} images gave NaN or infinite logits: the model overflows in this runtime"
-        reasons.append(Reason("not-finite", "scores", text))
+        reasons.append(Reason("not-finite", text))
     if classes_present == 1:
         text = "all evaluation images are of one class: a model that always says it would score the same; add others"
-        reasons.append(Reason("one-class", "scores", text))
+        reasons.append(Reason("one-class", text))
     for batch, latency in latencies.items():
         reasons += _latency_reasons(latency, min_samples, f"batch {batch}: " if len(latencies) > 1 else "")
     if latencies:
         reasons += _before(load, device.cores)
         if conditions:
+            reasons += _unwatched(conditions.reason)
             reasons += _throttled(conditions.throttle)
             reasons += _capped(conditions.clocks)
             reasons += _clocks(conditions.thirds)
@@ -154,17 +162,17 @@ def _latency_reasons(latency: Latency, min_samples: int, prefix: str) -> list[Re
     reasons = []
     if latency.n < min_samples:
         text = f"{prefix}{latency.n} latency samples, {min_samples} wanted; allow more seconds"
-        reasons.append(Reason("too-short", "timing", text))
+        reasons.append(Reason("too-short", text))
     if not latency.stationary:
         text = f"{prefix}latency was not stationary after {latency.warm_up} warm-up inferences; allow more seconds"
-        reasons.append(Reason("not-stationary", "timing", text))
+        reasons.append(Reason("not-stationary", text))
     first, last = latency.first_third_ms, latency.last_third_ms
     if first is not None and last is not None and abs(last - first) > DRIFT * first:
         text = (
             f"{prefix}latency drifted from {first:.3g} ms (median of the first third) to {last:.3g} ms (last third); "
             "check cooling and other programs"
         )
-        reasons.append(Reason("latency-drifted", "timing", text))
+        reasons.append(Reason("latency-drifted", text))
     return reasons
 
 
@@ -174,7 +182,7 @@ def _before(load: Load, cores: int) -> list[Reason]:
     if busy is None or busy <= limit:
         return []
     text = f"{what} before the start: {busy:.2f}, at most {limit:.2f} wanted; stop other programs and run again"
-    return [Reason("shared-cpu", "timing", text)]
+    return [Reason("shared-cpu", text)]
 
 
 def _shared(others: Others | None) -> list[Reason]:
@@ -185,19 +193,26 @@ def _shared(others: Others | None) -> list[Reason]:
         f"{others.highest_cores:.2f}), more than {others.limit_cores:.2f} in {others.busy_seconds} of "
         f"{others.seconds} seconds of the timing; stop it and run again"
     )
-    return [Reason("shared-cpu", "timing", text)]
+    return [Reason("shared-cpu", text)]
+
+
+def _unwatched(reason: str | None) -> list[Reason]:
+    if reason is None:
+        return []
+    return [Reason("not-watched", f"what happened while it was timed is not known: {reason}; run it again")]
 
 
 def _throttled(throttle: Mapping[str, Span]) -> list[Reason]:
     said = []
     for name, span in throttle.items():
-        if span.during:
-            kind, _, what = name.partition(": ")
+        kind, _, what = name.partition(": ")
+        usual = span.before or 0 if kind == "level" else 0  # a cooling device may rest at any level
+        if span.during and span.during > usual:
             said.append(f"{what} (+{span.during:.0f})" if kind == "count" else f"{what} (level {span.during:.0f})")
     if not said:
         return []
     text = f"the board throttled while it was timed: {', '.join(said)}; cool it, or give it a stronger supply"
-    return [Reason("throttled", "timing", text)]
+    return [Reason("throttled", text)]
 
 
 def _capped(clocks: Mapping[str, Span]) -> list[Reason]:
@@ -208,7 +223,7 @@ def _capped(clocks: Mapping[str, Span]) -> list[Reason]:
                 f"the board throttled while it was timed: the {name.removesuffix(' cap')} was allowed "
                 f"{span.before / 1e6:,.0f} MHz before and {span.during / 1e6:,.0f} MHz during it; cool it"
             )
-            reasons.append(Reason("throttled", "timing", text))
+            reasons.append(Reason("throttled", text))
     return reasons
 
 
@@ -220,5 +235,5 @@ def _clocks(thirds: Mapping[str, tuple[float, float]]) -> list[Reason]:
                 f"the {name} clock drifted from {first / 1e6:,.0f} MHz (median of the first third of the timing) to "
                 f"{last / 1e6:,.0f} MHz (last third); fix it with --lock-clocks, or cool the board"
             )
-            reasons.append(Reason("clocks-drifted", "timing", text))
+            reasons.append(Reason("clocks-drifted", text))
     return reasons

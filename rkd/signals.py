@@ -60,6 +60,23 @@ class StopRequest:
 
 
 @contextmanager
+def held_signals() -> Iterator[None]:
+    """Inside, SIGINT and SIGTERM wait: what is put back there is put back whole; the last one is delivered after it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = {n: signal.signal(n, lambda number, _: came.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came:
+        signal.raise_signal(came[-1])
+
+
+@contextmanager
 def stop_requests() -> Iterator[StopRequest]:
     """Inside, SIGINT and SIGTERM go to the request; see `StopRequest.receive`."""
     request = StopRequest()

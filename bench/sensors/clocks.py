@@ -2,6 +2,7 @@
 
 A Jetson has NVIDIA's jetson_clocks, which stores and restores all of its settings; elsewhere every core that may be
 used gets the governor `performance`, and what it had before comes back at the end, also after an error or a signal.
+What does not come back is said; it takes no measurement away.
 """
 
 from __future__ import annotations
@@ -9,11 +10,14 @@ from __future__ import annotations
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from rkd.errors import RuntimeUnavailableError
+from rkd.progress import say
+from rkd.signals import held_signals
 
 _GOVERNOR = "sys/devices/system/cpu/cpu{}/cpufreq/scaling_governor"
 _TOOL_TIMEOUT_S = 60
@@ -41,7 +45,8 @@ def _jetson_clocks(tool: str) -> Iterator[str]:
             _run([tool])
             yield "jetson_clocks"
         finally:
-            _run([tool, "--restore", kept])
+            with held_signals():
+                _say_errors([lambda: _run([tool, "--restore", kept])])
 
 
 @contextmanager
@@ -56,8 +61,17 @@ def _performance(cores: Sequence[int], root: Path) -> Iterator[str]:
             _set_governor(file, "performance")
         yield "governor performance"
     finally:
-        for file, governor in before:
-            _set_governor(file, governor)
+        with held_signals():
+            _say_errors([partial(_set_back, file, governor) for file, governor in before])
+
+
+def _say_errors(steps: Sequence[Callable[[], None]]) -> None:
+    """Take all steps, whichever fails."""
+    for step in steps:
+        try:
+            step()
+        except RuntimeUnavailableError as error:
+            say(f"the clocks are not as they were: {error}")
 
 
 def _governor(file: Path) -> str:
@@ -77,10 +91,20 @@ def _set_governor(file: Path, governor: str) -> None:
         ) from error
 
 
+def _set_back(file: Path, governor: str) -> None:
+    if _governor(file) != governor:
+        _set_governor(file, governor)
+
+
 def _run(command: Sequence[str]) -> None:
     try:
         done = subprocess.run(  # noqa: S603 - the board's own tool
-            command, capture_output=True, timeout=_TOOL_TIMEOUT_S, check=False, text=True
+            command,
+            capture_output=True,
+            timeout=_TOOL_TIMEOUT_S,
+            check=False,
+            text=True,
+            start_new_session=True,  # Ctrl-C is for the bench: a tool that it ends would leave half of the clocks fixed
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise RuntimeUnavailableError(f"--lock-clocks: {command[0]} does not run ({error}); leave it out") from error

@@ -24,7 +24,7 @@ class Reading:
         celsius: of each thermal zone.
         hertz: of each clock: `cpu`, the fastest core in use, `gpu`, `emc`, and `cpu cap` and `gpu cap`, what is
             allowed.
-        throttle: counters of throttling events, and levels of what throttles now, by name.
+        throttle: counters of throttling events, levels of cooling, and what throttles now, by name.
         load: percent busy of `gpu` and `emc`.
     """
 

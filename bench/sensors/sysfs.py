@@ -5,7 +5,8 @@
     clocks     cpufreq; devfreq of the GPU
     heat       thermal zones
     throttled  counters: soctherm_oc (Jetson over-current), thermal_throttle (x86)
-               levels: thermal cooling devices other than fans, the Raspberry Pi's get_throttled
+               levels: thermal cooling devices that slow something down
+               now: the Raspberry Pi's get_throttled
 
 Formats: kernel.org/doc/Documentation/hwmon/{sysfs-interface,ina3221,ina238}.rst, .../driver-api/thermal/sysfs-api.rst,
 .../power/powercap/powercap.rst; raspberrypi.com/documentation/computers/os.html#get_throttled.
@@ -22,7 +23,9 @@ from rkd.bench.sensors.reading import Reading
 
 _CPU = "sys/devices/system/cpu"
 _THROTTLED = "sys/devices/platform/soc/soc:firmware/get_throttled"
-_NOT_THROTTLING = re.compile(r"fan|powerclamp|backlight|charger|battery|wlan|iwlwifi", re.IGNORECASE)
+_NOT_THROTTLING = re.compile(
+    r"fan|powerclamp|backlight|lcd|display|tcc.offset|charger|battery|wlan|iwlwifi", re.IGNORECASE
+)
 _GPU = re.compile(r"gpu|gpc|gv11b|ga10b|gp10b|gm20b")
 _PI_NOW = ("under-voltage", "clock capped", "throttled", "soft temperature limit")  # bits 0 to 3; 16 to 19 are the past
 _NO_SENSOR_C = -200.0
@@ -180,7 +183,7 @@ def _coolers(root: Path) -> Iterable[tuple[str, Path]]:
     for folder in _folders(root, "sys/class/thermal/cooling_device*"):
         kind = _line(folder / "type")
         if kind and not _NOT_THROTTLING.search(kind):
-            yield f"now: {kind}", folder / "cur_state"
+            yield f"level: {kind}", folder / "cur_state"
 
 
 def _battery(folder: Path) -> float | None:

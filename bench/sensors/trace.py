@@ -9,6 +9,7 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,9 @@ import numpy as np
 from rkd.bench.sensors.reading import Reading, total_rails
 
 Slice = tuple[int, int]  # nanoseconds
-_LEVEL = "now: "
+_COUNTER = "count: "
 _SECOND_NS = 1_000_000_000
+_LONGEST_GAP_NS = 2 * _SECOND_NS
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,10 @@ class Conditions:
         clocks: hertz by name; `during` is the lowest.
         thirds: medians of a clock in the first and in the last third of the timing.
         celsius: by zone; `during` is the highest.
-        throttle: by name; a level (`now: ...`) at its highest, a counter (`count: ...`) as what was added.
+        throttle: by name; a level (`level: ...`, and `now: ...`, 1 or 0) at its highest, a counter (`count: ...`) as
+            what was added.
         others: cores that others kept busy: mean, highest second, and how many of the seconds were above a limit.
-        reason: why nothing is reported.
+        reason: why nothing is reported, or not of all of the timing.
     """
 
     samples: int
@@ -180,7 +183,9 @@ def conditions(trace: Trace, slices: Sequence[Slice], ready_ns: int, limit_cores
         name: _events(parts, name) for name in sorted({name for s in trace.samples for name in s.reading.throttle})
     }
     celsius = _spans(parts, lambda r: r.celsius, max)
-    return Conditions(len(during), trace.interval_s, clocks, thirds, celsius, throttle, _others(during, limit_cores))
+    others = _others(during, limit_cores)
+    gap = _gap([first, *(sample.at_ns for sample in during), last])
+    return Conditions(len(during), trace.interval_s, clocks, thirds, celsius, throttle, others, gap)
 
 
 def power(trace: Trace, slices: Sequence[Slice], ready_ns: int, seconds: float) -> Power | None:
@@ -201,6 +206,12 @@ def power(trace: Trace, slices: Sequence[Slice], ready_ns: int, seconds: float) 
     idle = _mean_watts([sample for sample in trace.samples if sample.at_ns <= ready_ns])
     idle_watts = sum(idle[name] for name in total) if total and set(total) <= set(idle) else None
     return Power(rails, total, watts, idle_watts, watts * seconds if watts is not None else None, len(samples))
+
+
+def _gap(times_ns: Sequence[int]) -> str | None:
+    """What is wrong where one look came too long after the other."""
+    longest_ns = max(later - earlier for earlier, later in pairwise(times_ns))
+    return f"the sensors were not read for {longest_ns / 1e9:.1f} s" if longest_ns > _LONGEST_GAP_NS else None
 
 
 def _mean_watts(samples: Sequence[Sample]) -> dict[str, float]:
@@ -226,7 +237,7 @@ def _spans(
 def _events(parts: tuple[Sequence[Sample], Sequence[Sample], Sequence[Sample]], name: str) -> Span:
     """A level at its highest; a counter as what was added since the part before ended."""
     values = [[v for s in part if (v := s.reading.throttle.get(name)) is not None] for part in parts]
-    if name.startswith(_LEVEL):
+    if not name.startswith(_COUNTER):
         return Span(*(float(max(part)) if part else None for part in values))
     added: list[float | None] = []
     last: int | None = None

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -63,9 +65,49 @@ def test_a_machine_without_governors_says_so(board):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anything")
-def test_without_permission_nothing_is_changed(board):
+def test_without_permission_nothing_is_changed(board, capsys):
     governor(board, 0, "schedutil")
     (board / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").chmod(0o444)
     with pytest.raises(RuntimeUnavailableError, match="as root"), locked_clocks([0], board):
         pytest.fail("measured")
     assert governor(board, 0) == "schedutil"
+    assert capsys.readouterr().err == ""
+
+
+def test_every_core_is_set_back_also_after_one_that_refuses(board, capsys):
+    cores = [0, 1, 2]
+    for core in cores:
+        governor(board, core, "schedutil")
+    with pytest.raises(ZeroDivisionError), locked_clocks(cores, board):
+        refusing = board / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"
+        refusing.unlink()
+        refusing.mkdir()
+        raise ZeroDivisionError
+    assert (governor(board, 1), governor(board, 2)) == ("schedutil", "schedutil")
+    said = capsys.readouterr().err
+    assert said.count("the clocks are not as they were") == 1
+    assert str(refusing) in said
+
+
+STOPPED_TWICE = """
+import os, sys
+from rkd.bench.sensors.clocks import locked_clocks
+from rkd.signals import stop_requests
+try:
+    with stop_requests(), locked_clocks([0]):
+        os.kill(os.getpid(), 2)
+except KeyboardInterrupt:
+    print("stopped")
+"""
+
+
+def test_ctrl_c_again_while_the_clocks_come_back_waits_until_they_are_back(board):
+    """The tool itself sends it, many times, while it restores, as a terminal does, to the whole group of the bench."""
+    log = board / "log"
+    press = "i=0; while [ $i -lt 20000 ]; do kill -s INT -- -$PPID; i=$((i + 1)); done"
+    tool(board, f'if [ "$1" = --restore ]; then {press}; fi\necho "did $1" >> {log}')
+    done = subprocess.run(
+        [sys.executable, "-c", STOPPED_TWICE], capture_output=True, text=True, start_new_session=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "stopped\n", "")
+    assert log.read_text() == "did --store\ndid \ndid --restore\n"

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from rkd.bench.gates import parse_gates
+from rkd.bench.validity import CODES, Reason, Validity
 from rkd.errors import ConfigError
 from rkd.metrics import Proportion
 
@@ -27,6 +28,7 @@ def entry():
             ],
         },
         "agreement": {"share": share(2998, 3000)},
+        "validity": Validity(()).to_json(),
     }
 
 
@@ -77,6 +79,25 @@ def test_a_verdict_says_what_was_seen(entry):
     }
     (power,) = parse_gates(["joules<=1mJ"])
     assert power.judge(entry)["text"] == "joules<=1mJ: joules was not measured"
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_no_gate_passes_on_a_figure_that_is_invalid(entry, code):
+    validity = Validity((Reason(code, "what happened"),))
+    entry["validity"] = validity.to_json()
+    entry["power"] = {"watts": 5.0, "joules": 0.02}
+    timing = ("p50<=9ms", "p99<=9ms", "memory<=1GB", "throughput>=1", "watts<=9W", "joules<=1J")
+    scores = ("acc>=1", "asr<=99", "asr_upper<=99", "ra:noise>=1", "agreement>=1")
+    assert {verdict(text, entry) for text in timing} == {validity.holds("timing")}
+    assert {verdict(text, entry) for text in scores} == {validity.holds("scores")}
+
+
+def test_a_gate_says_why_its_figure_is_invalid(entry):
+    entry["validity"] = Validity(
+        (Reason("throttled", "a"), Reason("one-class", "b"), Reason("throttled", "c"))
+    ).to_json()
+    (gate,) = parse_gates(["memory<=200MB"])
+    assert gate.judge(entry)["text"] == "memory<=200MB: memory is 150 MB, but invalid: throttled"
 
 
 def test_the_issues_own_line_is_read():

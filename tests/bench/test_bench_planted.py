@@ -52,7 +52,10 @@ def steady():
 
 def judged(reading, others=lambda _: 0.0):
     """The codes and texts of a run whose sensors said this, a function of the second."""
-    trace = Trace(tuple(Sample(i * S // 10, others(i / 10), reading(i / 10)) for i in range(120)), 0.1)
+    return judged_trace(Trace(tuple(Sample(i * S // 10, others(i / 10), reading(i / 10)) for i in range(120)), 0.1))
+
+
+def judged_trace(trace):
     verdict = judge(
         instead="",
         device=DEVICE,
@@ -158,7 +161,9 @@ def test_few_figures_say_nothing_about_growth():
     ("reading", "words"),
     [
         (lambda t: Reading(throttle={"count: over-current oc3": int(t > 5) * 12}), "over-current oc3 (+12)"),
-        (lambda t: Reading(throttle={"now: cpu-throttle-alert": int(6 < t < 7)}), "cpu-throttle-alert (level 1)"),
+        (lambda t: Reading(throttle={"level: cpu-throttle-alert": int(6 < t < 7)}), "cpu-throttle-alert (level 1)"),
+        (lambda t: Reading(throttle={"level: Processor": 2 + int(t > 5)}), "Processor (level 3)"),
+        (lambda _: Reading(throttle={"now: under-voltage": 1}), "under-voltage (level 1)"),
         (lambda t: Reading(throttle={"count: cpu0 core too hot": 5 + int(t)}), "cpu0 core too hot (+10)"),
         (
             lambda t: Reading(hertz={"gpu cap": 1020e6 if t < 6 else 612e6}),
@@ -174,6 +179,10 @@ def test_a_throttled_board_is_called_throttled(reading, words):
 
 def test_throttling_before_and_after_the_timing_does_not_spoil_it():
     assert judged(lambda t: Reading(throttle={"count: oc3": int(t < 0.5), "now: hot": int(t > 11.2)})) == {}
+
+
+def test_a_level_that_a_cooling_device_had_before_is_none_of_throttling():
+    assert judged(lambda t: Reading(throttle={"level: Processor": 3 - int(t > 5)})) == {}
 
 
 def test_a_clock_that_falls_is_called_drift():
@@ -193,3 +202,27 @@ def test_a_noisy_neighbour_is_called_another_program(others):
 @pytest.mark.parametrize("others", [lambda _: None, lambda _: 0.3, lambda t: 2.0 if 4 < t < 4.3 else 0.0])
 def test_a_quiet_machine_is_valid(others):
     assert judged(lambda _: Reading(hertz={"cpu": 1.5e9, "cpu cap": 1.5e9}, celsius={"cpu": 60.0}), others) == {}
+
+
+def looks(*seconds):
+    return Trace(tuple(Sample(int(t * S), 0.0, Reading()) for t in seconds), 0.1)
+
+
+@pytest.mark.parametrize(
+    ("trace", "words"),
+    [
+        (Trace((), 0.1, "the process that reads the sensors ended"), "the process that reads the sensors ended"),
+        (looks(), "not read in time"),
+        (looks(0.5, 1.1, 3, 5, 7, 8.9), "not read for 2.1 s"),  # it ended before the timing did
+        (looks(0.5, 3.2, 5, 7, 9, 10.9), "not read for 2.2 s"),
+        (looks(0.5, 1.1, 3, 5.5, 7, 9, 10.9), "not read for 2.5 s"),
+    ],
+)
+def test_a_timing_that_nobody_watched_is_called_not_watched(trace, words):
+    found = judged_trace(trace)
+    assert list(found) == ["not-watched"]
+    assert words in found["not-watched"]
+
+
+def test_a_look_every_two_seconds_is_watching():
+    assert judged_trace(looks(0, 2, 4, 6, 8, 10, 12)) == {}

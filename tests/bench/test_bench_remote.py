@@ -121,7 +121,9 @@ def test_two_boards_at_once_give_one_result_and_leave_nothing_behind(
 def test_the_command_writes_the_boards_result_and_holds_it_against_gates(
     boards, rkd_there, make_bundle, folder, capsys
 ):
-    request = Request((make_bundle().path,), OPTIONS, ("acc>=50", "memory<=1GB"), hosts=("one",), remote_rkd=rkd_there)
+    request = Request(
+        (make_bundle().path,), OPTIONS, ("acc>=50", "agreement>=98"), hosts=("one",), remote_rkd=rkd_there
+    )
     bench_command(request)
     (entry,) = result.read(folder / "result.json")["entries"]
     assert [gate["passed"] for gate in entry["gates"]] == [True, True]

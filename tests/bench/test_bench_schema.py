@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from jsonschema import Draft202012Validator
 
 from rkd.bench import result
+from rkd.bench.validity import CODES
 from rkd.errors import RkdError
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "docs/result.schema.json").read_text(encoding="utf-8"))
@@ -32,6 +34,14 @@ def paths(value, at=()):
 
 def test_the_schema_is_of_this_version():
     assert SCHEMA["properties"]["schema"]["const"] == result.SCHEMA
+
+
+def test_the_schema_and_the_page_list_every_validity_code():
+    reason = SCHEMA["$defs"]["entry"]["properties"]["validity"]["properties"]["reasons"]["items"]
+    assert sorted(reason["properties"]["code"]["enum"]) == sorted(CODES)
+    page = (Path(__file__).parents[2] / "docs/formats.md").read_text(encoding="utf-8")
+    listed = page.partition("Validity codes:")[2].partition(";")[0]
+    assert sorted(re.findall(r"`([a-z-]+)`", listed)) == sorted(CODES)
 
 
 def test_a_real_result_is_valid(validator, measured):

@@ -72,7 +72,7 @@ def test_an_orin_nano(tmp_path):
         "count: over-current oc1": 0,
         "count: over-current oc2": 15,
         "count: over-current oc3": 37,
-        "now: cpu-throttle-alert": 0,
+        "level: cpu-throttle-alert": 0,
     }
 
 
@@ -124,6 +124,14 @@ def test_a_raspberry_pi_says_what_throttles_it_now(tmp_path, bits, active):
     put(tmp_path, {"sys/devices/platform/soc/soc:firmware/get_throttled": bits})
     found = Sysfs(tmp_path).read().throttle
     assert {name.removeprefix("now: ") for name, level in found.items() if level} == active
+
+
+@pytest.mark.parametrize("kind", ["LCD", "TCC Offset", "int3406-display", "pwm-fan", "intel_powerclamp", "iwlwifi_1"])
+def test_a_cooling_device_that_slows_no_processor_down_is_left_out(tmp_path, kind):
+    base = "sys/class/thermal/cooling_device"
+    put(tmp_path, {f"{base}0/type": kind, f"{base}0/cur_state": "20"})
+    put(tmp_path, {f"{base}1/type": "Processor", f"{base}1/cur_state": "1"})
+    assert Sysfs(tmp_path).read().throttle == {"level: Processor": 1}
 
 
 def test_an_intel_core_that_was_too_hot_is_counted(tmp_path):
