@@ -9,6 +9,8 @@ import os
 import re
 import signal
 import sys
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,7 +37,7 @@ from rkd.errors import BundleError, RuntimeUnavailableError
 from rkd.files import write_file
 from rkd.target import load_target
 
-ORIN = Gpu("Orin", "8.7", 12060, 8 * 2**30)
+ORIN = Gpu("Orin", "8.7", 12060, 8 * 2**30, integrated=True)
 FP16 = BuildOptions.of(load_target("jetson-fp16"))
 
 
@@ -162,7 +164,7 @@ def test_a_driver_that_fails_cannot_take_the_bench_down(code: str, message: str)
 
 
 def test_a_driver_that_answers_tells_its_device() -> None:
-    answer = {"name": "Orin", "compute": "8.7", "driver": 12060, "total_bytes": 8 * 2**30}
+    answer = {"name": "Orin", "compute": "8.7", "driver": 12060, "total_bytes": 8 * 2**30, "integrated": True}
     assert probe_gpu(code=f"print({json.dumps(answer)!r})") == ORIN
 
 
@@ -376,6 +378,7 @@ class Recorder:
         self.buffers: dict[int, np.ndarray] = {}
         self.addresses: dict[str, int] = {}
         self.batch, self.inspector, self.runs, self.name = 0, inspector, runs, "recorder"
+        self.free = 2**40
         self.timed: list[bytes] = []  # what each build knew of earlier ones
 
     def __getattr__(self, name: str) -> Any:
@@ -387,7 +390,7 @@ class Recorder:
     # CUDA
     def free_bytes(self) -> int:
         self.calls.append("free_bytes")
-        return 2**40
+        return self.free
 
     def allocate(self, size_bytes: int) -> int:
         address = 1000 + len(self.buffers)
@@ -482,9 +485,13 @@ def test_the_recording_device_has_calls_of_the_protocols_only() -> None:
         _ = Recorder().module().Runtime(None).deserialise
 
 
-def unbuilt(device: Recorder, cache: Path, model: bytes) -> TensorRtRunner:
+def unbuilt(
+    device: Recorder, cache: Path, model: bytes, gpu: Gpu = ORIN, available: int | None = None
+) -> TensorRtRunner:
     trt = device.module()
-    machine = Machine(load=lambda _runtime: trt, probe=lambda: ORIN, open=lambda: device, cache=lambda: cache)
+    machine = Machine(
+        load=lambda _runtime: trt, probe=lambda: gpu, open=lambda: device, cache=lambda: cache, available=lambda: available
+    )  # fmt: skip
     return TensorRtRunner(model, FP16, "x.rkd", machine=machine)
 
 
@@ -524,6 +531,28 @@ def test_a_first_start_checks_memory_builds_and_keeps_timings_then_engine_a_seco
         pass
     assert seen() == order
     assert device.timed == [b"", b"timings"]  # another model's build starts from what the first one timed
+
+
+@pytest.mark.parametrize(
+    ("integrated", "free", "available", "builds"),
+    [
+        (True, 0, 2**40, True),  # all the rest is page cache, which gives way
+        (True, 2**40, 2**20, False),
+        (True, 2**40, None, True),
+        (False, 2**40, 0, True),
+        (False, 0, 2**40, False),
+    ],
+)
+def test_where_the_cpu_shares_its_memory_the_build_has_what_programs_can_get(
+    tmp_path: Path, integrated: bool, free: int, available: int | None, builds: bool
+) -> None:
+    device = Recorder()
+    device.free = free
+    flat = model(helper.make_node("Flatten", ["x"], ["logits"], axis=1))
+    active = unbuilt(device, tmp_path, flat, replace(ORIN, integrated=integrated), available)
+    with nullcontext() if builds else pytest.raises(RuntimeUnavailableError, match="MiB are free"), active:
+        pass
+    assert ("build_serialized_network" in device.calls) is builds
 
 
 def test_an_inference_copies_in_executes_copies_out_and_waits_on_one_stream(tmp_path: Path) -> None:
@@ -570,7 +599,7 @@ def test_an_execution_that_fails_is_one_line(tmp_path: Path) -> None:
 
 
 def test_another_gpu_than_the_targets_is_refused_with_what_to_write(tmp_path: Path) -> None:
-    machine = Machine(probe=lambda: Gpu("RTX 4090", "8.9", 12060, 2**34), cache=lambda: tmp_path)
+    machine = Machine(probe=lambda: Gpu("RTX 4090", "8.9", 12060, 2**34, integrated=False), cache=lambda: tmp_path)
     with (
         pytest.raises(RuntimeUnavailableError, match=r'RTX 4090 has compute capability 8\.9.*compute = \["8\.9"\]'),
         TensorRtRunner(b"model", FP16, "x.rkd", machine=machine),
