@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from rkd.bench.device import physical_cores
 from rkd.bench.external import refuse_external_data
 from rkd.bench.tensorrt_api import import_tensorrt
-from rkd.bench.tensorrt_engine import BuildOptions
+from rkd.bench.tensorrt_engine import BuildOptions, OnPhase
 from rkd.bench.tensorrt_runner import TensorRtRunner, tensorrt_missing
 from rkd.errors import BundleError, ConfigError, MissingExtraError, RuntimeUnavailableError
 from rkd.progress import say
@@ -227,8 +227,14 @@ class OrtRunner(_Identified):
 class _TensorRt(_Identified):
     """A `TensorRtRunner` as a `Runner`."""
 
-    def __init__(self, model: bytes, choice: Choice, origin: str) -> None:
-        self._inner = TensorRtRunner(model, BuildOptions(**choice.build), origin, tell=say)
+    def __init__(self, model: bytes, choice: Choice, origin: str, on_stage: OnPhase) -> None:
+        self._inner = TensorRtRunner(
+            model,
+            BuildOptions(**choice.build),
+            origin,
+            tell=say,
+            on_phase=lambda phase, done, total: on_stage(f"engine: {phase}", done, total),
+        )
         self._choice = choice
 
     def __enter__(self) -> _TensorRt:  # noqa: PYI034 - as above
@@ -295,10 +301,12 @@ def choose_runner(target: Target, threads: int | None = None) -> Choice:
     )
 
 
-def open_runner(choice: Choice, model: bytes, origin: str) -> Runner:
-    """The runner of a choice, not yet active; `origin` names the model in errors."""
+def open_runner(
+    choice: Choice, model: bytes, origin: str, on_stage: OnPhase = lambda _stage, _done, _total: None
+) -> Runner:
+    """The runner of a choice, not yet active; `origin` names the model in errors, `on_stage` is told about a build."""
     if choice.runtime != "onnxruntime":
-        return _TensorRt(model, choice, origin)
+        return _TensorRt(model, choice, origin, on_stage)
     return OrtRunner(model, choice.provider, choice.threads, origin)
 
 

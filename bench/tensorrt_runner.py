@@ -27,6 +27,7 @@ from rkd.bench.tensorrt_engine import (
     INPUT,
     OUTPUT,
     BuildOptions,
+    OnPhase,
     build_engine,
     cache_folder,
     check_memory,
@@ -79,7 +80,8 @@ class TensorRtRunner:
         model: an ONNX file without external data.
         options: of the build.
         origin: names the model in errors.
-        tell: told about the build.
+        tell: told about the build, in a few lines.
+        on_phase: told each step of the build.
         machine: what to work with.
     """
 
@@ -89,10 +91,11 @@ class TensorRtRunner:
         options: BuildOptions,
         origin: str,
         tell: Callable[[str], None] = lambda _line: None,
+        on_phase: OnPhase = lambda _phase, _done, _total: None,
         machine: Machine | None = None,
     ) -> None:
         self._model, self._options, self._origin, self._tell = model, options, origin, tell
-        self._machine = machine or Machine()
+        self._on_phase, self._machine = on_phase, machine or Machine()
         self._cuda: Cuda | None = None
         self._held: list[Any] = []  # TensorRT's objects, released in reverse
         self._batch = 0
@@ -212,7 +215,12 @@ class TensorRtRunner:
         check_memory(self._options, len(self._model), self._free_bytes(cuda, gpu))
         self._tell(f"build the engine with {self._options.runtime} {trt.__version__} (once; some minutes)")
         engine, timings = build_engine(
-            trt, self._model, self._options, self._origin, tell=self._tell, timing_cache=load_timings(folder, key)
+            trt,
+            self._model,
+            self._options,
+            self._origin,
+            on_phase=self._on_phase,
+            timing_cache=load_timings(folder, key),
         )
         store_timings(folder, key, timings)
         try:

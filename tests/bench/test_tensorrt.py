@@ -89,11 +89,13 @@ def model(node: Any, batch: str | int = "N") -> bytes:
 
 @pytest.mark.parametrize("batch", ["N", 1])
 def test_a_file_is_built_with_progress_by_the_one_code_path(trt: api.Module, batch: str | int) -> None:
-    told: list[str] = []
+    told: list[tuple[str, int, int]] = []
     node = helper.make_node("Flatten", ["x"], ["logits"], axis=1)
-    engine, _ = build_engine(trt, model(node, batch), FP16, "x.rkd", tell=told.append)
+    engine, _ = build_engine(trt, model(node, batch), FP16, "x.rkd", on_phase=lambda *step: told.append(step))
     assert len(engine) > 100
-    assert any(" of " in line for line in told)
+    assert {name for name, done, total in told if done == total} == {name for name, _, _ in told}
+    assert all(0 <= done <= total for _, done, total in told)
+    assert len(told) > len({name for name, _, _ in told}) > 1
 
 
 class Renamed:
