@@ -27,6 +27,7 @@ from rkd.bench.device import physical_cores
 from rkd.bench.external import refuse_external_data
 from rkd.bench.tensorrt_api import import_tensorrt
 from rkd.bench.tensorrt_engine import BuildOptions, OnPhase
+from rkd.bench.tensorrt_layers import LayerType
 from rkd.bench.tensorrt_runner import TensorRtRunner, tensorrt_missing
 from rkd.errors import BundleError, ConfigError, MissingExtraError, RuntimeUnavailableError
 from rkd.progress import say
@@ -49,7 +50,8 @@ class Identity:
         version: of the runtime.
         providers: those in use, first choice first; for TensorRT, the GPU and the types that its layers compute in.
         threads: that compute one operator.
-        details: what else the runtime tells about itself, e.g. the precision of an engine's layers; name and text.
+        details: what else the runtime tells about itself, e.g. how many layers compute in which type; name and text.
+        layers: of a built engine, where the runtime tells them.
     """
 
     runtime: str
@@ -57,6 +59,7 @@ class Identity:
     providers: tuple[str, ...]
     threads: int
     details: tuple[tuple[str, str], ...] = ()
+    layers: tuple[LayerType, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -244,7 +247,9 @@ class _TensorRt(_Identified):
         layers = ", ".join(f"{count} in {kind}" for kind, count in inner.layer_types().items())
         details = (("Layers", layers),) if layers else ()
         providers = (device, inner.precision)
-        self._identity = Identity(self._choice.runtime, inner.version, providers, self._choice.threads, details)
+        self._identity = Identity(
+            self._choice.runtime, inner.version, providers, self._choice.threads, details, inner.layers
+        )
         return self
 
     def infer(self, images: Images) -> Logits:

@@ -31,6 +31,7 @@ from rkd.bench.runner import Choice, Identity, Runner, choose_runner, open_runne
 from rkd.bench.sensors.clocks import locked_clocks
 from rkd.bench.sensors.monitor import Monitor
 from rkd.bench.sensors.trace import Conditions, Trace, conditions, power
+from rkd.bench.tensorrt_layers import layers_to_json
 from rkd.bench.validity import busy_limit, findings, judge
 from rkd.bundle import Bundle
 from rkd.errors import BundleError, ConfigError
@@ -335,6 +336,7 @@ def _entry(
             "threads": job.choice.threads,
             "details": dict(identity.details) if identity else {},
         },
+        "layers": layers_to_json(identity.layers) if identity and identity.layers else None,
         "settings": {**options.to_json(), "clocks_locked_by": machine.locked},
         "latency": job.latencies[0].to_json() if job.latencies else None,
         "sweep": [latency.to_json() for latency in job.latencies[1:]],

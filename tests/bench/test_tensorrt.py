@@ -31,7 +31,7 @@ from rkd.bench.tensorrt_engine import (
     load_timings,
     store_engine,
 )
-from rkd.bench.tensorrt_layers import count_types, read_layers, verify_precision
+from rkd.bench.tensorrt_layers import LayerType, count_types, layers_to_json, read_layers, verify_precision
 from rkd.bench.tensorrt_runner import Machine, TensorRtRunner, tensorrt_missing
 from rkd.errors import BundleError, RuntimeUnavailableError
 from rkd.files import write_file
@@ -337,6 +337,14 @@ def test_an_engine_that_silently_computes_in_another_type_is_refused(
 def test_what_is_no_list_of_layers_is_refused(text: str) -> None:
     with pytest.raises(RuntimeUnavailableError, match="no list of layers"):
         read_layers(text)
+
+
+def test_layers_in_a_result_are_bounded_in_number_and_length_and_of_printable_text() -> None:
+    found = layers_to_json((LayerType("conv\n" + "x" * 10_000, "k" * 10_000, "fp16", weighted=True),) * 5000)
+    assert len(found) == 1000
+    assert len(found[0]["name"]) == len(found[0]["kind"]) == 200
+    assert found[0]["name"].isprintable()
+    assert set(found[0]) == {"name", "kind", "precision"}
 
 
 # --------------------------------------------------------------------------------------------------- recording device
