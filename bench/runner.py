@@ -151,7 +151,7 @@ class OrtRunner(_Identified):
             RuntimeUnavailableError: it lacks the provider, or would not use it.
             BundleError: it cannot load the model, or the model's input or output is not rkd's.
         """
-        ort = _import_onnxruntime()
+        ort = import_onnxruntime()
         available = ort.get_available_providers()
         if self._provider not in available:
             raise RuntimeUnavailableError(
@@ -284,14 +284,14 @@ def choose_runner(target: Target, threads: int | None = None) -> Choice:
         raise ConfigError(f"threads is {threads}, expected 1 to {_MAX_THREADS}")
     count = threads or physical_cores()
     if target.runtime == "onnxruntime":
-        _import_onnxruntime()
+        import_onnxruntime()
         return Choice("onnxruntime", target.provider, count)
     build = BuildOptions.of(target)
     why = tensorrt_missing(build)
     if not why:
         return Choice(target.runtime, "", count, build=asdict(build))
     try:
-        _import_onnxruntime()
+        import_onnxruntime()
     except MissingExtraError as error:
         raise RuntimeUnavailableError(
             f"target {target.name} wants TensorRT, which is not available here ({why}), and there is no ONNX Runtime "
@@ -335,12 +335,18 @@ def import_runtime(choice: Choice) -> None:
         RuntimeUnavailableError: it is installed and does not start.
     """
     if choice.runtime == "onnxruntime":
-        _import_onnxruntime()
+        import_onnxruntime()
     else:
         import_tensorrt(choice.runtime)
 
 
-def _import_onnxruntime() -> ModuleType:
+def import_onnxruntime() -> ModuleType:
+    """ONNX Runtime, by whichever distribution.
+
+    Raises:
+        MissingExtraError: it is not installed.
+        RuntimeUnavailableError: it is installed and does not start.
+    """
     try:
         import onnxruntime
     except ImportError as error:
