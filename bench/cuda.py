@@ -38,12 +38,12 @@ name, size = ctypes.create_string_buffer(256), ctypes.c_size_t()
 ask("cuDeviceGetName", name, 256, device)
 ask("cuDeviceTotalMem_v2", ctypes.byref(size), device)
 numbers = []
-for attribute in (75, 76):
+for attribute in (75, 76, 18):  # the capability; whether it shares the memory of the CPU
     number = ctypes.c_int()
     ask("cuDeviceGetAttribute", ctypes.byref(number), attribute, device)
     numbers.append(number.value)
-print(json.dumps({"name": name.value.decode(errors="replace"), "compute": "%d.%d" % tuple(numbers),
-                  "driver": driver.value, "total_bytes": size.value}))
+print(json.dumps({"name": name.value.decode(errors="replace"), "compute": "%d.%d" % tuple(numbers[:2]),
+                  "driver": driver.value, "total_bytes": size.value, "integrated": bool(numbers[2])}))
 """
 
 
@@ -55,13 +55,15 @@ class Gpu:
         name: as its driver says.
         compute: capability, e.g. `8.7`.
         driver: version as CUDA counts, e.g. 12060.
-        total_bytes: of its memory; a Jetson shares it with the CPU.
+        total_bytes: of its memory.
+        integrated: whether that is the memory of the CPU, as on a Jetson.
     """
 
     name: str
     compute: str
     driver: int
     total_bytes: int
+    integrated: bool
 
 
 class Cuda(Protocol):
@@ -70,7 +72,7 @@ class Cuda(Protocol):
     name: str
 
     def free_bytes(self) -> int:
-        """Memory that can still be allocated."""
+        """Memory that the driver calls free; where the CPU shares it, without the page cache that would give way."""
 
     def allocate(self, size_bytes: int) -> int:
         """Device memory; its address."""
@@ -126,7 +128,13 @@ def probe_gpu(timeout_seconds: float = _PROBE_SECONDS, code: str = _PROBE) -> Gp
         raise RuntimeUnavailableError(f"no CUDA device: {lines[-1][:200]}; {_WAY_OUT}")
     try:
         answer = json.loads(done.stdout)
-        return Gpu(str(answer["name"]), str(answer["compute"]), int(answer["driver"]), int(answer["total_bytes"]))
+        return Gpu(
+            str(answer["name"]),
+            str(answer["compute"]),
+            int(answer["driver"]),
+            int(answer["total_bytes"]),
+            bool(answer["integrated"]),
+        )
     except (ValueError, KeyError, TypeError) as error:
         raise RuntimeUnavailableError(f"the CUDA driver's answer cannot be read; {_WAY_OUT}") from error
 

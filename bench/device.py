@@ -16,6 +16,7 @@ from typing import Any
 
 from rkd.bench.sensors.sysfs import power_mode
 
+_MEMINFO = Path("/proc/meminfo")
 _LIMIT_CHARS = 200
 _CPU = "sys/devices/system/cpu"
 # MIDR implementer and part of cores found on boards; their /proc/cpuinfo has no model name.
@@ -88,6 +89,21 @@ class Load:
     def to_json(self) -> dict[str, Any]:
         """As in result.json."""
         return {"busy_cores": self.busy_cores, "average": self.average}
+
+
+def resident(key: str, status: Path = Path("/proc/self/status")) -> int | None:
+    """`VmRSS` or `VmHWM` of this process, or `MemAvailable` of /proc/meminfo, in bytes; None where not reported."""
+    try:
+        text = status.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    found = re.search(rf"^{key}:\s+(\d+) kB$", text, re.MULTILINE)
+    return int(found[1]) * 1024 if found else None
+
+
+def available_bytes() -> int | None:
+    """Memory that programs can still get, page cache that would give way included; None where not reported."""
+    return resident("MemAvailable", _MEMINFO)
 
 
 def identify(root: Path = Path("/")) -> Device:

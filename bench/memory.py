@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import signal
 import statistics
 import subprocess
@@ -21,7 +20,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 from rkd.bench.runner import Choice
@@ -130,16 +128,6 @@ def measure_memory(
     if done.returncode < 0:
         return _missing(f"its process was killed by {_signal_name(-done.returncode)}")
     return _parse(done.stdout, done.returncode)
-
-
-def resident(key: str, status: Path = Path("/proc/self/status")) -> int | None:
-    """`VmRSS` or `VmHWM` of this process, or `MemAvailable` of /proc/meminfo, in bytes; None where not reported."""
-    try:
-        text = status.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    found = re.search(rf"^{key}:\s+(\d+) kB$", text, re.MULTILINE)
-    return int(found[1]) * 1024 if found else None
 
 
 def _parse(output: bytes, returncode: int) -> Memory:

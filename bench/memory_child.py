@@ -6,17 +6,16 @@ import dataclasses
 import json
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 
-from rkd.bench.memory import FEWEST, Memory, growth, resident
+from rkd.bench.device import available_bytes, resident
+from rkd.bench.memory import FEWEST, Memory, growth
 from rkd.bench.runner import Choice, Images, Runner, device_memory_of, import_runtime, open_runner
 from rkd.files import sha256
 
 _SETTLED = 10  # inferences after which the runtime's arena has its size
 _POINTS = 100  # resident sizes kept
-_MEMINFO = Path("/proc/meminfo")
 
 
 def main() -> int:
@@ -40,14 +39,14 @@ def _measure() -> Memory:
     # The model's own bytes do not count as "before".
     held = resident("VmRSS")
     before = None if held is None else max(held - len(model), 0)
-    available = resident("MemAvailable", _MEMINFO)
+    available = available_bytes()
     runner = open_runner(choice, model, "the model")
     del model
     with runner:
         loaded = resident("VmRSS")
         inferences, settled, sizes = run(runner, images, head["inferences"], head["seconds"])
         device = device_memory_of(runner)
-        still = resident("MemAvailable", _MEMINFO)
+        still = available_bytes()
         steady, peak = resident("VmRSS"), resident("VmHWM")
     grown = growth(sizes)
     return Memory(

@@ -17,12 +17,13 @@ from typing import Any
 
 from rkd.bench.examples import unpack
 from rkd.bench.latency import STAGES
+from rkd.bench.tensorrt_layers import MOST_LAYERS, MOST_NAME
 from rkd.bench.validity import CODES, FINDINGS
 from rkd.errors import RkdError
 from rkd.files import storage_errors, to_json, write_file
 from rkd.metrics import Proportion
 
-SCHEMA = 2
+SCHEMA = 3
 SHA256 = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,200}")
 _STARTED = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", re.ASCII)
@@ -98,10 +99,10 @@ def _object(fields: dict[str, Check]) -> Check:
     return check
 
 
-def _list(inner: Check, least: int = 0) -> Check:
+def _list(inner: Check, least: int = 0, most: int = _MAX_NUMBER) -> Check:
     def check(value: Any) -> str | None:
-        if not isinstance(value, list) or len(value) < least:
-            return f" is not a list of at least {least}"
+        if not isinstance(value, list) or not least <= len(value) <= most:
+            return f" is not a list of at least {least}" + (f" and at most {most}" if most < _MAX_NUMBER else "")
         for i, one in enumerate(value):
             if (problem := inner(one)) is not None:
                 return f"[{i}]{problem}"
@@ -151,6 +152,10 @@ def _flag(value: Any) -> str | None:
 def _text(value: Any) -> str | None:
     good = isinstance(value, str) and len(value) <= _MAX_TEXT and value.isprintable()
     return None if good else " is not one line of text"
+
+
+def _name(value: Any) -> str | None:
+    return _text(value) or (f" is longer than {MOST_NAME} characters" if len(value) > MOST_NAME else None)
 
 
 def _matching(pattern: re.Pattern[str], what: str) -> Check:
@@ -360,6 +365,7 @@ _entry = _object(
         "device": _device,
         "load": _object({"busy_cores": _optional(_number), "average": _optional(_number)}),
         "software": _software,
+        "layers": _optional(_list(_object({"name": _name, "kind": _name, "precision": _text}), most=MOST_LAYERS)),
         "settings": _settings,
         "latency": _optional(_latency),
         "sweep": _list(_latency),

@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 from rkd.bench.device import physical_cores
 from rkd.bench.external import refuse_external_data
 from rkd.bench.tensorrt_api import import_tensorrt
-from rkd.bench.tensorrt_engine import BuildOptions
+from rkd.bench.tensorrt_engine import BuildOptions, OnPhase
+from rkd.bench.tensorrt_layers import LayerType
 from rkd.bench.tensorrt_runner import TensorRtRunner, tensorrt_missing
 from rkd.errors import BundleError, ConfigError, MissingExtraError, RuntimeUnavailableError
 from rkd.progress import say
@@ -49,7 +50,8 @@ class Identity:
         version: of the runtime.
         providers: those in use, first choice first; for TensorRT, the GPU and the types that its layers compute in.
         threads: that compute one operator.
-        details: what else the runtime tells about itself, e.g. the precision of an engine's layers; name and text.
+        details: what else the runtime tells about itself, e.g. how many layers compute in which type; name and text.
+        layers: of a built engine, where the runtime tells them.
     """
 
     runtime: str
@@ -57,6 +59,7 @@ class Identity:
     providers: tuple[str, ...]
     threads: int
     details: tuple[tuple[str, str], ...] = ()
+    layers: tuple[LayerType, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,7 @@ class OrtRunner(_Identified):
             RuntimeUnavailableError: it lacks the provider, or would not use it.
             BundleError: it cannot load the model, or the model's input or output is not rkd's.
         """
-        ort = _import_onnxruntime()
+        ort = import_onnxruntime()
         available = ort.get_available_providers()
         if self._provider not in available:
             raise RuntimeUnavailableError(
@@ -227,8 +230,14 @@ class OrtRunner(_Identified):
 class _TensorRt(_Identified):
     """A `TensorRtRunner` as a `Runner`."""
 
-    def __init__(self, model: bytes, choice: Choice, origin: str) -> None:
-        self._inner = TensorRtRunner(model, BuildOptions(**choice.build), origin, tell=say)
+    def __init__(self, model: bytes, choice: Choice, origin: str, on_stage: OnPhase) -> None:
+        self._inner = TensorRtRunner(
+            model,
+            BuildOptions(**choice.build),
+            origin,
+            tell=say,
+            on_phase=lambda phase, done, total: on_stage(f"engine: {phase}", done, total),
+        )
         self._choice = choice
 
     def __enter__(self) -> _TensorRt:  # noqa: PYI034 - as above
@@ -238,7 +247,9 @@ class _TensorRt(_Identified):
         layers = ", ".join(f"{count} in {kind}" for kind, count in inner.layer_types().items())
         details = (("Layers", layers),) if layers else ()
         providers = (device, inner.precision)
-        self._identity = Identity(self._choice.runtime, inner.version, providers, self._choice.threads, details)
+        self._identity = Identity(
+            self._choice.runtime, inner.version, providers, self._choice.threads, details, inner.layers
+        )
         return self
 
     def infer(self, images: Images) -> Logits:
@@ -273,14 +284,14 @@ def choose_runner(target: Target, threads: int | None = None) -> Choice:
         raise ConfigError(f"threads is {threads}, expected 1 to {_MAX_THREADS}")
     count = threads or physical_cores()
     if target.runtime == "onnxruntime":
-        _import_onnxruntime()
+        import_onnxruntime()
         return Choice("onnxruntime", target.provider, count)
     build = BuildOptions.of(target)
     why = tensorrt_missing(build)
     if not why:
         return Choice(target.runtime, "", count, build=asdict(build))
     try:
-        _import_onnxruntime()
+        import_onnxruntime()
     except MissingExtraError as error:
         raise RuntimeUnavailableError(
             f"target {target.name} wants TensorRT, which is not available here ({why}), and there is no ONNX Runtime "
@@ -295,10 +306,12 @@ def choose_runner(target: Target, threads: int | None = None) -> Choice:
     )
 
 
-def open_runner(choice: Choice, model: bytes, origin: str) -> Runner:
-    """The runner of a choice, not yet active; `origin` names the model in errors."""
+def open_runner(
+    choice: Choice, model: bytes, origin: str, on_stage: OnPhase = lambda _stage, _done, _total: None
+) -> Runner:
+    """The runner of a choice, not yet active; `origin` names the model in errors, `on_stage` is told about a build."""
     if choice.runtime != "onnxruntime":
-        return _TensorRt(model, choice, origin)
+        return _TensorRt(model, choice, origin, on_stage)
     return OrtRunner(model, choice.provider, choice.threads, origin)
 
 
@@ -322,12 +335,18 @@ def import_runtime(choice: Choice) -> None:
         RuntimeUnavailableError: it is installed and does not start.
     """
     if choice.runtime == "onnxruntime":
-        _import_onnxruntime()
+        import_onnxruntime()
     else:
         import_tensorrt(choice.runtime)
 
 
-def _import_onnxruntime() -> ModuleType:
+def import_onnxruntime() -> ModuleType:
+    """ONNX Runtime, by whichever distribution.
+
+    Raises:
+        MissingExtraError: it is not installed.
+        RuntimeUnavailableError: it is installed and does not start.
+    """
     try:
         import onnxruntime
     except ImportError as error:

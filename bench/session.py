@@ -31,6 +31,7 @@ from rkd.bench.runner import Choice, Identity, Runner, choose_runner, open_runne
 from rkd.bench.sensors.clocks import locked_clocks
 from rkd.bench.sensors.monitor import Monitor
 from rkd.bench.sensors.trace import Conditions, Trace, conditions, power
+from rkd.bench.tensorrt_layers import layers_to_json
 from rkd.bench.validity import busy_limit, findings, judge
 from rkd.bundle import Bundle
 from rkd.errors import BundleError, ConfigError
@@ -44,7 +45,7 @@ _MOST_FLIPS = 1000
 __all__ = ["BenchOptions", "OnStage", "label_digest", "run"]
 
 OnStage = Callable[[str, int, int], None]
-"""Told that `done` of `total` steps of a stage (latency, accuracy, memory) are behind us, never while one is timed.
+"""Told that `done` of `total` steps of a stage (a phase of an engine's build, latency, accuracy, memory) are behind us, never while one is timed.
 
 Draw in the call and return: a display that refreshes from a thread of its own would disturb the latency.
 """
@@ -118,7 +119,7 @@ def run(
         machine = _Machine(device, load_before(), started, time.perf_counter_ns())
         try:
             with ExitStack() as stack:
-                runners = [_activate(job, options, stack) for job in jobs]
+                runners = [_activate(job, options, stack, tell) for job in jobs]
                 stage = "latency"
                 if options.latency:
                     _latency(jobs, options, tell, machine)
@@ -172,10 +173,10 @@ def _jobs(bundles: Sequence[Bundle], options: BenchOptions) -> list[_Job]:
     ]
 
 
-def _activate(job: _Job, options: BenchOptions, stack: ExitStack) -> Runner:
+def _activate(job: _Job, options: BenchOptions, stack: ExitStack, on_stage: OnStage) -> Runner:
     """Load a model and see that one batch of each size gives what the manifest says."""
     origin = str(job.bundle.path)
-    runner = stack.enter_context(open_runner(job.choice, job.bundle.model, origin))
+    runner = stack.enter_context(open_runner(job.choice, job.bundle.model, origin, on_stage))
     job.identity = runner.identity
     images, _ = job.bundle.evaluation()
     for size in options.batches:
@@ -335,6 +336,7 @@ def _entry(
             "threads": job.choice.threads,
             "details": dict(identity.details) if identity else {},
         },
+        "layers": layers_to_json(identity.layers) if identity and identity.layers else None,
         "settings": {**options.to_json(), "clocks_locked_by": machine.locked},
         "latency": job.latencies[0].to_json() if job.latencies else None,
         "sweep": [latency.to_json() for latency in job.latencies[1:]],

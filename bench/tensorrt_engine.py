@@ -16,6 +16,7 @@ import stat
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from rkd.bench.cuda import Gpu
@@ -32,7 +33,8 @@ _HEADER_LIMIT_BYTES = 1 << 16
 _LOG_LINES = 20
 _ROOM_MIB = 256  # for CUDA's own context and kernels
 
-Tell = Callable[[str], None]
+OnPhase = Callable[[str, int, int], None]
+"""Told that `done` of `total` steps of a phase of a build are behind us."""
 
 
 @dataclass(frozen=True)
@@ -96,25 +98,29 @@ def make_logger(trt: Module) -> tuple[Any, _Log]:
     return Logger(), log
 
 
-def _monitor(trt: Module, tell: Tell) -> Any:
-    """Reports the phases of a build; it never stops one."""
+def _monitor(trt: Module, on_phase: OnPhase) -> Any:
+    """Reports the phases of a build, which TensorRT may run on several threads; it never stops one."""
+    lock = Lock()
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
             super().__init__()
             self._steps: dict[str, int] = {}
 
-        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            self._steps[phase_name] = num_steps
-            if parent_phase is None:
-                tell(f"{phase_name}: 0 of {num_steps}")
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:  # noqa: ARG002 - theirs
+            with lock:
+                self._steps[phase_name] = num_steps
+                on_phase(phase_name, 0, num_steps)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            tell(f"{phase_name}: {step + 1} of {self._steps.get(phase_name, step + 1)}")
+            with lock:
+                on_phase(phase_name, step + 1, self._steps.get(phase_name, step + 1))
             return True
 
         def phase_finish(self, phase_name: str) -> None:
-            self._steps.pop(phase_name, None)
+            with lock:
+                if (steps := self._steps.pop(phase_name, None)) is not None:
+                    on_phase(phase_name, steps, steps)
 
     return Monitor()
 
@@ -125,7 +131,7 @@ def build_engine(
     options: BuildOptions,
     origin: str,
     *,
-    tell: Tell = lambda _line: None,
+    on_phase: OnPhase = lambda _phase, _done, _total: None,
     timing_cache: bytes = b"",
 ) -> tuple[bytes, bytes]:
     """Build an engine; needs no GPU with TensorRT for RTX, and one with TensorRT.
@@ -135,7 +141,7 @@ def build_engine(
         model: an ONNX file.
         options: of the build.
         origin: names the model in errors.
-        tell: told the phase and step of the build.
+        on_phase: told the phase and step of the build.
         timing_cache: kernels that were timed before; empty for none.
 
     Returns:
@@ -157,7 +163,7 @@ def build_engine(
         )
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # or the inspector would not tell types
-    config.progress_monitor = _monitor(trt, tell)
+    config.progress_monitor = _monitor(trt, on_phase)
     if options.workspace_mib:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib * _MIB)
     if options.precision == "fp32":

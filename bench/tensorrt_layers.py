@@ -18,6 +18,7 @@ from rkd.errors import RuntimeUnavailableError
 from rkd.target import Precision
 
 UNKNOWN = "unknown"
+MOST_LAYERS, MOST_NAME = 1000, 200  # of them in a result, and characters of a name
 _TYPES = (
     ("int8", re.compile(r"int8|\bi8\b", re.IGNORECASE)),
     ("fp16", re.compile(r"half|fp16|float16", re.IGNORECASE)),
@@ -83,6 +84,19 @@ def count_types(layers: tuple[LayerType, ...]) -> dict[str, int]:
     """How many convolutions and matrix products compute in which type; of all layers where none is told apart."""
     weighted = [layer for layer in layers if layer.weighted] or list(layers)
     return dict(sorted(Counter(layer.precision for layer in weighted).items()))
+
+
+def layers_to_json(layers: tuple[LayerType, ...]) -> list[dict[str, str]]:
+    """Name, kind and precision of the first layers, as in result.json."""
+    return [
+        {"name": _short(layer.name), "kind": _short(layer.kind), "precision": layer.precision}
+        for layer in layers[:MOST_LAYERS]
+    ]
+
+
+def _short(text: str) -> str:
+    """Names come from the model's file, and TensorRT joins those of layers that it fuses."""
+    return "".join(c for c in text[: 10 * MOST_NAME] if c.isprintable())[:MOST_NAME]
 
 
 def verify_precision(layers: tuple[LayerType, ...], precision: Precision, origin: str) -> str:

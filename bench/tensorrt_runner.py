@@ -21,11 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rkd.bench.cuda import Cuda, Gpu, open_cuda, probe_gpu
+from rkd.bench.device import available_bytes
 from rkd.bench.tensorrt_api import ICudaEngine, IExecutionContext, Module, check_version, import_tensorrt
 from rkd.bench.tensorrt_engine import (
     INPUT,
     OUTPUT,
     BuildOptions,
+    OnPhase,
     build_engine,
     cache_folder,
     check_memory,
@@ -61,12 +63,14 @@ class Machine:
         probe: asks for the GPU.
         open: opens its memory.
         cache: the folder of engines that were built here.
+        available: memory that programs can still get, in bytes; None where not reported.
     """
 
     load: Callable[..., Module] = import_tensorrt
     probe: Callable[[], Gpu] = probe_gpu
     open: Callable[[], Cuda] = open_cuda
     cache: Callable[[], Path] = cache_folder
+    available: Callable[[], int | None] = available_bytes
 
 
 class TensorRtRunner:
@@ -76,7 +80,8 @@ class TensorRtRunner:
         model: an ONNX file without external data.
         options: of the build.
         origin: names the model in errors.
-        tell: told about the build.
+        tell: told about the build, in a few lines.
+        on_phase: told each step of the build.
         machine: what to work with.
     """
 
@@ -86,10 +91,11 @@ class TensorRtRunner:
         options: BuildOptions,
         origin: str,
         tell: Callable[[str], None] = lambda _line: None,
+        on_phase: OnPhase = lambda _phase, _done, _total: None,
         machine: Machine | None = None,
     ) -> None:
         self._model, self._options, self._origin, self._tell = model, options, origin, tell
-        self._machine = machine or Machine()
+        self._on_phase, self._machine = on_phase, machine or Machine()
         self._cuda: Cuda | None = None
         self._held: list[Any] = []  # TensorRT's objects, released in reverse
         self._batch = 0
@@ -206,10 +212,15 @@ class TensorRtRunner:
         key = engine_key(trt, self._model, self._options, gpu)
         if (known := load_engine(folder, key)) is not None:
             return known
-        check_memory(self._options, len(self._model), cuda.free_bytes())
+        check_memory(self._options, len(self._model), self._free_bytes(cuda, gpu))
         self._tell(f"build the engine with {self._options.runtime} {trt.__version__} (once; some minutes)")
         engine, timings = build_engine(
-            trt, self._model, self._options, self._origin, tell=self._tell, timing_cache=load_timings(folder, key)
+            trt,
+            self._model,
+            self._options,
+            self._origin,
+            on_phase=self._on_phase,
+            timing_cache=load_timings(folder, key),
         )
         store_timings(folder, key, timings)
         try:
@@ -217,6 +228,10 @@ class TensorRtRunner:
         except StorageError as error:
             self._tell(f"the engine was not kept for the next time: {error}")
         return engine
+
+    def _free_bytes(self, cuda: Cuda, gpu: Gpu) -> int:
+        available = self._machine.available() if gpu.integrated else None
+        return cuda.free_bytes() if available is None else available
 
     def _interface(self, trt: Module, engine: ICudaEngine) -> tuple[tuple[int, ...], int]:
         """The shape of one image and the number of classes."""

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import os
 import platform
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
+
+from rkd.bench.cuda import Gpu
+from rkd.bench.runner import import_onnxruntime
+from rkd.bench.tensorrt_api import check_version
+from rkd.bench.tensorrt_engine import BuildOptions
+from rkd.bench.tensorrt_runner import Machine, tensorrt_missing
+from rkd.errors import MissingExtraError, RkdError, RuntimeUnavailableError
+from rkd.target import Target, builtin_targets, load_target, version
 
 _GIB = 2**30
 
@@ -37,8 +45,14 @@ class Finding:
         return asdict(self)
 
 
-def diagnose() -> list[Finding]:
-    """Look at the machine; nothing is changed."""
+def diagnose(machine: Machine | None = None) -> list[Finding]:
+    """Look at the machine; nothing is changed.
+
+    Args:
+        machine: how TensorRT and the GPU are asked; tests put their own here.
+    """
+    machine = machine or Machine()
+    machine = replace(machine, probe=_once(machine.probe))
     cores = len(os.sched_getaffinity(0))
     found = [
         Finding(
@@ -48,6 +62,7 @@ def diagnose() -> list[Finding]:
         _memory(),
         _disk(),
         _sensors(),
+        _gpu(machine),
     ]
     train = "pip install 'rkd[train]'"
     found += [
@@ -59,12 +74,8 @@ def diagnose() -> list[Finding]:
         _package("onnx", "export", train),
         _package("onnxscript", "export", train),
         _package("onnxconverter_common", "export to FP16", train, distribution="onnxconverter-common"),
-        _package("onnxruntime", "bench and export parity on CPUs", "pip install 'rkd[ort]'", _onnxruntime),
-        _package(
-            "tensorrt",
-            "bench on Jetson boards",
-            "it comes with JetPack; use a venv with --system-site-packages",
-        ),
+        _onnxruntime(),
+        _tensorrt(machine),
         _package("cryptography", "keygen, export --sign, verify --pubkey", "pip install 'rkd[sign]'"),
         _package("pycuda", "TensorRT on a board", "pip install 'rkd[trt]', or cuda-bindings"),
         _package("cuda-bindings", "TensorRT where pycuda cannot be compiled", "pip install cuda-bindings"),
@@ -72,7 +83,7 @@ def diagnose() -> list[Finding]:
         _package("ray", "suite --launcher ray", "pip install 'rkd[ray]'"),
         _package("timm", "teachers named timm:NAME", "pip install timm"),
     ]
-    return found
+    return found + [_target(target, machine) for target in builtin_targets().values()]
 
 
 def _package(
@@ -99,8 +110,89 @@ def _torch() -> str:
     return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
 
 
-def _onnxruntime() -> str:
-    return ", ".join(importlib.import_module("onnxruntime").get_available_providers())
+def _onnxruntime() -> Finding:
+    """By importing it: onnxruntime-gpu and others bring the same module under other names."""
+    what = ("onnxruntime", "bench and export parity on CPUs")
+    try:
+        ort = import_onnxruntime()
+        providers = ", ".join(ort.get_available_providers())
+    except MissingExtraError:
+        return Finding(what[0], "missing", "not installed", what[1], "pip install 'rkd[ort]'")
+    except Exception as error:  # noqa: BLE001  (as in _package)
+        return Finding(what[0], "missing", str(error), what[1], "reinstall it: pip install 'rkd[ort]'")
+    return Finding(what[0], "ok", f"{ort.__version__}; {providers}", what[1])
+
+
+def _tensorrt(machine: Machine) -> Finding:
+    what = ("tensorrt", "bench on Jetson boards")
+    served = load_target("jetson-fp16")
+    try:
+        trt = machine.load(served.runtime)
+        check_version(trt, served.runtime, served.min_version, served.below_version)
+    except RkdError as error:
+        return Finding(what[0], "missing", str(error), what[1])
+    return Finding(what[0], "ok", str(trt.__version__), what[1])
+
+
+def _gpu(machine: Machine) -> Finding:
+    try:
+        gpu = machine.probe()
+    except RuntimeUnavailableError as error:
+        return Finding("gpu", "note", str(error), "TensorRT")
+    shared = ", shared with the CPU" if gpu.integrated else ""
+    driver = f"{gpu.driver // 1000}.{gpu.driver % 1000 // 10}"
+    return Finding(
+        "gpu",
+        "ok",
+        f"{gpu.name}, compute capability {gpu.compute}, driver for CUDA {driver}, {gpu.total_bytes / _GIB:.1f} GiB{shared}",
+        "TensorRT",
+    )
+
+
+def _once(ask: Callable[[], Gpu]) -> Callable[[], Gpu]:
+    """Ask once only: a driver that hangs costs its time once."""
+    seen: list[Gpu | RuntimeUnavailableError] = []
+
+    def answer() -> Gpu:
+        if not seen:
+            try:
+                seen.append(ask())
+            except RuntimeUnavailableError as error:
+                seen.append(error)
+        if isinstance(seen[0], RuntimeUnavailableError):
+            raise seen[0]
+        return seen[0]
+
+    return answer
+
+
+def _target(target: Target, machine: Machine) -> Finding:
+    try:
+        lacks = _lacks_provider(target) if target.runtime == "onnxruntime" else _lacks_tensorrt(target, machine)
+    except Exception as error:  # noqa: BLE001  (as in _package)
+        lacks = str(error)
+    if lacks:
+        return Finding(f"target {target.name}", "note", f"cannot run here: {lacks}", "bench", target.needs)
+    return Finding(f"target {target.name}", "ok", "can run here", "bench")
+
+
+def _lacks_provider(target: Target) -> str:
+    ort = import_onnxruntime()
+    if version(ort.__version__) < version(target.min_version):
+        return f"onnxruntime {ort.__version__} is here, {target.min_version} or newer is needed"
+    providers = ort.get_available_providers()
+    return "" if target.provider in providers else f"this onnxruntime has {', '.join(providers)}, not {target.provider}"
+
+
+def _lacks_tensorrt(target: Target, machine: Machine) -> str:
+    if missing := tensorrt_missing(BuildOptions.of(target), machine):
+        return missing
+    gpu = machine.probe()
+    if target.compute and gpu.compute not in target.compute:
+        return f"{gpu.name} has compute capability {gpu.compute}, it is for {', '.join(target.compute)}"
+    if not any(importlib.util.find_spec(name) for name in ("pycuda", "cuda")):
+        return "neither pycuda nor cuda-bindings is installed"
+    return ""
 
 
 def _cpu_features() -> str:

@@ -16,6 +16,7 @@ console = Console(stderr=True, highlight=False)
 """What is not a result goes here: standard output is for results."""
 
 _PLAIN_EVERY_S = 10.0
+_DRAW_EVERY_S = 0.1
 _RATE_OVER_S = 30.0  # what is left is told by the present rate: a slow start or a busy machine passes
 
 
@@ -84,14 +85,25 @@ def progress(name: str, total: int) -> Iterator[Bar]:
 
 @contextmanager
 def stage_lines() -> Iterator[Callable[[str, int, int], None]]:
-    """Show stages of work, drawn only when told: no thread of the display disturbs what is being timed."""
+    """Show stages of work, drawn only when told: no thread of the display disturbs what is being timed.
+
+    Without a terminal: a line for each stage, and for one that takes long, at most a line every 10 s.
+    """
+    drawn = time.monotonic()
     if not console.is_terminal:
         shown: set[str] = set()
 
-        def plain(name: str, done: int, total: int) -> None:  # noqa: ARG001  (a bar shows them, a line does not)
+        def plain(name: str, done: int, total: int) -> None:
+            nonlocal drawn
+            now = time.monotonic()
             if name not in shown:
                 shown.add(name)
                 say(f"{name} ...")
+            elif now - drawn >= _PLAIN_EVERY_S and done < total:
+                say(f"{name}: {done:,} of {total:,}")
+            else:
+                return
+            drawn = now
 
         yield plain
         return
@@ -100,10 +112,14 @@ def stage_lines() -> Iterator[Callable[[str, int, int], None]]:
         tasks: dict[str, TaskID] = {}
 
         def draw(name: str, done: int, total: int) -> None:
-            if name not in tasks:
+            nonlocal drawn
+            now, new = time.monotonic(), name not in tasks
+            if new:
                 tasks[name] = live.add_task(name, total=total)
             live.update(tasks[name], completed=done, total=total)
-            live.refresh()
+            if new or done >= total or now - drawn >= _DRAW_EVERY_S:
+                drawn = now
+                live.refresh()
 
         yield draw
 

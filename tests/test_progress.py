@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
+from rich.console import Console
+from rich.progress import Progress
 
 from rkd import progress as progress_module
-from rkd.progress import Bar
+from rkd.progress import Bar, stage_lines
 
 
 class Clock:
@@ -57,3 +61,36 @@ def test_the_last_line_says_how_long_all_of_it_took(clock: Clock, capsys: pytest
         clock.now += 2
         bar.update(step)
     assert lines(capsys) == ["work: 3/3, 0m06s in all"]
+
+
+def test_without_a_terminal_a_stage_is_a_line_and_a_long_one_a_line_every_ten_seconds(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with stage_lines() as tell:
+        for step in range(1001):  # 100 s
+            tell("engine: Timing", step, 1000)
+            clock.now += 0.1
+        for step in range(1001):  # at once
+            tell("engine: Linking", step, 1000)
+            tell("engine: Timing", step, 1000)
+    said = lines(capsys)
+    assert said[0] == "engine: Timing ..."
+    assert said[-1] == "engine: Linking ..."
+    assert 9 <= len(said[1:-1]) <= 10
+    assert all(line.startswith("engine: Timing: ") and line.endswith(" of 1,000") for line in said[1:-1])
+
+
+def test_on_a_terminal_a_stage_is_a_bar_that_is_drawn_ten_times_a_second_at_most(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen = Console(file=io.StringIO(), force_terminal=True, width=80)
+    monkeypatch.setattr(progress_module, "console", screen)
+    drawn = []
+    monkeypatch.setattr(Progress, "refresh", lambda self: drawn.append([task.completed for task in self.tasks]))
+    with stage_lines() as tell:
+        for step in range(1001):  # 1 s
+            tell("engine: Timing", step, 1000)
+            clock.now += 0.001
+        steps = len(drawn)
+    assert drawn[steps - 1] == [1000]
+    assert 10 <= steps <= 13

@@ -393,7 +393,14 @@ def _where(entries: Sequence[Entry]) -> Markup:
     names = list(dict.fromkeys(name for one in described for name in one))
     rows = [(name, *(one[name] or DASH for one in described)) for name in names]
     table = plain_table("Devices and software", ("Property", *(entry.key for entry in entries)), rows)
-    return section("What ran where", "Letters are those of the table.", table) if entries else Markup()
+    layers = (_layers(entry) for entry in entries)
+    return section("What ran where", "Letters are those of the table.", table, *layers) if entries else Markup()
+
+
+def _layers(entry: Entry) -> Markup:
+    rows = [(layer["name"], layer["kind"], layer["precision"]) for layer in entry.data["layers"] or ()]
+    table = plain_table(f"Layers of {entry.key}", ("Layer", "Kind", "Computes in"), rows)
+    return folded(f"{entry.label}: the types of {len(rows):,} layers", table)
 
 
 def _machine(entry: Entry) -> dict[str, str]:

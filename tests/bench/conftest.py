@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from rkd.bench import session
+from rkd.bench.runner import CPU_PROVIDER, Identity, OrtRunner
+from rkd.bench.tensorrt_layers import LayerType
 from rkd.bundle import Bundle, evaluation_bytes, read_bundle, write_bundle
 from rkd.ledger import Ledger, Step
 from rkd.metrics import Predictions, score
@@ -133,8 +135,23 @@ def fast() -> session.BenchOptions:
 @pytest.fixture(scope="session")
 def _measured(make_bundle: MakeBundle) -> dict[str, Any]:
     first = make_bundle(triggers=(patch("patch", 2), patch("other", 0)))
+    layers = (LayerType("conv", "CaskConvolution", "fp16", weighted=True),)
+
+    class Told(OrtRunner):
+        """Tells layers, as TensorRT does."""
+
+        @property
+        def identity(self) -> Identity:
+            return replace(super().identity, layers=layers)
+
     other = Linear.make(7).onnx().SerializeToString()
-    return session.run([first, make_bundle(name="other.ort-cpu", model=other)], FAST)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(
+            session,
+            "open_runner",
+            lambda choice, model, origin, _stage: Told(model, CPU_PROVIDER, choice.threads, origin),
+        )
+        return session.run([first, make_bundle(name="other.ort-cpu", model=other)], FAST)
 
 
 @pytest.fixture

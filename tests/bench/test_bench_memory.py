@@ -6,7 +6,8 @@ import pytest
 from onnx import numpy_helper
 
 from rkd.bench import memory
-from rkd.bench.memory import measure_memory, resident
+from rkd.bench.device import resident
+from rkd.bench.memory import measure_memory
 from rkd.bench.runner import CPU_PROVIDER, Choice
 
 CPU = Choice("onnxruntime", CPU_PROVIDER, 1)

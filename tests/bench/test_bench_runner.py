@@ -23,7 +23,7 @@ def test_logits_are_those_of_the_linear_model(linear, evaluation):
 def test_identity_states_runtime_version_providers_and_threads(linear):
     with OrtRunner(linear.onnx().SerializeToString(), CPU_PROVIDER, 2, "m") as runner:
         identity = runner.identity
-    assert dataclasses.astuple(identity) == ("onnxruntime", onnxruntime.__version__, (CPU_PROVIDER,), 2, ())
+    assert dataclasses.astuple(identity) == ("onnxruntime", onnxruntime.__version__, (CPU_PROVIDER,), 2, (), ())
 
 
 def test_a_missing_provider_names_what_is_there_and_what_to_install(linear):

@@ -52,6 +52,12 @@ def test_a_file_that_is_not_what_the_manifest_says_is_reported(measured):
     assert by_figure["ACC"]["host"] == second["exported_scores"]["acc"]
 
 
+def test_each_layer_of_an_engine_is_in_the_result_and_nothing_where_the_runtime_tells_none(measured, make_bundle):
+    assert measured["entries"][0]["layers"] == [{"name": "conv", "kind": "CaskConvolution", "precision": "fp16"}]
+    (entry,) = session.run([make_bundle()], ONLY_ACCURACY)["entries"]
+    assert entry["layers"] is None
+
+
 def test_a_whole_run_says_what_was_measured_on_what(measured, fast, make_bundle):
     result.verify(measured, "test")
     assert measured["interrupted"] is False

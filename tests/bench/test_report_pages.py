@@ -177,6 +177,7 @@ def entry(word="student", *, reasons=(), latency=True, scored=True, p50=2.0):
             "threads": 6,
             "details": {word: word},
         },
+        "layers": [{"name": word, "kind": word, "precision": "fp16"}] if latency else None,
         "settings": {
             "mode": "default",
             "batch": 1,
@@ -235,7 +236,7 @@ def document(*entries):
     pairs = [
         {"first": 0, "second": 1, "batch": 1, "ratio": 2.0, "low": 1.9, "high": 2.1, "rounds": 16} for _ in entries[1:2]
     ]
-    return {"schema": 2, "interrupted": False, "comparisons": pairs, "entries": list(entries)}
+    return {"schema": 3, "interrupted": False, "comparisons": pairs, "entries": list(entries)}
 
 
 PAGES = {
@@ -336,6 +337,16 @@ def test_table_shows_value_interval_n_and_excess_over_the_control():
     text = Page(run_page(RunReport("x", models=rows))).text
     assert "52.3[50.1, 54.5]n 2,000excess +37.3" in text
     assert text.count("excess +") == 1
+
+
+def test_the_type_of_each_layer_is_in_a_folded_table():
+    told = entry()
+    told["layers"] = [{"name": "conv1", "kind": "CaskConvolution", "precision": "fp16"}]
+    page = Page(result_page([document(told)]))
+    assert "the types of 1 layers" in page.text
+    assert "conv1CaskConvolutionfp16" in page.text
+    told["layers"] = None
+    assert "the types of" not in Page(result_page([document(told)])).text
 
 
 def test_shares_without_images_and_unknown_costs_are_dashes():

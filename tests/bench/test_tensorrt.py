@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 import json
 import os
+import re
 import signal
 import sys
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,21 +20,24 @@ import pytest
 from onnx import TensorProto, helper
 
 from rkd.bench import tensorrt_api as api
-from rkd.bench.cuda import Gpu, probe_gpu
+from rkd.bench import tensorrt_engine
+from rkd.bench.cuda import Cuda, CudaPython, Gpu, probe_gpu
 from rkd.bench.tensorrt_engine import (
     BuildOptions,
     build_engine,
     check_memory,
     engine_key,
     load_engine,
+    load_timings,
     store_engine,
 )
-from rkd.bench.tensorrt_layers import count_types, read_layers, verify_precision
+from rkd.bench.tensorrt_layers import LayerType, count_types, layers_to_json, read_layers, verify_precision
 from rkd.bench.tensorrt_runner import Machine, TensorRtRunner, tensorrt_missing
 from rkd.errors import BundleError, RuntimeUnavailableError
+from rkd.files import write_file
 from rkd.target import load_target
 
-ORIN = Gpu("Orin", "8.7", 12060, 8 * 2**30)
+ORIN = Gpu("Orin", "8.7", 12060, 8 * 2**30, integrated=True)
 FP16 = BuildOptions.of(load_target("jetson-fp16"))
 
 
@@ -82,11 +89,35 @@ def model(node: Any, batch: str | int = "N") -> bytes:
 
 @pytest.mark.parametrize("batch", ["N", 1])
 def test_a_file_is_built_with_progress_by_the_one_code_path(trt: api.Module, batch: str | int) -> None:
-    told: list[str] = []
+    told: list[tuple[str, int, int]] = []
     node = helper.make_node("Flatten", ["x"], ["logits"], axis=1)
-    engine, _ = build_engine(trt, model(node, batch), FP16, "x.rkd", tell=told.append)
+    engine, _ = build_engine(trt, model(node, batch), FP16, "x.rkd", on_phase=lambda *step: told.append(step))
     assert len(engine) > 100
-    assert any(" of " in line for line in told)
+    assert {name for name, done, total in told if done == total} == {name for name, _, _ in told}
+    assert all(0 <= done <= total for _, done, total in told)
+    assert len(told) > len({name for name, _, _ in told}) > 1
+
+
+class Renamed:
+    """The real module under TensorRT's name, so that its branch with timings runs."""
+
+    __name__ = "tensorrt"
+
+    def __init__(self, real: api.Module) -> None:
+        self._real = real
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+
+@pytest.mark.filterwarnings("ignore:.*Timing cache operations:DeprecationWarning")
+def test_timings_of_one_build_go_into_the_next(trt: api.Module) -> None:
+    data = model(helper.make_node("Flatten", ["x"], ["logits"], axis=1))
+    first, timings = build_engine(Renamed(trt), data, FP16, "x.rkd")
+    second, again = build_engine(Renamed(trt), data, FP16, "x.rkd", timing_cache=timings)
+    assert timings
+    assert again == timings
+    assert len(first) == len(second)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +166,7 @@ def test_a_driver_that_fails_cannot_take_the_bench_down(code: str, message: str)
 
 
 def test_a_driver_that_answers_tells_its_device() -> None:
-    answer = {"name": "Orin", "compute": "8.7", "driver": 12060, "total_bytes": 8 * 2**30}
+    answer = {"name": "Orin", "compute": "8.7", "driver": 12060, "total_bytes": 8 * 2**30, "integrated": True}
     assert probe_gpu(code=f"print({json.dumps(answer)!r})") == ORIN
 
 
@@ -164,6 +195,56 @@ def test_too_little_memory_is_seen_before_the_build() -> None:
     check_memory(FP16, 2**20, (512 + 256 + 4) * 2**20)
     with pytest.raises(RuntimeUnavailableError, match=r"takes about 772 MiB, 771 MiB are free.*workspace_mib = 512"):
         check_memory(FP16, 2**20, (512 + 256 + 3) * 2**20)
+
+
+class CheckedRuntime:
+    """cuda-python's functions, of which none is run: name, number of arguments and of results are the real ones'."""
+
+    def __init__(self, real: Any) -> None:
+        self._real = real
+        self.called: set[str] = set()
+        self._memory: list[Any] = []
+
+    def __getattr__(self, name: str) -> Any:
+        real = getattr(self._real, name)
+        if isinstance(real, type):  # an enum
+            return real
+
+        def call(*arguments: Any) -> tuple[Any, ...]:
+            inspect.signature(real).bind(*arguments)
+            self.called.add(name)
+            values = re.findall(r"^\w+ : ", real.__doc__.partition("Returns\n")[2], re.MULTILINE)
+            return (self._real.cudaError_t.cudaSuccess, *[self._place() for _ in values])
+
+        return call
+
+    def _place(self) -> int:
+        """Memory that can be written to, or any other number."""
+        self._memory.append(ctypes.create_string_buffer(64))
+        return ctypes.addressof(self._memory[-1])
+
+
+def test_cuda_python_has_every_function_and_enum_that_is_used_with_as_many_arguments(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bindings = pytest.importorskip("cuda.bindings")
+    real = pytest.importorskip("cuda.bindings.runtime")
+    checked = CheckedRuntime(real)
+    monkeypatch.setattr(bindings, "runtime", checked)
+    cuda = CudaPython()
+    assert isinstance(cuda.free_bytes(), int)
+    address, array = cuda.allocate(12), cuda.pinned((3, 4), np.uint8)
+    array[:] = 7
+    cuda.to_device(address, array)
+    cuda.to_host(array, address)
+    events = [cuda.event(), cuda.event()]
+    cuda.record(events[0])
+    assert isinstance(cuda.elapsed_ms(*events), float)
+    cuda.synchronise()
+    assert cuda.stream()
+    cuda.close()
+    written = set(re.findall(r'"(cuda[A-Z]\w+)"', inspect.getsource(CudaPython)))
+    assert written - checked.called == {"cudaMemcpyHostToDevice", "cudaMemcpyDeviceToHost"}  # of the enum
 
 
 # -------------------------------------------------------------------------------------------------------------- cache
@@ -258,7 +339,45 @@ def test_what_is_no_list_of_layers_is_refused(text: str) -> None:
         read_layers(text)
 
 
+def test_layers_in_a_result_are_bounded_in_number_and_length_and_of_printable_text() -> None:
+    found = layers_to_json((LayerType("conv\n" + "x" * 10_000, "k" * 10_000, "fp16", weighted=True),) * 5000)
+    assert len(found) == 1000
+    assert len(found[0]["name"]) == len(found[0]["kind"]) == 200
+    assert found[0]["name"].isprintable()
+    assert set(found[0]) == {"name", "kind", "precision"}
+
+
 # --------------------------------------------------------------------------------------------------- recording device
+
+
+class StandIn:
+    """One object of TensorRT's: what its Protocol has, and nothing else; it writes down what it is asked."""
+
+    def __init__(self, protocol: type, calls: list[str], **answers: Any) -> None:
+        assert set(answers) <= names(protocol)
+        vars(self).update(_protocol=protocol, _calls=calls, _answers=answers)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self._protocol.__annotations__:
+            return self._answers[name]
+        function = vars(self._protocol).get(name)
+        if name.startswith("_") or not inspect.isfunction(function):
+            raise AttributeError(f"{self._protocol.__name__} has no {name}")
+
+        def call(*arguments: Any) -> Any:
+            inspect.signature(function).bind(self, *arguments)
+            self._calls.append(name)
+            answer = self._answers.get(name)
+            return answer(*arguments) if callable(answer) else answer
+
+        return call
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        assert name in self._protocol.__annotations__, f"{self._protocol.__name__} has no {name}"
+
+
+def names(*protocols: type) -> set[str]:
+    return {name for one in protocols for name in (*vars(one), *vars(one).get("__annotations__", ()))}
 
 
 class Recorder:
@@ -269,16 +388,19 @@ class Recorder:
         self.buffers: dict[int, np.ndarray] = {}
         self.addresses: dict[str, int] = {}
         self.batch, self.inspector, self.runs, self.name = 0, inspector, runs, "recorder"
-        self.built = 0
+        self.free = 2**40
+        self.timed: list[bytes] = []  # what each build knew of earlier ones
 
-    def __getattr__(self, name: str) -> Any:  # what only leaves a trace
-        if name.startswith("__"):
+    def __getattr__(self, name: str) -> Any:
+        """What only leaves a trace."""
+        if name not in ("record", "synchronise", "close"):
             raise AttributeError(name)
         return lambda *arguments: self.calls.append(name)
 
     # CUDA
     def free_bytes(self) -> int:
-        return 2**40
+        self.calls.append("free_bytes")
+        return self.free
 
     def allocate(self, size_bytes: int) -> int:
         address = 1000 + len(self.buffers)
@@ -330,27 +452,117 @@ class Recorder:
         return layers(self.inspector)
 
     def module(self) -> Any:
-        engine = SimpleNamespace(
-            num_io_tensors=2, device_memory_size_v2=2**20,
+        """TensorRT's module; an engine that it builds or loads is this device."""
+
+        def stand_in(protocol: type, **answers: Any) -> StandIn:
+            return StandIn(protocol, self.calls, **answers)
+
+        engine = stand_in(
+            api.ICudaEngine, num_io_tensors=2, device_memory_size_v2=2**20,
             get_tensor_name=lambda i: ("images", "logits")[i], get_tensor_mode=lambda name: ("in", "out")[name == "logits"],
             get_tensor_dtype=lambda name: ("u8", "f32")[name == "logits"],
             get_tensor_shape=lambda name: (-1, 2) if name == "logits" else (-1, 3, 4, 4),
             create_execution_context=lambda: self, create_engine_inspector=lambda: self,
         )  # fmt: skip
+        cache = stand_in(api.ITimingCache, serialize=b"timings")
+        config = stand_in(
+            api.IBuilderConfig, get_timing_cache=lambda: cache, set_timing_cache=True,
+            create_timing_cache=lambda known: self.timed.append(known) or cache,
+        )  # fmt: skip
+        image = stand_in(api.ITensor, name="images", shape=(-1, 3, 4, 4))
+        network = stand_in(api.INetworkDefinition, get_input=lambda _index: image)
+        builder = stand_in(
+            api.Builder, create_network=lambda _flags: network, create_builder_config=lambda: config,
+            create_optimization_profile=lambda: stand_in(api.IOptimizationProfile), build_serialized_network=b"engine",
+        )  # fmt: skip
         return SimpleNamespace(
-            __version__="10.3.0", ILogger=type("ILogger", (), {"ERROR": 1, "INTERNAL_ERROR": 2}),
-            Runtime=lambda _logger: SimpleNamespace(deserialize_cuda_engine=lambda _data: engine),
+            __name__="tensorrt", __version__="10.3.0", ILogger=type("ILogger", (), {"ERROR": 1, "INTERNAL_ERROR": 2}),
+            IProgressMonitor=object, ProfilingVerbosity=SimpleNamespace(DETAILED="detailed"),
+            MemoryPoolType=SimpleNamespace(WORKSPACE="workspace"),
+            NetworkDefinitionCreationFlag=SimpleNamespace(STRONGLY_TYPED=1),
+            Builder=lambda _logger: builder, OnnxParser=lambda _network, _logger: stand_in(api.OnnxParser, parse=True),
+            Runtime=lambda _logger: stand_in(api.Runtime_, deserialize_cuda_engine=lambda _data: engine),
             TensorIOMode=SimpleNamespace(INPUT="in", OUTPUT="out"), LayerInformationFormat=SimpleNamespace(JSON="json"),
             DataType=SimpleNamespace(UINT8="u8", FLOAT="f32"),
         )  # fmt: skip
 
 
+def test_the_recording_device_has_calls_of_the_protocols_only() -> None:
+    own = {name for name in vars(Recorder) if not name.startswith("_")} - {"module"}
+    assert own <= names(Cuda, api.IExecutionContext, api.EngineInspector)
+    assert set(vars(Recorder().module())) <= names(api.Module)
+    with pytest.raises(AttributeError):
+        _ = Recorder().module().Runtime(None).deserialise
+
+
+def unbuilt(
+    device: Recorder, cache: Path, model: bytes, gpu: Gpu = ORIN, available: int | None = None
+) -> TensorRtRunner:
+    trt = device.module()
+    machine = Machine(
+        load=lambda _runtime: trt, probe=lambda: gpu, open=lambda: device, cache=lambda: cache, available=lambda: available
+    )  # fmt: skip
+    return TensorRtRunner(model, FP16, "x.rkd", machine=machine)
+
+
 def runner(device: Recorder, cache: Path) -> TensorRtRunner:
     """Its engine lies in the cache already."""
-    trt = device.module()
-    store_engine(cache, engine_key(trt, b"model", FP16, ORIN), b"engine")
-    machine = Machine(load=lambda _runtime: trt, probe=lambda: ORIN, open=lambda: device, cache=lambda: cache)
-    return TensorRtRunner(b"model", FP16, "x.rkd", machine=machine)
+    store_engine(cache, engine_key(device.module(), b"model", FP16, ORIN), b"engine")
+    return unbuilt(device, cache, b"model")
+
+
+def test_a_first_start_checks_memory_builds_and_keeps_timings_then_engine_a_second_one_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = Recorder()
+
+    def noted(path: Path, data: bytes, mode: int) -> None:
+        device.calls.append(f"write {path.suffix}")
+        write_file(path, data, mode=mode)
+
+    monkeypatch.setattr(tensorrt_engine, "write_file", noted)
+    flat = model(helper.make_node("Flatten", ["x"], ["logits"], axis=1))
+    order = ["free_bytes", "build_serialized_network", "write .timings", "write .engine", "deserialize_cuda_engine"]
+
+    def seen() -> list[str]:
+        found = [call for call in device.calls if call in order]
+        device.calls.clear()
+        return found
+
+    with unbuilt(device, tmp_path, flat) as active:
+        assert active.infer(np.ones((1, 3, 4, 4), np.uint8)).tolist() == [[48.0, -48.0]]
+    assert seen() == order
+    key = engine_key(device.module(), flat, FP16, ORIN)
+    assert (load_timings(tmp_path, key), load_engine(tmp_path, key)) == (b"timings", b"engine")
+    with unbuilt(device, tmp_path, flat):
+        pass
+    assert seen() == ["deserialize_cuda_engine"]
+    with unbuilt(device, tmp_path, model(helper.make_node("Flatten", ["x"], ["logits"], axis=1), batch=1)):
+        pass
+    assert seen() == order
+    assert device.timed == [b"", b"timings"]  # another model's build starts from what the first one timed
+
+
+@pytest.mark.parametrize(
+    ("integrated", "free", "available", "builds"),
+    [
+        (True, 0, 2**40, True),  # all the rest is page cache, which gives way
+        (True, 2**40, 2**20, False),
+        (True, 2**40, None, True),
+        (False, 2**40, 0, True),
+        (False, 0, 2**40, False),
+    ],
+)
+def test_where_the_cpu_shares_its_memory_the_build_has_what_programs_can_get(
+    tmp_path: Path, integrated: bool, free: int, available: int | None, builds: bool
+) -> None:
+    device = Recorder()
+    device.free = free
+    flat = model(helper.make_node("Flatten", ["x"], ["logits"], axis=1))
+    active = unbuilt(device, tmp_path, flat, replace(ORIN, integrated=integrated), available)
+    with nullcontext() if builds else pytest.raises(RuntimeUnavailableError, match="MiB are free"), active:
+        pass
+    assert ("build_serialized_network" in device.calls) is builds
 
 
 def test_an_inference_copies_in_executes_copies_out_and_waits_on_one_stream(tmp_path: Path) -> None:
@@ -397,7 +609,7 @@ def test_an_execution_that_fails_is_one_line(tmp_path: Path) -> None:
 
 
 def test_another_gpu_than_the_targets_is_refused_with_what_to_write(tmp_path: Path) -> None:
-    machine = Machine(probe=lambda: Gpu("RTX 4090", "8.9", 12060, 2**34), cache=lambda: tmp_path)
+    machine = Machine(probe=lambda: Gpu("RTX 4090", "8.9", 12060, 2**34, integrated=False), cache=lambda: tmp_path)
     with (
         pytest.raises(RuntimeUnavailableError, match=r'RTX 4090 has compute capability 8\.9.*compute = \["8\.9"\]'),
         TensorRtRunner(b"model", FP16, "x.rkd", machine=machine),
