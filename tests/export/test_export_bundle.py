@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 
 from rkd.bundle import read_bundle
 from rkd.errors import ExportError
-from rkd.export import Exporter, bundle_name, export_bundle, exporter
+from rkd.export import Calibration, Exporter, bundle_name, export_bundle, exporter
+from rkd.export.mixed import Quantised, choose
 from rkd.files import sha256
 from rkd.metrics import Scores
 from rkd.network import Network, Normalisation
@@ -162,6 +164,23 @@ def test_file_that_decides_differently_is_not_bundled(
     with pytest.raises(ExportError, match=r"the fp32 file agrees with the student on 0\.00 %.*--force writes it"):
         export_bundle(network, target, name="demo", evaluation=evaluation(), chain=CHAIN, folder=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_int8_that_is_unlike_the_student_on_training_images_is_bundled_only_marked(
+    network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unlike(*args: Any, **options: Any) -> Quantised:
+        return dataclasses.replace(choose(*args, **options), problems=("INT8 agrees on 90.00 %",))
+
+    monkeypatch.setattr(exporter, "choose", unlike)
+    images, labels = evaluation(64)
+    calibration = Calibration(images[:32], images[32:], labels[32:])
+    shared = Exporter(network, evaluation(), calibrate=lambda _count: calibration)
+    target = dataclasses.replace(load_target("ort-cpu-int8"), acc_budget=100.0)
+    with pytest.raises(ExportError, match=r"INT8 agrees on 90\.00 %; nothing was written"):
+        shared.write(target, name="demo", chain=CHAIN, folder=tmp_path)
+    report = shared.write(target, name="demo", chain=CHAIN, folder=tmp_path, force=True)
+    assert read_bundle(report.path).forced == ("INT8 agrees on 90.00 %",)
 
 
 @pytest.mark.parametrize(
