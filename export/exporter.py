@@ -154,10 +154,15 @@ class Exporter:
                 predict = predictor_of(model, integer=target.on_cpu)
                 exported = host_run(predict, self._evaluation, self._triggers, min(_BATCH, target.max_batch))
         parity = compare(student, exported)
-        ledger = self._ledger(target, student, fp32, exported)
+        runs = {"student": student, "onnx-fp32": fp32}
+        if target.precision != "fp32":
+            runs[target.precision] = exported
+        truth = self._evaluation[1]
+        ledger = Ledger(truth, tuple(run.step(step) for step, run in runs.items()))
+        settled = Ledger(truth, tuple(run.settled(step, student) for step, run in runs.items()))
         forced = problems(compare(student, fp32), "fp32") + problems(parity, target.precision)
         forced += quantised.problems if quantised else ()
-        forced += ledger.judge(self._triggers, target.acc_budget, target.asr_budget)
+        forced += settled.judge(self._triggers, target.acc_budget, target.asr_budget)
         forced = list(dict.fromkeys(forced))
         if forced and not force:
             raise ExportError(f"{'; '.join(forced)}; nothing was written (--force writes it, marked)")
@@ -216,12 +221,6 @@ class Exporter:
                     integer=target.on_cpu, tell=self._on_stage,
                 )  # fmt: skip
         return self._int8[known]
-
-    def _ledger(self, target: Target, student: HostRun, fp32: HostRun, exported: HostRun) -> Ledger:
-        steps = [student.step("student"), fp32.step("onnx-fp32")]
-        if target.precision != "fp32":
-            steps.append(exported.step(target.precision))
-        return Ledger(self._evaluation[1], tuple(steps))
 
     def _manifest(
         self, target: Target, name: str, chain: Mapping[str, str], host: tuple[HostRun, HostRun, Parity]

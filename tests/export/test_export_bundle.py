@@ -17,6 +17,7 @@ from rkd.bundle import read_bundle
 from rkd.errors import ExportError
 from rkd.export import Calibration, Exporter, bundle_name, export_bundle, exporter
 from rkd.export.mixed import Quantised, choose
+from rkd.export.onnx_model import to_onnx
 from rkd.files import sha256
 from rkd.metrics import Scores
 from rkd.network import Network, Normalisation
@@ -164,6 +165,31 @@ def test_file_that_decides_differently_is_not_bundled(
     with pytest.raises(ExportError, match=r"the fp32 file agrees with the student on 0\.00 %.*--force writes it"):
         export_bundle(network, target, name="demo", evaluation=evaluation(), chain=CHAIN, folder=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_tie_that_falls_the_other_way_costs_nothing_and_stands_in_the_ledger(
+    network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, labels = evaluation()
+    images[:5, 1] = images[:5, 0]  # red and green the same: the student says red
+    images[:5, 2] = 0
+
+    def leaning(*args: Any, **options: Any) -> bytes:
+        model = onnx.load_model_from_string(to_onnx(*args, **options))
+        weight = next(tensor for tensor in model.graph.initializer if tensor.name.endswith("fc.weight"))
+        scale = np.array([[1], [1 + 1e-5], [1]], np.float32)
+        weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * scale, weight.name))
+        return model.SerializeToString()
+
+    monkeypatch.setattr(exporter, "to_onnx", leaning)
+    report = export_bundle(
+        network, CPU, name="demo", evaluation=(images, np.where(np.arange(30) < 5, 0, labels)), chain=CHAIN,
+        folder=tmp_path,
+    )  # fmt: skip
+    student, exported = (step.labels["clean"][:5].tolist() for step in report.ledger.steps)
+    assert (student, exported) == ([0] * 5, [1] * 5)
+    assert report.forced == ()
+    assert report.parity.agreement["clean"].value == 100
 
 
 def test_int8_that_is_unlike_the_student_on_training_images_is_bundled_only_marked(
