@@ -90,6 +90,16 @@ def test_agreement_may_lose_so_many_images_and_no_more(precision: Precision, n: 
     assert "5.0e-05" in line
 
 
+@pytest.mark.parametrize(("share", "lines"), [(0.99, 0), (1.01, 1)])
+def test_fp32_may_differ_by_a_ten_thousandth_of_the_largest_logit(share: float, lines: int) -> None:
+    student = run([[4, -10], [-8, 10]])
+    exported = run([[4, -10], [-8, 10 - share * 10 * 1e-4]])
+    found = problems(compare(student, exported), "fp32")
+    assert len(found) == lines
+    assert all("differ from the student's by 1.01e-04 (relative), at most 1e-04" in line for line in found)
+    assert problems(compare(student, exported), "fp16") == []
+
+
 def test_int8_is_judged_by_the_ledger_and_not_by_agreement() -> None:
     assert problems(Parity({CLEAN: Proportion(1, 100)}, 9.0), "int8") == []
 
