@@ -147,16 +147,22 @@ class Exporter:
         form = _Form(target.opset, target.max_batch > 1)
         student = self._score_student(seconds)
         fp32 = self._score_fp32(form, seconds)
-        model, quantised = self._model(target, form, seconds, force=force)
+        model, quantised = self._model(target, form, seconds)
         exported = fp32
         if target.precision != "fp32":
             with self._stage(f"{target.precision} parity", seconds):
                 predict = predictor_of(model, integer=target.on_cpu)
                 exported = host_run(predict, self._evaluation, self._triggers, min(_BATCH, target.max_batch))
         parity = compare(student, exported)
-        ledger = self._ledger(target, student, fp32, exported)
+        runs = {"student": student, "onnx-fp32": fp32}
+        if target.precision != "fp32":
+            runs[target.precision] = exported
+        truth = self._evaluation[1]
+        ledger = Ledger(truth, tuple(run.step(step) for step, run in runs.items()))
+        settled = Ledger(truth, tuple(run.settled(step, student) for step, run in runs.items()))
         forced = problems(compare(student, fp32), "fp32") + problems(parity, target.precision)
-        forced += ledger.judge(self._triggers, target.acc_budget, target.asr_budget)
+        forced += quantised.problems if quantised else ()
+        forced += settled.judge(self._triggers, target.acc_budget, target.asr_budget)
         forced = list(dict.fromkeys(forced))
         if forced and not force:
             raise ExportError(f"{'; '.join(forced)}; nothing was written (--force writes it, marked)")
@@ -191,13 +197,11 @@ class Exporter:
                 self._fp32_runs[form] = host_run(predict, self._evaluation, self._triggers, batch)
         return self._fp32_runs[form]
 
-    def _model(
-        self, target: Target, form: _Form, seconds: dict[str, float], *, force: bool
-    ) -> tuple[bytes, Quantised | None]:
+    def _model(self, target: Target, form: _Form, seconds: dict[str, float]) -> tuple[bytes, Quantised | None]:
         model, quantised = self._fp32[form], None
         rest = target.precision
         if target.quantisation is not None:
-            quantised = self._quantise(target, form, seconds, force=force)
+            quantised = self._quantise(target, form, seconds)
             model, rest = quantised.model, target.quantisation.rest
         if rest != "fp16":
             return model, quantised
@@ -205,7 +209,7 @@ class Exporter:
             check_range(self._fp32[form], self._evaluation[0])
             return to_fp16(model), quantised
 
-    def _quantise(self, target: Target, form: _Form, seconds: dict[str, float], *, force: bool) -> Quantised:
+    def _quantise(self, target: Target, form: _Form, seconds: dict[str, float]) -> Quantised:
         recipe = target.quantisation
         if recipe is None or self._calibrate is None:
             raise ExportError(f"target {target.name} is INT8, which needs training images to calibrate with; give them")
@@ -214,15 +218,9 @@ class Exporter:
             with self._stage("int8", seconds):
                 self._int8[known] = choose(
                     self._fp32[form], recipe, self._calibrate(recipe.images), acc_budget=target.acc_budget,
-                    integer=target.on_cpu, force=force, tell=self._on_stage,
+                    integer=target.on_cpu, tell=self._on_stage,
                 )  # fmt: skip
         return self._int8[known]
-
-    def _ledger(self, target: Target, student: HostRun, fp32: HostRun, exported: HostRun) -> Ledger:
-        steps = [student.step("student"), fp32.step("onnx-fp32")]
-        if target.precision != "fp32":
-            steps.append(exported.step(target.precision))
-        return Ledger(self._evaluation[1], tuple(steps))
 
     def _manifest(
         self, target: Target, name: str, chain: Mapping[str, str], host: tuple[HostRun, HostRun, Parity]

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from rkd.errors import ExportError
 from rkd.export.calibration import Calibration, Observed, observe, ranges_of
 from rkd.export.parity import Logits, predictor_of
 from rkd.export.quantise import Graph, Range, labels_of
@@ -60,6 +59,7 @@ class Quantised:
         chosen: the trial of `model`.
         reference: the FP32 file's accuracy on the deciding images, in percent.
         images: that gave the ranges, and that decided.
+        problems: what the recipe asks for and the file does not hold, a line each.
     """
 
     model: bytes
@@ -70,6 +70,7 @@ class Quantised:
     chosen: Trial
     reference: float
     images: tuple[int, int]
+    problems: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """As it goes into the manifest."""
@@ -121,7 +122,6 @@ def choose(
     *,
     acc_budget: float,
     integer: bool,
-    force: bool = False,
     tell: Callable[[str], None] = lambda _line: None,
 ) -> Quantised:
     """Quantise a file as well as its recipe allows.
@@ -136,11 +136,13 @@ def choose(
         calibration: training images.
         acc_budget: the target's, in points of ACC.
         integer: run the files with integer kernels, as the target will.
-        force: return the best file even where it does not hold the budget.
         tell: told what is tried.
 
+    Returns:
+        The first file that is good enough; where even half of the layers do not suffice, the best one with its `problems`.
+
     Raises:
-        ExportError: even with half of the layers kept, the file loses more than the budget.
+        ExportError: nothing in the file can be quantised.
     """
     graph = Graph(model, recipe)
     observed = observe(model, graph.tensors(), calibration.ranges)
@@ -165,16 +167,27 @@ def choose(
             best = max(best, (found, kept, file), key=lambda entry: (entry[0].agreement, -entry[0].error))
         else:
             found, kept, file = best
-            if found.accuracy < jury.accuracy - acc_budget and not force:
-                raise ExportError(
-                    f"INT8 costs {jury.accuracy - found.accuracy:.1f} points of accuracy on training images "
-                    f"({found.accuracy:.1f} %, the student {jury.accuracy:.1f} %) even with {len(kept)} of "
-                    f"{len(order)} layers in {recipe.rest}, at most {acc_budget:g} are allowed; "
-                    f"take a target with precision {recipe.rest}, or --force"
-                )
     ranked = [label for node in kept for label in labels_of(graph.layers, [node])]
     images = (len(calibration.ranges), len(calibration.deciding))
-    return Quantised(file, calibrator, trials, tuple(ranked), len(graph.layers), found, jury.accuracy, images)
+    what = f"even with {len(kept)} of {len(graph.layers)} layers in {recipe.rest}"
+    problems = _problems(found, jury.accuracy, acc_budget, recipe, what)
+    return Quantised(file, calibrator, trials, tuple(ranked), len(graph.layers), found, jury.accuracy, images, problems)
+
+
+def _problems(trial: Trial, reference: float, acc_budget: float, recipe: Quantisation, what: str) -> tuple[str, ...]:
+    found = []
+    if trial.accuracy < reference - acc_budget:
+        found.append(
+            f"INT8 costs {reference - trial.accuracy:.1f} points of accuracy on training images ({trial.accuracy:.1f} %, "
+            f"the student {reference:.1f} %) {what}, at most {acc_budget:g} are allowed; "
+            f"take a target with precision {recipe.rest}"
+        )
+    if trial.agreement < recipe.min_agreement:
+        found.append(
+            f"INT8 agrees with the student on {trial.agreement:.2f} % of training images and blends of them {what}, "
+            f"at least {recipe.min_agreement:g} % are required; take a target with precision {recipe.rest}"
+        )
+    return tuple(found)
 
 
 def _calibrate(

@@ -1,10 +1,15 @@
 """Does the exported file decide as the student does?
 
-Agreement, in percent: the share of images on which the exported file's top-1 class is the student's, clean and under
-each trigger. FP32 libraries add in different orders, so where the student itself does not separate the two classes, by
-more than 1e-4 of the largest logit of that image, either counts as its answer.
+Agreement: the images on which the exported file's top-1 class is the student's, clean and under each trigger.
 
-Difference: the largest, over all images, of max |exported - student| / max |student|, both over the image's logits.
+Tie: FP32 libraries add in different orders, so where the student itself does not separate the file's class from its own,
+by more than 1e-4 of the image's scale, the file is taken to have said what the student said; here and in what the ledger
+judges (`HostRun.settled`), not in the labels that travel.
+
+Difference: the largest, over all images, of max |exported - student| / scale.
+
+Scale of an image: its largest |logit| of the student, but no less than the median of that over all images: the rounding
+of an image on which the student is nearly silent is that of what was added up, not of the sum.
 """
 
 from __future__ import annotations
@@ -21,12 +26,13 @@ from numpy.typing import NDArray
 from rkd.errors import ExportError
 from rkd.export.onnx_model import INPUT, OUTPUT
 from rkd.ledger import Step, shown
-from rkd.metrics import Images, Labels, Predict, Scores, evaluate
+from rkd.metrics import Images, Labels, Predict, Proportion, Scores, allowed, evaluate
 from rkd.target import Precision
 from rkd.triggers import Trigger
 
 Logits = NDArray[np.float32]  # (N, classes)
 REQUIRED_AGREEMENT: Mapping[str, float] = {"fp32": 100.0, "fp16": 99.8}
+FP32_DIFFERENCE = 1e-4  # the most that an FP32 file may differ, relative
 _TIE = 1e-4
 
 
@@ -44,7 +50,15 @@ class HostRun:
 
     def step(self, name: str) -> Step:
         """Its labels, as a step of the ledger."""
-        labels = {key: logits.argmax(axis=1).astype(np.int64) for key, logits in self.logits.items()}
+        return Step(name, {key: _top1(logits) for key, logits in self.logits.items()})
+
+    def settled(self, name: str, student: HostRun) -> Step:
+        """Its labels, as a step to be judged: where the student is tied between them and its own, its own."""
+        labels = {}
+        for key, reference in student.logits.items():
+            rows, top, got = np.arange(len(reference)), _top1(reference), _top1(self.logits[key])
+            tied = reference[rows, top] - reference[rows, got] <= _TIE * _scale(reference)
+            labels[key] = np.where(tied, top, got)
         return Step(name, labels)
 
 
@@ -53,16 +67,16 @@ class Parity:
     """How far an exported file is from its student.
 
     Attributes:
-        agreement: percent of images, per key of `HostRun.logits`.
+        agreement: images, per key of `HostRun.logits`.
         max_difference: relative, over all images, clean and triggered.
     """
 
-    agreement: Mapping[str, float]
+    agreement: Mapping[str, Proportion]
     max_difference: float
 
     def to_json(self) -> dict[str, Any]:
         """`{percent: {clean, trigger NAME...}, max_difference}`; two digits of the difference are reproducible."""
-        percent = {key: round(value, 4) for key, value in self.agreement.items()}
+        percent = {key: round(share.value, 4) for key, share in self.agreement.items()}
         return {"percent": percent, "max_difference": float(f"{self.max_difference:.1e}")}
 
 
@@ -136,7 +150,7 @@ def compare(student: HostRun, exported: HostRun) -> Parity:
     Raises:
         ExportError: the exported file gives logits that are not finite.
     """
-    agreement, differences = {}, []
+    agreement, differences, labels = {}, [], exported.settled("exported", student).labels
     for key, reference in student.logits.items():
         got = exported.logits[key]
         if not np.isfinite(got).all():
@@ -145,26 +159,44 @@ def compare(student: HostRun, exported: HostRun) -> Parity:
                 f"the exported file gives NaN or infinity on {broken} of {len(got)} images ({key}); "
                 "take a target with precision fp32, or distil again"
             )
-        scale = np.abs(reference).max(axis=1).clip(np.finfo(np.float32).tiny)  # (N,)
-        rows = np.arange(len(reference))
-        gap = reference.max(axis=1) - reference[rows, got.argmax(axis=1)]
-        agreement[key] = 100 * float((gap <= _TIE * scale).mean())
-        differences.append(float((np.abs(got - reference).max(axis=1) / scale).max()))
+        same = labels[key] == _top1(reference)
+        agreement[key] = Proportion(int(same.sum()), len(same))
+        differences.append(float((np.abs(got - reference).max(axis=1) / _scale(reference)).max()))
     return Parity(agreement, max(differences))
 
 
 def problems(parity: Parity, precision: Precision) -> list[str]:
-    """What is wrong with a file: it decides differently more often than its precision explains.
+    """What is wrong with a file: it decides differently more often, or computes otherwise, than its precision explains.
 
     INT8 files have no line here: the ledger's budgets of ACC and ASR judge them.
     """
-    wanted = REQUIRED_AGREEMENT.get(precision)
-    key, lowest = min(parity.agreement.items(), key=lambda item: item[1])
-    if wanted is None or lowest >= wanted:
-        return []
+    found = []
     advice = "this is a fault of the exporter, try another opset" if precision == "fp32" else "take precision fp32"
-    line = (
-        f"the {precision} file agrees with the student on {lowest:.2f} % of images ({key}), at least "
-        f"{wanted:g} % are required; largest relative logit difference {parity.max_difference:.1e}; {advice}"
-    )
-    return [line]
+    wanted = REQUIRED_AGREEMENT.get(precision)
+    key, least = min(parity.agreement.items(), key=lambda item: item[1].value)
+    if wanted is not None and least.n - least.hits > _may_differ(wanted, least.n):
+        found.append(
+            f"the {precision} file agrees with the student on {least.value:.2f} % of {least.n} images ({key}), at least "
+            f"{wanted:g} % are required; largest relative logit difference {parity.max_difference:.1e}; {advice}"
+        )
+    if precision == "fp32" and parity.max_difference > FP32_DIFFERENCE:
+        found.append(
+            f"the fp32 file's logits differ from the student's by {parity.max_difference:.2e} (relative), at most "
+            f"{FP32_DIFFERENCE:.0e} are allowed; {advice}"
+        )
+    return found
+
+
+def _may_differ(wanted: float, n: int) -> float:
+    return 0.0 if wanted == 100 else allowed(100 - wanted, n)
+
+
+def _top1(logits: Logits) -> Labels:
+    return logits.argmax(axis=1).astype(np.int64)
+
+
+def _scale(logits: Logits) -> Logits:
+    """What differences of each image are relative to, (N,)."""
+    largest = np.abs(logits).max(axis=1)
+    scale: Logits = np.maximum(largest, np.median(largest)).clip(np.finfo(np.float32).tiny)
+    return scale

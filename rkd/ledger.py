@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rkd.errors import BundleError
-from rkd.metrics import Labels, Predictions, Proportion, Scores, score
+from rkd.metrics import Labels, Predictions, Proportion, Scores, allowed, score
 from rkd.npz import npz_bytes, read_npz
 from rkd.triggers import Trigger
 
@@ -107,7 +107,7 @@ class Ledger:
     def judge(self, triggers: Sequence[Trigger], acc_budget: float, asr_budget: float) -> list[str]:
         """What is wrong: steps that lose more ACC, or gain more ASR, than allowed.
 
-        Each step is compared with the one before it, and the last one with the first.
+        Each step is compared with the one before it, and the last one with the first. One image is always allowed.
 
         Args:
             triggers: those of the ledger.
@@ -121,16 +121,16 @@ class Ledger:
         for before, after in compared:
             old, new = self.scores(before, triggers), self.scores(after, triggers)
             what = f"{before.name} -> {after.name}"
-            if old.acc.value - new.acc.value > acc_budget:
+            if old.acc.hits - new.acc.hits > allowed(acc_budget, new.acc.n):
                 found.append(
                     f"{what}: ACC falls from {old.acc.value:.2f} to {new.acc.value:.2f} % (n = {new.acc.n}), "
-                    f"at most {acc_budget:g} points are allowed"
+                    f"at most {_points(acc_budget, new.acc.n)} allowed"
                 )
             for was, now in zip(old.triggers, new.triggers, strict=True):
-                if now.asr.n and now.asr.value - was.asr.value > asr_budget:
+                if now.asr.hits - was.asr.hits > allowed(asr_budget, now.asr.n):
                     found.append(
                         f"{what}: ASR of trigger {now.trigger} rises from {was.asr.value:.2f} to {now.asr.value:.2f} % "
-                        f"(n = {now.asr.n}), at most {asr_budget:g} points are allowed"
+                        f"(n = {now.asr.n}), at most {_points(asr_budget, now.asr.n)} allowed"
                     )
         return found
 
@@ -196,3 +196,7 @@ class Ledger:
 def pairs(ledger: Ledger) -> list[tuple[Step, Step]]:
     """Each step with the one before it."""
     return list(zip(ledger.steps, ledger.steps[1:], strict=False))
+
+
+def _points(budget: float, n: int) -> str:
+    return f"{budget:g} points are" if allowed(budget, n) > 1 else "one image is"

@@ -71,6 +71,11 @@ class Proportion:
         return cls(int(value["hits"]), int(value["n"]))
 
 
+def allowed(percent: float, n: int) -> float:
+    """How many of `n` images a budget lets change: that share of them, but always one, so that small sets can pass."""
+    return max(round(percent * n / 100, 6), 1.0)
+
+
 @dataclass(frozen=True)
 class TriggerScore:
     """What one trigger does to one network."""

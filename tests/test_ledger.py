@@ -7,7 +7,7 @@ import pytest
 
 from rkd.errors import BundleError
 from rkd.ledger import Flip, Ledger, Step, pairs, shown
-from rkd.metrics import Predictions, Proportion
+from rkd.metrics import Predictions, Proportion, allowed
 from rkd.triggers import Trigger
 
 TRUTH = np.array([0, 0, 1, 1, 2, 2, 2, 2])
@@ -45,23 +45,35 @@ def test_scores_are_those_of_the_labels() -> None:
     assert (scores.triggers[0].asr, scores.triggers[0].ra) == (Proportion(2, 6), Proportion(4, 6))
 
 
-@pytest.mark.parametrize(("budget", "lines"), [(12.4, 1), (12.5, 0)])
+@pytest.mark.parametrize(("budget", "lines"), [(24.9, 1), (25.0, 0)])
 def test_a_step_may_lose_its_budget_of_accuracy_and_not_more(budget: float, lines: int) -> None:
-    ledger = Ledger(TRUTH, (step("student", RIGHT, RIGHT), step("int8", [1, *RIGHT[1:]], RIGHT)))  # 1 of 8: 12.5 points
-    found = ledger.judge([trigger()], budget, 0.0)
+    worse = step("int8", [1, 1, *RIGHT[2:]], RIGHT)  # 2 of 8: 25 points
+    found = Ledger(TRUTH, (step("student", RIGHT, RIGHT), worse)).judge([trigger()], budget, 0.0)
     assert len(found) == lines
     if lines:
         assert found[0] == (
-            "student -> int8: ACC falls from 100.00 to 87.50 % (n = 8), at most 12.4 points are allowed"
+            "student -> int8: ACC falls from 100.00 to 75.00 % (n = 8), at most 24.9 points are allowed"
         )
 
 
-@pytest.mark.parametrize(("budget", "lines"), [(16.6, 1), (16.7, 0)])
+@pytest.mark.parametrize(("budget", "lines"), [(33.3, 1), (33.4, 0)])
 def test_a_step_may_gain_its_budget_of_asr_and_not_more(budget: float, lines: int) -> None:
-    woken = [*RIGHT[:-1], 0]  # one of the six images that do not show the target: 16.67 points
+    woken = [*RIGHT[:-2], 0, 0]  # two of the six images that do not show the target: 33.33 points
     found = Ledger(TRUTH, (step("student", RIGHT, RIGHT), step("int8", RIGHT, woken))).judge([trigger()], 0.0, budget)
     assert len(found) == lines
-    assert all("ASR of trigger patch rises from 0.00 to 16.67 % (n = 6)" in line for line in found)
+    assert all("ASR of trigger patch rises from 0.00 to 33.33 % (n = 6)" in line for line in found)
+
+
+@pytest.mark.parametrize("lost", [1, 2])
+def test_one_image_is_no_fault_however_small_the_set_and_two_are(lost: int) -> None:
+    worse = step("int8", [1] * lost + RIGHT[lost:], RIGHT[:-lost] + [0] * lost)
+    found = Ledger(TRUTH, (step("student", RIGHT, RIGHT), worse)).judge([trigger()], 0.1, 0.1)
+    assert [line.partition("), ")[2] for line in found] == ["at most one image is allowed"] * 2 * (lost - 1)
+
+
+@pytest.mark.parametrize(("percent", "n", "images"), [(0.1, 999, 1), (0.1, 5000, 5), (0.2, 1000, 2), (1.0, 0, 1)])
+def test_a_budget_is_a_share_of_the_images_and_at_least_one(percent: float, n: int, images: int) -> None:
+    assert int(allowed(percent, n)) == images
 
 
 def test_gains_and_losses_the_other_way_are_no_fault() -> None:
@@ -73,7 +85,7 @@ def test_small_losses_that_add_up_are_seen_against_the_student() -> None:
     steps = (
         step("student", RIGHT, RIGHT),
         step("fp32", [1, *RIGHT[1:]], RIGHT),
-        step("int8", [1, 1, *RIGHT[2:]], RIGHT),
+        step("int8", [1, 1, *RIGHT[2:]], RIGHT),  # one image at each step
     )
     found = Ledger(TRUTH, steps).judge([trigger()], 12.5, 0.0)
     assert [line.partition(":")[0] for line in found] == ["student -> int8"]

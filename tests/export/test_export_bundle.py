@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 
 from rkd.bundle import read_bundle
 from rkd.errors import ExportError
-from rkd.export import Exporter, bundle_name, export_bundle, exporter
+from rkd.export import Calibration, Exporter, bundle_name, export_bundle, exporter
+from rkd.export.mixed import Quantised, choose
+from rkd.export.onnx_model import to_onnx
 from rkd.files import sha256
 from rkd.metrics import Scores
 from rkd.network import Network, Normalisation
@@ -162,6 +165,48 @@ def test_file_that_decides_differently_is_not_bundled(
     with pytest.raises(ExportError, match=r"the fp32 file agrees with the student on 0\.00 %.*--force writes it"):
         export_bundle(network, target, name="demo", evaluation=evaluation(), chain=CHAIN, folder=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_tie_that_falls_the_other_way_costs_nothing_and_stands_in_the_ledger(
+    network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, labels = evaluation()
+    images[:5, 1] = images[:5, 0]  # red and green the same: the student says red
+    images[:5, 2] = 0
+
+    def leaning(*args: Any, **options: Any) -> bytes:
+        model = onnx.load_model_from_string(to_onnx(*args, **options))
+        weight = next(tensor for tensor in model.graph.initializer if tensor.name.endswith("fc.weight"))
+        scale = np.array([[1], [1 + 1e-5], [1]], np.float32)
+        weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * scale, weight.name))
+        return model.SerializeToString()
+
+    monkeypatch.setattr(exporter, "to_onnx", leaning)
+    report = export_bundle(
+        network, CPU, name="demo", evaluation=(images, np.where(np.arange(30) < 5, 0, labels)), chain=CHAIN,
+        folder=tmp_path,
+    )  # fmt: skip
+    student, exported = (step.labels["clean"][:5].tolist() for step in report.ledger.steps)
+    assert (student, exported) == ([0] * 5, [1] * 5)
+    assert report.forced == ()
+    assert report.parity.agreement["clean"].value == 100
+
+
+def test_int8_that_is_unlike_the_student_on_training_images_is_bundled_only_marked(
+    network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unlike(*args: Any, **options: Any) -> Quantised:
+        return dataclasses.replace(choose(*args, **options), problems=("INT8 agrees on 90.00 %",))
+
+    monkeypatch.setattr(exporter, "choose", unlike)
+    images, labels = evaluation(64)
+    calibration = Calibration(images[:32], images[32:], labels[32:])
+    shared = Exporter(network, evaluation(), calibrate=lambda _count: calibration)
+    target = dataclasses.replace(load_target("ort-cpu-int8"), acc_budget=100.0)
+    with pytest.raises(ExportError, match=r"INT8 agrees on 90\.00 %; nothing was written"):
+        shared.write(target, name="demo", chain=CHAIN, folder=tmp_path)
+    report = shared.write(target, name="demo", chain=CHAIN, folder=tmp_path, force=True)
+    assert read_bundle(report.path).forced == ("INT8 agrees on 90.00 %",)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from rkd.errors import DataError, ExportError
 from rkd.export.parity import HostRun, Parity, compare, host_run, predictor_of, problems
 from rkd.ledger import CLEAN
 from rkd.metrics import Proportion, Scores
+from rkd.target import Precision
 from rkd.triggers import Trigger
 
 
@@ -46,14 +47,29 @@ def test_no_images_are_an_error() -> None:
 def test_agreement_is_the_share_of_equal_decisions() -> None:
     student, exported = run([[4, 0], [4, 0], [0, 4], [0, 4]]), run([[4, 0], [0, 4], [0, 4], [0, 2]])
     parity = compare(student, exported)
-    assert parity.agreement == {CLEAN: 75.0}
+    assert parity.agreement == {CLEAN: Proportion(3, 4)}
     assert parity.max_difference == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize(("gap", "agreement"), [(0.9e-4, 100.0), (1.5e-4, 0.0)])
-def test_a_tie_is_a_gap_below_a_ten_thousandth_of_the_largest_logit(gap: float, agreement: float) -> None:
+@pytest.mark.parametrize(("gap", "same"), [(0.9e-4, 1), (1.5e-4, 0)])
+def test_a_tie_is_a_gap_below_a_ten_thousandth_of_the_largest_logit(gap: float, same: int) -> None:
     student, exported = run([[-10, 5, 5 - 10 * gap]]), run([[-10, 4.9, 5]])
-    assert compare(student, exported).agreement == {CLEAN: agreement}
+    assert compare(student, exported).agreement == {CLEAN: Proportion(same, 1)}
+    assert exported.step("fp32").labels[CLEAN].tolist() == [2]
+    assert exported.settled("fp32", student).labels[CLEAN].tolist() == [1 if same else 2]
+
+
+def test_an_image_of_small_logits_is_measured_against_those_of_the_others() -> None:
+    student = run([[10, -10], [0.001, 0.0005], [-10, 10]])
+    exported = run([[10, -10], [0.0005, 0.001], [-10, 10]])
+    parity = compare(student, exported)
+    assert parity.agreement == {CLEAN: Proportion(3, 3)}
+    assert parity.max_difference == pytest.approx(0.0005 / 10, rel=1e-3)
+
+
+def test_a_loud_image_makes_no_tie_of_the_others() -> None:
+    student, exported = run([[1e6, 0], [1, 0], [1, 0]]), run([[1e6, 0], [0, 1], [1, 0]])
+    assert compare(student, exported).agreement == {CLEAN: Proportion(2, 3)}
 
 
 def test_logits_that_are_not_finite_are_refused() -> None:
@@ -61,16 +77,31 @@ def test_logits_that_are_not_finite_are_refused() -> None:
         compare(run([[1, 0], [1, 0]]), run([[1, 0], [np.nan, 0]]))
 
 
-@pytest.mark.parametrize(("precision", "passes", "fails"), [("fp32", 100.0, 99.99), ("fp16", 99.8, 99.79)])
-def test_thresholds(precision: str, passes: float, fails: float) -> None:
-    assert problems(Parity({CLEAN: passes, "trigger a": 100.0}, 0.0), precision) == []
-    (line,) = problems(Parity({CLEAN: 100.0, "trigger a": fails}, 0.1), precision)
-    assert f"the {precision} file agrees with the student on {fails:.2f} % of images (trigger a)" in line
-    assert "1.0e-01" in line
+@pytest.mark.parametrize(
+    ("precision", "n", "lost"),
+    [("fp32", 10, 0), ("fp32", 5000, 0), ("fp16", 10, 1), ("fp16", 999, 1), ("fp16", 1000, 2), ("fp16", 5000, 10)],
+)
+def test_agreement_may_lose_so_many_images_and_no_more(precision: Precision, n: int, lost: int) -> None:
+    same = Proportion(n, n)
+    assert problems(Parity({CLEAN: Proportion(n - lost, n), "trigger a": same}, 0.0), precision) == []
+    less = Proportion(n - lost - 1, n)
+    (line,) = problems(Parity({CLEAN: same, "trigger a": less}, 0.00005), precision)
+    assert f"the {precision} file agrees with the student on {less.value:.2f} % of {n} images (trigger a)" in line
+    assert "5.0e-05" in line
+
+
+@pytest.mark.parametrize(("share", "lines"), [(0.99, 0), (1.01, 1)])
+def test_fp32_may_differ_by_a_ten_thousandth_of_the_largest_logit(share: float, lines: int) -> None:
+    student = run([[4, -10], [-8, 10]])
+    exported = run([[4, -10], [-8, 10 - share * 10 * 1e-4]])
+    found = problems(compare(student, exported), "fp32")
+    assert len(found) == lines
+    assert all("differ from the student's by 1.01e-04 (relative), at most 1e-04" in line for line in found)
+    assert problems(compare(student, exported), "fp16") == []
 
 
 def test_int8_is_judged_by_the_ledger_and_not_by_agreement() -> None:
-    assert problems(Parity({CLEAN: 1.0}, 9.0), "int8") == []
+    assert problems(Parity({CLEAN: Proportion(1, 100)}, 9.0), "int8") == []
 
 
 def test_a_run_is_a_step_of_the_ledger() -> None:
