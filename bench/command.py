@@ -16,6 +16,7 @@ from rkd.bench.gates import parse_gates
 from rkd.bench.options import BenchOptions
 from rkd.bench.remote import bench_hosts
 from rkd.bench.session import run
+from rkd.bench.validity import BUDGETS
 from rkd.bundle import Bundle, read_bundle
 from rkd.errors import BundleError, ConfigError, GateError, RemoteError, StoppedError, StorageError
 from rkd.files import check_writable
@@ -31,7 +32,7 @@ class Request:
         bundles: files; empty for the newest in this folder.
         options: what to measure.
         gates: limits, as text.
-        require_valid: whether an invalid result fails.
+        require_valid: whether an invalid result, or one beyond the target's budgets, fails.
         per_class: state ACC of each class.
         hosts: boards to measure on; empty for this machine.
         remote_rkd: how rkd is called there.
@@ -56,7 +57,7 @@ def bench_command(request: Request) -> dict[str, Any]:
     Raises:
         BundleError: no bundle, or one that does not verify.
         ConfigError: a gate that cannot be read, or options that contradict each other.
-        GateError: after the result was written: a limit is broken, or the result is invalid where it must not be.
+        GateError: after the result was written: a limit is broken, or the result is invalid or beyond its budgets where it must not be.
         RemoteError: a board cannot be reached or cannot measure; the others' results were written.
         StoppedError: Ctrl-C, after the partial result was written.
         StorageError: the result cannot be written; it is on standard output.
@@ -139,7 +140,10 @@ def _require(measured: dict[str, Any], request: Request) -> None:
     invalid = [
         f"{entry['bundle']['name']}: {reason['code']}: {reason['text']}"
         for entry in measured["entries"]
-        for reason in entry["validity"]["reasons"]
+        for reason in (
+            *entry["validity"]["reasons"],
+            *(finding for finding in entry["findings"] if finding["code"] in BUDGETS),
+        )
     ]
     if request.require_valid and invalid:
         raise GateError(f"the result is not valid: {'; '.join(invalid)}")

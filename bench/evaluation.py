@@ -5,6 +5,7 @@ One batch is held at a time besides what the bundle holds anyway; a folder is de
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,12 @@ from stat import S_ISDIR
 
 import numpy as np
 
+from rkd.bench.validity import BUDGETS
 from rkd.bundle import Bundle
 from rkd.errors import DataError
 from rkd.files import storage_errors
-from rkd.metrics import Images, Labels
+from rkd.ledger import Ledger, Step
+from rkd.metrics import Images, Labels, Predictions
 
 _BATCH = 64  # fixed, so that two machines run the same batches
 _QUICK_IMAGES = 256
@@ -114,6 +117,31 @@ def host_labels(bundle: Bundle) -> dict[str, Labels] | None:
         return None
     labels = ledger.steps[-1].labels
     return {"" if key == "clean" else key.removeprefix("trigger "): found for key, found in labels.items()}
+
+
+def judge_step(bundle: Bundle, predictions: Predictions, rows: Labels) -> list[dict[str, str]]:
+    """What this machine lost or woke against the exporting host's last step, beyond the target's budgets, as findings.
+
+    Args:
+        bundle: whose ledger and target count; without a ledger nothing is found.
+        predictions: of this machine, over the images `rows`.
+        rows: places in the bundle's evaluation set, (n,).
+
+    Raises:
+        BundleError: the ledger is damaged.
+    """
+    ledger = bundle.ledger()
+    if ledger is None:
+        return []
+    last, target = ledger.steps[-1], bundle.target
+    host = Step(last.name, {key: labels[rows] for key, labels in last.labels.items()})
+    here = Ledger(predictions.labels, (host, Step.of("this machine", predictions)))
+    budgets = dict(zip(BUDGETS, ((target.acc_budget, math.inf), (math.inf, target.asr_budget)), strict=True))
+    return [
+        {"code": code, "text": "".join(c for c in text if c.isprintable())[:2000]}
+        for code, budget in budgets.items()
+        for text in here.judge(bundle.triggers(), *budget)
+    ]
 
 
 def _part(count: int, *, quick: bool) -> Labels:

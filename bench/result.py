@@ -24,6 +24,7 @@ from rkd.files import storage_errors, to_json, write_file
 from rkd.metrics import Proportion
 
 SCHEMA = 3
+MOST_FORCED = 100  # lines of what was wrong with a bundle
 SHA256 = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,200}")
 _STARTED = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", re.ASCII)
@@ -228,6 +229,7 @@ _bundle = _object(
         "target": _text,
         "runtime": _text,
         "precision": _text,
+        "forced": _list(_text, most=MOST_FORCED),
     }
 )
 _device = _object(

@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 import rkd
 from rkd.bench.comparison import compare
 from rkd.bench.device import Device, Load, identify, load_before, visible_cores
-from rkd.bench.evaluation import EvaluationSet, evaluation_set, host_labels
+from rkd.bench.evaluation import EvaluationSet, evaluation_set, host_labels, judge_step
 from rkd.bench.examples import Examples
 from rkd.bench.latency import Latency, Series, measure, summarise
 from rkd.bench.memory import INFERENCES, SECONDS, Memory, measure_memory
 from rkd.bench.options import BenchOptions
-from rkd.bench.result import SCHEMA, SHA256
+from rkd.bench.result import MOST_FORCED, SCHEMA, SHA256
 from rkd.bench.runner import Choice, Identity, Runner, choose_runner, open_runner, stages_of
 from rkd.bench.sensors.clocks import locked_clocks
 from rkd.bench.sensors.monitor import Monitor
@@ -366,12 +366,15 @@ def _entry(
         "exported_scores": job.exported.to_json(),
         "differences": _differences(job),
         "gates": [],
-        "findings": findings(
-            job.memory,
-            images=(len(images.rows), images.available) if evaluated else None,
-            notes=images.notes if evaluated else (),
-            flips=len(agreement[1]) if agreement else 0,
-        ),
+        "findings": [
+            *(judge_step(job.bundle, predictions, images.rows) if predictions and job.host_labels else ()),
+            *findings(
+                job.memory,
+                images=(len(images.rows), images.available) if evaluated else None,
+                notes=images.notes if evaluated else (),
+                flips=len(agreement[1]) if agreement else 0,
+            ),
+        ],
         "validity": validity.to_json(),
     }
 
@@ -386,6 +389,7 @@ def _bundle(bundle: Bundle) -> dict[str, Any]:
         "target": bundle.target.name,
         "runtime": bundle.target.runtime,
         "precision": bundle.target.precision,
+        "forced": ["".join(c for c in line if c.isprintable())[:500] for line in bundle.forced[:MOST_FORCED]],
     }
 
 

@@ -128,6 +128,8 @@ def _title(entry: dict[str, Any]) -> Text:
     if not validity["valid"]:
         spoiled = [word for word in ("timing", "scores") if not validity[word]]
         title.append("\nINVALID" + (f" {spoiled[0]}" if len(spoiled) == 1 else ""), style="bold red")
+    if entry["bundle"]["forced"]:
+        title.append("\nFORCED", style="bold red")
     return title
 
 
@@ -236,6 +238,7 @@ def _by_remark(entries: list[dict[str, Any]]) -> list[str]:
 
 def _remarks(entry: dict[str, Any]) -> list[str]:
     lines = [f" is INVALID ({r['code']}): {r['text']}" for r in entry["validity"]["reasons"]]
+    lines += [f" was exported by force (FORCED) although: {text}" for text in entry["bundle"]["forced"]]
     lines += [f": {finding['text']}" for finding in entry["findings"] if finding["code"] != "flips"]
     if entry["memory"] and entry["memory"]["reason"]:
         lines.append(f": memory not reported: {entry['memory']['reason']}")

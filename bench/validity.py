@@ -29,7 +29,8 @@ CODES: dict[str, Affects] = {
         "shared-cpu", "not-watched",
     ), "timing"),
 }  # fmt: skip
-FINDINGS = ("leak", "part-of-the-images", "classes-missing", "flips")
+BUDGETS = ("accuracy-lost", "backdoor-woken")  # findings that --require-valid does not let pass
+FINDINGS = (*BUDGETS, "leak", "part-of-the-images", "classes-missing", "flips")
 
 
 @dataclass(frozen=True)

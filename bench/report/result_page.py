@@ -93,6 +93,8 @@ def _warnings(entries: Sequence[Entry]) -> Markup:
     for entry in entries:
         for reason in entry.data["validity"]["reasons"]:
             against.setdefault((_SPOILS[reason["affects"]], reason["text"]), []).append(entry.key)
+        for text in entry.data["bundle"]["forced"]:
+            notes.setdefault(("exported by force although", text), []).append(entry.key)
         for finding in entry.data["findings"]:
             notes.setdefault(("", finding["text"]), []).append(entry.key)
     parts = []
@@ -143,6 +145,7 @@ def _row(entry: Entry, names: Sequence[str]) -> Markup:
             "th",
             f"{entry.key} \N{MIDDLE DOT} {entry.name}",
             Markup() if entry.valid else tag("small", "\N{WARNING SIGN} not valid", class_="mark"),
+            tag("small", "\N{WARNING SIGN} exported by force", class_="mark") if bundle["forced"] else Markup(),
             tag("small", " \N{MIDDLE DOT} ".join((bundle["target"], bundle["precision"], bundle["runtime"]))),
             tag("small", entry.place),
             scope="row",

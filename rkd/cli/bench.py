@@ -49,7 +49,11 @@ def bench(
     ] = None,
     require_valid: Annotated[
         bool,
-        typer.Option("--require-valid", help="Exit 3 where a result is invalid (throttled, drifted, shared, ...)."),
+        typer.Option(
+            "--require-valid",
+            help="Exit 3 where a result is invalid (throttled, drifted, shared, ...), or the board loses more ACC or gains "
+            "more ASR than the target allows.",
+        ),
     ] = False,
     lock_clocks: Annotated[
         bool,

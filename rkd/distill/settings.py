@@ -6,8 +6,6 @@ import math
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
-from typing_extensions import Self
-
 from rkd.distill.batches import AUGMENTATIONS
 from rkd.distill.methods import Method
 from rkd.errors import ConfigError, RunError
@@ -84,7 +82,7 @@ class TrainingSettings:
                 )
 
     @classmethod
-    def from_run(cls, run: Run) -> Self:
+    def from_run(cls: type[S], run: Run) -> S:  # noqa: PYI019 - typing.Self came with Python 3.11
         """The settings that a run was started with.
 
         Raises:

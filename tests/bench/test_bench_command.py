@@ -102,6 +102,24 @@ def test_a_gate_on_an_invalid_figure_is_exit_3_and_says_why(bench, folder, evalu
     assert "but invalid: one-class" in done.stderr
 
 
+def test_a_backdoor_that_woke_on_the_board_is_exit_3_where_the_result_must_be_valid(bench, monkeypatch):
+    real = command.run
+
+    def woken(*arguments, **more):
+        found = real(*arguments, **more)
+        for entry in found["entries"]:
+            entry["validity"] = {"valid": True, "timing": True, "scores": True, "reasons": []}
+            entry["findings"] = [{"code": "leak", "text": "it grew"}, {"code": "backdoor-woken", "text": "ASR rises"}]
+        return found
+
+    monkeypatch.setattr(command, "run", woken)
+    assert bench().exit_code == 0
+    done = bench("--require-valid")
+    assert done.exit_code == 3
+    assert "linear.ort-cpu: backdoor-woken: ASR rises" in done.stderr
+    assert "it grew" not in done.stderr
+
+
 def test_a_sweep_measures_each_batch_and_classes_are_listed_on_request(bench):
     assert bench("--batch", "1,2,4", "--per-class").exit_code == 0
     (entry,) = entries()

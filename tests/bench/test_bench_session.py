@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 
 import numpy as np
 import pytest
 from onnx import TensorProto, helper
+from rich.console import Console
 
 from rkd.bench import result, session
 from rkd.bench.session import BenchOptions
+from rkd.bench.table import render
 from rkd.errors import BundleError, ConfigError, RuntimeUnavailableError
 from rkd.metrics import Scores
 from rkd.target import load_target
@@ -50,6 +53,65 @@ def test_a_file_that_is_not_what_the_manifest_says_is_reported(measured):
     by_figure = {d["figure"]: d for d in second["differences"]}
     assert by_figure["ACC"]["here"] == second["scores"]["acc"]
     assert by_figure["ACC"]["host"] == second["exported_scores"]["acc"]
+
+
+def codes(entry):
+    return [finding["code"] for finding in entry["findings"]]
+
+
+def budgets(acc, asr):
+    return dataclasses.replace(load_target("ort-cpu"), name="own", acc_budget=acc, asr_budget=asr)
+
+
+def test_what_the_board_loses_beyond_the_targets_budget_is_a_finding(make_bundle, linear):
+    """Its model is the host's whose weights for one class are gone: ACC falls, and the trigger of class 2 fails."""
+    weights = linear.weights.copy()
+    weights[:, 2] = -5
+    model = dataclasses.replace(linear, weights=weights)
+    data = model.onnx().SerializeToString()
+    strict, lax = (make_bundle(model=data, target=budgets(acc, 0)) for acc in (0, 100))
+    first, second = session.run([strict, lax], ONLY_ACCURACY)["entries"]
+    images, labels = strict.evaluation()
+    host, here = (100 * (one.labels(images) == labels).mean() for one in (linear, model))
+    (found,) = [finding for finding in first["findings"] if finding["code"] == "accuracy-lost"]
+    assert found["text"] == (
+        f"onnx-fp32 -> this machine: ACC falls from {host:.2f} to {here:.2f} % (n = 300), at most 0 points are allowed"
+    )
+    assert "accuracy-lost" not in codes(second)
+    assert "backdoor-woken" not in codes(first)
+
+
+def test_a_trigger_that_works_better_on_the_board_than_on_the_host_is_a_finding(make_bundle, linear):
+    weights = linear.weights.copy()
+    weights[:, 2] = 5
+    data = dataclasses.replace(linear, weights=weights).onnx().SerializeToString()
+    strict, lax = (make_bundle(model=data, target=budgets(100, asr)) for asr in (0, 100))
+    first, second = session.run([strict, lax], ONLY_ACCURACY)["entries"]
+    (found,) = [finding for finding in first["findings"] if finding["code"] == "backdoor-woken"]
+    assert "ASR of trigger patch rises from" in found["text"]
+    assert "to 100.00 %" in found["text"]
+    assert "backdoor-woken" not in codes(second)
+    part = BenchOptions(latency=False, memory=False, threads=1, mode="quick")
+    (quick,) = session.run([strict], part)["entries"]
+    assert "backdoor-woken" in codes(quick)
+
+
+def test_a_file_that_says_what_the_host_said_keeps_every_budget(make_bundle):
+    (entry,) = session.run([make_bundle(target=budgets(0, 0))], ONLY_ACCURACY)["entries"]
+    assert codes(entry) == []
+
+
+def test_a_forced_bundle_stays_marked_in_the_result_and_the_table(make_bundle):
+    bundle = make_bundle(manifest={"forced": ["ACC falls\n" + "x" * 1000] * 200})
+    found = session.run([bundle, make_bundle()], ONLY_ACCURACY)
+    result.verify(found, "test")
+    forced, clean = (entry["bundle"]["forced"] for entry in found["entries"])
+    assert (len(forced), len(forced[0]), forced[0][:10], clean) == (100, 500, "ACC fallsx", [])
+    with Console(width=80, record=True, file=io.StringIO()) as console:
+        console.print(render(found))
+    shown = console.export_text()
+    assert shown.count("FORCED") == 2
+    assert "was exported by force" in shown
 
 
 def test_each_layer_of_an_engine_is_in_the_result_and_nothing_where_the_runtime_tells_none(measured, make_bundle):

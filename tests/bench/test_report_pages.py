@@ -147,6 +147,7 @@ def entry(word="student", *, reasons=(), latency=True, scored=True, p50=2.0):
             "target": word,
             "runtime": "onnxruntime",
             "precision": word,
+            "forced": [word] if latency else [],
         },
         "host": word,
         "started": "2026-01-01T00:00:00Z",
@@ -337,6 +338,16 @@ def test_table_shows_value_interval_n_and_excess_over_the_control():
     text = Page(run_page(RunReport("x", models=rows))).text
     assert "52.3[50.1, 54.5]n 2,000excess +37.3" in text
     assert text.count("excess +") == 1
+
+
+def test_a_bundle_that_was_exported_by_force_is_marked_and_says_why():
+    forced = entry()
+    forced["bundle"]["forced"] = ["ACC falls from 90.00 to 80.00 %"]
+    text = Page(result_page([document(forced)])).text
+    assert text.count("exported by force") == 2  # in the table, and what was wrong
+    assert "ACC falls from 90.00 to 80.00 %" in text
+    forced["bundle"]["forced"] = []
+    assert "exported by force" not in Page(result_page([document(forced)])).text
 
 
 def test_the_type_of_each_layer_is_in_a_folded_table():
