@@ -19,7 +19,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -63,6 +63,16 @@ class Plan:
     def rounds(self) -> int:
         """How often each model has its turn."""
         return min(_MOST_ROUNDS, max(_FEWEST_ROUNDS, round(self.seconds / _ROUND_SECONDS)))
+
+    def within(self, seconds: float) -> Plan:
+        """The same, shortened where a bundle's warm-up and samples would take more."""
+        factor = min(1.0, max(0.0, seconds) / (self.seconds + self.warm_up_cap_seconds))
+        return replace(
+            self,
+            seconds=factor * self.seconds,
+            cap_seconds=min(self.cap_seconds, max(0.0, seconds)),
+            warm_up_cap_seconds=factor * self.warm_up_cap_seconds,
+        )
 
 
 @dataclass
@@ -172,6 +182,7 @@ def measure(
     plan: Plan,
     on_slice: Callable[[int, int], None] | None = None,
     clock: Clock = time.perf_counter_ns,
+    enough: Callable[[], bool] = lambda: False,
 ) -> None:
     """Warm up and sample all models, interleaved; what was sampled is in `series` even after an interruption.
 
@@ -180,6 +191,7 @@ def measure(
         plan: how long.
         on_slice: called between slices, never while one is timed, with slices done and in all.
         clock: nanoseconds.
+        enough: asked after each round; the last one, where it says so.
     """
     rounds = plan.rounds
     total = len(series) * (rounds + 1)
@@ -201,7 +213,9 @@ def measure(
             least = -(-plan.min_samples // rounds)
             sample(one, least, plan.seconds / rounds, plan.cap_seconds / rounds, clock)
             done += 1
-    tell(done, total)
+        if enough():
+            break
+    tell(total, total)
 
 
 def summarise(series: Series, seed: int) -> Latency | None:

@@ -26,7 +26,8 @@ class BenchOptions:
     """What to measure, and for how long.
 
     Attributes:
-        mode: `quick` is about 3 s a bundle (1.5 s of samples, at least 100, and at most 256 evaluation images),
+        mode: `quick` is about 3 s a bundle (1.5 s of samples, at least 100, and at most 256 evaluation images) and 20 s
+            in all once the models are loaded: what does not fit is left out and said,
             `default` 8 s of samples and all images, `mlperf` 600 s of samples.
         batch: images in one latency batch.
         sweep: further batch sizes whose latency is measured.

@@ -7,6 +7,7 @@ before the first sample.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
@@ -24,7 +25,7 @@ from rkd.bench.device import Device, Load, identify, load_before, visible_cores
 from rkd.bench.evaluation import EvaluationSet, evaluation_set, host_labels, judge_step
 from rkd.bench.examples import Examples
 from rkd.bench.latency import Latency, Series, measure, summarise
-from rkd.bench.memory import INFERENCES, SECONDS, Memory, measure_memory
+from rkd.bench.memory import INFERENCES, SECONDS, TIMEOUT_SECONDS, Memory, measure_memory
 from rkd.bench.options import BenchOptions
 from rkd.bench.result import MOST_FORCED, SCHEMA, SHA256
 from rkd.bench.runner import Choice, Identity, Runner, choose_runner, open_runner, stages_of
@@ -39,6 +40,8 @@ from rkd.files import sha256
 from rkd.metrics import Flip, Images, Labels, Predictions, Proportion, Scores, class_accuracies, evaluate, flips
 
 _QUICK_MEMORY = (60, 0.5)  # inferences and seconds
+_QUICK_SECONDS, _QUICK_BATCH = 20.0, 16
+_LATENCY_SHARE, _ACCURACY_SHARE = 0.4, 0.75  # of these seconds, by the end of the stage
 _AFTER_SECONDS = 0.3  # sensors are read for so long after the last sample
 _MOST_FLIPS = 1000
 
@@ -70,6 +73,19 @@ class _Job:
     not_finite: int = 0
 
 
+@dataclass(frozen=True)
+class _Budget:
+    """The 20 s that --quick has for all bundles once they are loaded; other modes take what they need."""
+
+    quick: bool
+    clock: Callable[[], float]  # seconds
+    start: float
+
+    def left(self, share: float = 1.0) -> float:
+        """Seconds until so much of it is used up."""
+        return self.start + share * _QUICK_SECONDS - self.clock() if self.quick else math.inf
+
+
 @dataclass
 class _Machine:
     """What is known about the machine."""
@@ -88,6 +104,7 @@ def run(
     on_stage: OnStage | None = None,
     *,
     per_class: bool = False,
+    clock: Callable[[], float] = time.monotonic,
 ) -> dict[str, Any]:
     """Measure bundles on this machine.
 
@@ -98,6 +115,7 @@ def run(
         options: what to measure.
         on_stage: told about progress.
         per_class: state ACC of each class.
+        clock: seconds, by which --quick ends.
 
     Returns:
         What `rkd.bench.result.write` writes.
@@ -120,16 +138,17 @@ def run(
         try:
             with ExitStack() as stack:
                 runners = [_activate(job, options, stack, tell) for job in jobs]
+                budget = _Budget(options.quick, clock, clock())
                 stage = "latency"
                 if options.latency:
-                    _latency(jobs, options, tell, machine)
+                    _latency(jobs, options, tell, machine, budget)
                     _finish(monitor, machine)
                 stage = "accuracy"
                 if options.accuracy:
-                    _accuracy(jobs, runners, tell)
+                    _accuracy(jobs, runners, tell, budget)
             stage = "memory"
             if options.memory:
-                _memory(jobs, options, tell)
+                _memory(jobs, options, tell, budget)
         except KeyboardInterrupt:
             interrupted = stage
         if monitor:
@@ -189,12 +208,20 @@ def _activate(job: _Job, options: BenchOptions, stack: ExitStack, on_stage: OnSt
     return runner
 
 
-def _latency(jobs: Sequence[_Job], options: BenchOptions, on_stage: OnStage, machine: _Machine) -> None:
+def _latency(
+    jobs: Sequence[_Job], options: BenchOptions, on_stage: OnStage, machine: _Machine, budget: _Budget
+) -> None:
     series = [one for job in jobs for one in job.series]
+    plan = options.plan.within(budget.left(_LATENCY_SHARE) / len(series))
     try:
         with locked_clocks(visible_cores()) if options.lock_clocks else nullcontext() as locked:
             machine.locked = locked
-            measure(series, options.plan, lambda done, total: on_stage("latency", done, total))
+            measure(
+                series,
+                plan,
+                lambda done, total: on_stage("latency", done, total),
+                enough=lambda: budget.left(_LATENCY_SHARE) <= 0,
+            )
     finally:
         for job in jobs:
             job.latencies = [found for one in job.series if (found := summarise(one, options.seed))]
@@ -207,24 +234,30 @@ def _finish(monitor: Monitor | None, machine: _Machine) -> None:
         machine.trace = monitor.stop()
 
 
-def _accuracy(jobs: Sequence[_Job], runners: Sequence[Runner], on_stage: OnStage) -> None:
-    done, total = 0, sum(len(job.images.rows) for job in jobs)
-    on_stage("accuracy", done, total)
+def _accuracy(jobs: Sequence[_Job], runners: Sequence[Runner], on_stage: OnStage, budget: _Budget) -> None:
+    """On all images, or on as many as the budget allows, one batch at least."""
+    before, total = 0, sum(len(job.images.rows) for job in jobs)
+    on_stage("accuracy", 0, total)
+    most = _QUICK_BATCH if budget.quick else max(job.bundle.target.max_batch for job in jobs)
 
-    def batches(job: _Job, examples: Examples) -> Iterator[tuple[Images, Labels]]:
-        nonlocal done
-        at = 0
-        for images, labels in job.images.batches(job.bundle.target.max_batch):
+    def batches(job: _Job, examples: Examples, seconds: float) -> Iterator[tuple[Images, Labels]]:
+        at, end = 0, budget.clock() + seconds
+        for images, labels in job.images.batches(min(most, job.bundle.target.max_batch)):
             examples.add(at, images, labels)
             yield images, labels
             at += len(labels)
-            done += len(labels)
-            on_stage("accuracy", done, total)
+            on_stage("accuracy", before + at, total)
+            if budget.clock() >= end:
+                return
 
-    for job, runner in zip(jobs, runners, strict=True):
+    for i, (job, runner) in enumerate(zip(jobs, runners, strict=True)):
         triggers = job.bundle.triggers()
         examples = Examples(triggers)
-        job.scores, job.predictions = evaluate(_predictor(job, runner), batches(job, examples), triggers)
+        part = batches(job, examples, budget.left(_ACCURACY_SHARE) / (len(jobs) - i))
+        job.scores, job.predictions = evaluate(_predictor(job, runner), part, triggers)
+        before += len(job.images.rows)
+        on_stage("accuracy", before, total)
+        job.images = job.images.first(len(job.predictions.labels))
         job.examples = examples.to_json(job.predictions, job.bundle.classes)
 
 
@@ -237,12 +270,13 @@ def _predictor(job: _Job, runner: Runner) -> Callable[[Images], NDArray[Any]]:
     return predict
 
 
-def _memory(jobs: Sequence[_Job], options: BenchOptions, on_stage: OnStage) -> None:
+def _memory(jobs: Sequence[_Job], options: BenchOptions, on_stage: OnStage, budget: _Budget) -> None:
     inferences, seconds = _QUICK_MEMORY if options.quick else (INFERENCES, SECONDS)
     for done, job in enumerate(jobs):
         on_stage("memory", done, len(jobs))
         shape = (options.batch, *job.bundle.manifest["input"]["shape"])
-        job.memory = measure_memory(job.bundle.model, job.choice, shape, inferences=inferences, seconds=seconds)
+        timeout = min(TIMEOUT_SECONDS, max(budget.left() / (len(jobs) - done), 1.0))
+        job.memory = measure_memory(job.bundle.model, job.choice, shape, timeout, inferences, seconds)
     on_stage("memory", len(jobs), len(jobs))
 
 

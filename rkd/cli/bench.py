@@ -21,7 +21,7 @@ def bench(
         ),
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="A first answer in seconds: fewer samples, at most 256 test images.")
+        bool, typer.Option("--quick", help="A first answer in 20 s: fewer samples, at most 256 test images.")
     ] = False,
     mlperf: Annotated[
         bool, typer.Option("--mlperf", help="As long as MLPerf's single stream: 600 s of samples a bundle.")

@@ -92,18 +92,16 @@ def boards(server, monkeypatch):
 
 @pytest.fixture
 def rkd_there(tmp_path, monkeypatch):
-    """How rkd is called on the boards: this checkout, as a program of its own."""
+    """How rkd is called on the boards: this checkout, as a program of its own; it notes its folders in `folders`."""
     program = tmp_path / "rkd"
     path = os.pathsep.join(sys.path)
-    program.write_text(f'#!/bin/sh\nPYTHONPATH={path!r} OMP_NUM_THREADS=1 exec {sys.executable} -m rkd "$@"\n')
+    noted = f'[ "$1" = bench ] && pwd >> {tmp_path}/folders\n'
+    program.write_text(f'#!/bin/sh\n{noted}PYTHONPATH={path!r} OMP_NUM_THREADS=1 exec {sys.executable} -m rkd "$@"\n')
     program.chmod(0o755)
     return str(program)
 
 
-def test_two_boards_at_once_give_one_result_and_leave_nothing_behind(
-    boards, rkd_there, make_bundle, tmp_path, monkeypatch
-):
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+def test_two_boards_at_once_give_one_result_and_leave_nothing_behind(boards, rkd_there, make_bundle, tmp_path):
     said = []
     found, failed = bench_hosts([make_bundle()], OPTIONS, ["one", "two"], command=rkd_there, tell=said.append)
     assert failed == []
@@ -116,6 +114,9 @@ def test_two_boards_at_once_give_one_result_and_leave_nothing_behind(
     for host in ("one", "two"):
         assert any(line.startswith(f"{host}: copying linear.ort-cpu.rkd") for line in said)
         assert any(line.startswith(f"{host}: latency") for line in said)
+    folders = (tmp_path / "folders").read_text().split()
+    assert len(set(folders)) == 2
+    assert not [folder for folder in folders if Path(folder).exists()]
 
 
 def test_the_command_writes_the_boards_result_and_holds_it_against_gates(

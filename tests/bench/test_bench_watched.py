@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 
-from rkd.bench import memory, session
+from rkd.bench import memory, result, session
 from rkd.bench.options import BenchOptions
 from rkd.bench.sensors import monitor
 from rkd.bench.sensors.monitor import Monitor
@@ -109,6 +109,38 @@ class Slowed:
     def infer(self, images):
         Slowed.now_ns += int(next(self.times_ns))
         return self.inner.infer(images)
+
+
+@pytest.mark.parametrize(("ms_an_image", "bundles"), [(0.5, 1), (60, 1), (60, 3)])
+def test_quick_ends_within_twenty_seconds_however_slow_the_models_are(make_bundle, monkeypatch, ms_an_image, bundles):
+    class Slow(Slowed):
+        def infer(self, images):
+            self.times_ns = iter([1e6 * ms_an_image * len(images)])
+            return super().infer(images)
+
+    def slow_memory(_model, _choice, _shape, timeout, *_):
+        Slowed.now_ns += int(1e9 * timeout)
+        return memory.Memory(reason="did not finish")
+
+    open_runner = session.open_runner
+    monkeypatch.setattr(session, "open_runner", lambda *arguments: Slow(open_runner(*arguments), None))
+    monkeypatch.setattr(session, "measure", functools.partial(session.measure, clock=lambda: Slowed.now_ns))
+    monkeypatch.setattr(session, "measure_memory", slow_memory)
+    started = []
+
+    def tell(stage, done, _total):
+        if (stage, done) == ("latency", 0):
+            started.append(Slowed.now_ns)
+
+    options = BenchOptions(mode="quick", threads=1, sensors=False)
+    found = session.run([make_bundle() for _ in range(bundles)], options, tell, clock=lambda: Slowed.now_ns / 1e9)
+    result.verify(found, "test")
+    assert (Slowed.now_ns - started[0]) / 1e9 <= 20.01
+    for entry in found["entries"]:
+        assert entry["evaluated"]["images"] == entry["scores"]["acc"]["n"] == entry["agreement"]["share"]["n"] // 2
+        assert (entry["evaluated"]["images"] < 256) == (ms_an_image > 1)
+        assert entry["latency"]["n"] >= 5
+        assert ("too-short" in dict(reasons(entry))) == (bundles > 1)
 
 
 def test_a_millisecond_more_of_sleep_is_a_millisecond_more_in_the_pair(make_bundle, monkeypatch):

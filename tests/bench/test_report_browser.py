@@ -128,5 +128,6 @@ def test_without_colour_each_series_is_told_by_its_shape_and_its_letter(visit):
             "[...document.querySelectorAll('path.line')].map(p => getComputedStyle(p).strokeDasharray)"
         )
         texts = seen.page.locator("svg text").all_text_contents()
+    assert len(dashes) >= 2
     assert len(set(dashes)) == len(dashes)
     assert {"A", "B", "C"} <= set(texts)
