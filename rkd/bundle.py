@@ -200,6 +200,11 @@ def write_bundle(
 
 def read_bundle(path: Path) -> Bundle:
     """Read and verify a bundle.
+    if len(data) > _LIMIT_BYTES:
+        raise BundleError(
+            f"{path}: {len(data):,} bytes, bundles have at most {_LIMIT_BYTES:,}; "
+            "take a target with precision fp16, or fewer --eval-images"
+        )
 
     Raises:
         BundleError: it is not exactly what `write_bundle` wrote.

@@ -115,6 +115,23 @@ def refusal(data: bytes) -> str:
 # ----------------------------------------------------------------------------------------------------- round trip
 
 
+@pytest.mark.parametrize("short", [0, 1])
+def test_what_a_reader_would_find_too_large_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short: int
+) -> None:
+    path = tmp_path / "x.rkd"
+    write_bundle(path, head(), members())
+    monkeypatch.setattr("rkd.bundle._LIMIT_BYTES", path.stat().st_size - short)
+    other = tmp_path / "y.rkd"
+    if not short:
+        write_bundle(other, head(), members())
+        assert read_bundle(other).members == members()
+        return
+    with pytest.raises(BundleError, match=r"precision fp16, or fewer --eval-images"):
+        write_bundle(other, head(), members())
+    assert not other.exists()
+
+
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     path = tmp_path / "x.rkd"
     digest = write_bundle(path, head(), members())
