@@ -47,6 +47,7 @@ _LIMIT_BYTES = 2**29  # verifying takes three times as much memory, on a board
 _INDEX_BYTES = 2**17
 _MANIFEST_LIMIT_BYTES = 2**20
 _MAX_MEMBERS = 130
+NO_TRIGGER = "no trigger travels in it: whether a backdoor wakes was not checked"
 _KEYS = frozenset(
     {"format", "name", "target", "input", "opset", "precision", "classes", "members", "chain", "scores", "tool"}
 )

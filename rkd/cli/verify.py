@@ -28,6 +28,7 @@ def verify(
 
         rkd verify student.jetson-int8.rkd --pubkey mine.pub --flips
     """
+    from rkd.bundle import NO_TRIGGER
     from rkd.cli import tables
     from rkd.ledger import pairs
     from rkd.verification import verify_bundle
@@ -44,6 +45,8 @@ def verify(
     else:
         tables.say_next(found.note or "not signed: the digests show damage, not who wrote it")
     for line in held.forced:
+    if not held.triggers():
+        tables.say_next(NO_TRIGGER)
         tables.say_next(f"FORCED: {line}")
     if ledger is not None:
         triggers = held.triggers()

@@ -30,6 +30,7 @@ def test_student_and_teacher_are_two_bundles_with_the_same_images(here: Path) ->
         assert done.exit_code == 0, done.output
         assert ("teacher in torch" in done.output) == bool(more)
     student, teacher = (read_bundle(here / f"{name}.ort-cpu.rkd") for name in ("run", "run-teacher"))
+        assert "no trigger travels in it" in done.output
     images = student.evaluation()[0]
     assert np.array_equal(images, teacher.evaluation()[0])
     assert student.manifest["chain"]["teacher"] == teacher.manifest["chain"]["teacher"]
