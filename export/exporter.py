@@ -206,7 +206,7 @@ class Exporter:
         if rest != "fp16":
             return model, quantised
         with self._stage("fp16", seconds):
-            check_range(self._fp32[form], self._evaluation[0])
+            check_range(self._fp32[form], self._evaluation[0], self._triggers)
             return to_fp16(model), quantised
 
     def _quantise(self, target: Target, form: _Form, seconds: dict[str, float]) -> Quantised:
