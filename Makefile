@@ -15,9 +15,10 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
-# The figures of docs/promises.md that take minutes: every failing write of every kind, kills, mutants by command line
+# The figures of docs/promises.md that take minutes: every failing write of every kind, kills, mutants by command line,
+# every student for every target
 test-promises: $(STAMP)
-	RKD_SLOW=1 $(BIN)/python -m pytest -n auto --dist worksteal -m slow tests/fuzz tests/faults tests/security
+	RKD_SLOW=1 $(BIN)/python -m pytest -n auto --dist worksteal -m slow tests/fuzz tests/faults tests/security tests/export
 
 test-slow: $(STAMP)
 	RKD_SLOW=1 $(BIN)/python -m pytest

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -83,17 +83,16 @@ def verify(value: Any, origin: str) -> dict[str, Any]:
     return checked
 
 
-def _object(fields: dict[str, Check]) -> Check:
-    """Exactly these keys."""
+def _object(fields: dict[str, Check], optional: Collection[str] = ()) -> Check:
+    """Exactly these keys; those that are optional may be absent."""
 
     def check(value: Any) -> str | None:
         if not isinstance(value, dict):
             return " is not an object"
-        if set(value) != set(fields):
-            odd = sorted(set(value) ^ set(fields))
+        if odd := sorted((set(value) ^ set(fields)) - (set(optional) - set(value))):
             return f": {odd[0][:80]!r} is {'unknown' if odd[0] in value else 'missing'}"
-        for key, inner in fields.items():
-            if (problem := inner(value[key])) is not None:
+        for key, one in value.items():
+            if (problem := fields[key](one)) is not None:
                 return f".{key}{problem}"
         return None
 
@@ -230,7 +229,9 @@ _bundle = _object(
         "runtime": _text,
         "precision": _text,
         "forced": _list(_text, most=MOST_FORCED),
-    }
+        "role": _one_of("student", "teacher"),
+    },
+    optional=["role"],
 )
 _device = _object(
     {

@@ -417,6 +417,7 @@ def _bundle(bundle: Bundle) -> dict[str, Any]:
     student = bundle.manifest["chain"].get("student")
     return {
         "name": bundle.name,
+        "role": bundle.role,
         "sha256": bundle.digest,
         "model_sha256": sha256(bundle.model),
         "student_sha256": student if isinstance(student, str) and SHA256.fullmatch(student) else None,

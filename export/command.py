@@ -50,7 +50,7 @@ def export_command(
         The run, and a report a target.
 
     Raises:
-        RunError: no such run, or not finished, or its student was changed.
+        RunError: no such run, or not finished, or its student or teacher was changed.
         ConfigError: the teacher is made by code that was not named.
         DataError: the data is not what the run was made with.
         SigningError: the key cannot be used.
@@ -77,7 +77,16 @@ def export_command(
         calibrate=lambda wanted: choose_calibration(train, evaluation[0], wanted, run.setting("seed")),
     )  # fmt: skip
     reports = [
-        exporter.write(target, name=name, chain=chain, folder=folder, overwrite=overwrite, force=force, key=key)
+        exporter.write(
+            target,
+            name=name,
+            chain=chain,
+            folder=folder,
+            role="teacher" if teacher else "student",
+            overwrite=overwrite,
+            force=force,
+            key=key,
+        )
         for target in targets
     ]
     return run, reports
@@ -101,6 +110,8 @@ def _teacher(run: Run, arch: str) -> tuple[Network, str]:
     path = run.path / TEACHER
     with storage_errors(path):
         digest = sha256(path.read_bytes())
+    if digest != run.summary["teacher"].get("converted_sha256", digest):
+        raise RunError(f"{path} is not the teacher that this run took in: its digest differs from run.json")
     return Network.load(path, trusted=arch), digest
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import onnx
@@ -121,6 +121,7 @@ class Exporter:
         name: str,
         chain: Mapping[str, str],
         folder: Path,
+        role: Literal["student", "teacher"] = "student",
         overwrite: bool = False,
         force: bool = False,
         key: Ed25519PrivateKey | None = None,
@@ -132,6 +133,7 @@ class Exporter:
             name: the run's; letters, digits, `.`, `_` and `-`.
             chain: digests under `teacher`, `config` and `student`.
             folder: where the bundle goes.
+            role: what the network is in its run.
             overwrite: replace an existing bundle.
             force: write a bundle that fails the target's budgets, marked.
             key: signs the bundle.
@@ -169,6 +171,7 @@ class Exporter:
         with self._stage("bundle", seconds):
             manifest = {
                 **self._manifest(target, path.stem, {**chain, "onnx": sha256(model)}, (student, exported, parity)),
+                **({"role": role} if role != "student" else {}),
                 "ledger": ledger.to_json(self._triggers),
                 **({"quantisation": quantised.to_json()} if quantised else {}),
                 **({"forced": forced} if forced else {}),
@@ -206,7 +209,7 @@ class Exporter:
         if rest != "fp16":
             return model, quantised
         with self._stage("fp16", seconds):
-            check_range(self._fp32[form], self._evaluation[0])
+            check_range(self._fp32[form], self._evaluation[0], self._triggers)
             return to_fp16(model), quantised
 
     def _quantise(self, target: Target, form: _Form, seconds: dict[str, float]) -> Quantised:

@@ -150,7 +150,8 @@ def compare(student: HostRun, exported: HostRun) -> Parity:
     Raises:
         ExportError: the exported file gives logits that are not finite.
     """
-    agreement, differences, labels = {}, [], exported.settled("exported", student).labels
+    labels = exported.settled("exported", student).labels
+    agreement, differences = {}, []
     for key, reference in student.logits.items():
         got = exported.logits[key]
         if not np.isfinite(got).all():

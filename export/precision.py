@@ -11,6 +11,7 @@ Where the converter keeps an operator in FP32 (its own block list: Resize, TopK,
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 import onnx
@@ -22,9 +23,11 @@ from rkd.errors import ExportError
 from rkd.export.onnx_model import INPUT, check_valid, serialise, strip
 from rkd.export.parity import session_of
 from rkd.metrics import Images
+from rkd.triggers import Trigger
 
 _FP16_MAX = float(np.finfo(np.float16).max)  # 65504
 _RANGE_IMAGES = 32  # images that the range of the activations is measured on
+_RANGE_BATCH = 4  # at once: every activation of them is kept
 
 
 def to_fp16(model: bytes) -> bytes:
@@ -58,14 +61,15 @@ def to_fp16(model: bytes) -> bytes:
     return serialise(converted)
 
 
-def check_range(model: bytes, images: Images) -> tuple[str, float]:
-    """Measure the largest activation, on a spread of the images, and refuse what FP16 cannot hold.
+def check_range(model: bytes, images: Images, triggers: Sequence[Trigger] = ()) -> tuple[str, float]:
+    """Measure the largest activation, on a spread of the images, clean and triggered, and refuse what FP16 cannot hold.
 
     A CPU computes FP16 graphs in FP32 between the casts: parity on the host would not show an overflow on the board.
 
     Args:
         model: the FP32 file.
         images: uint8 (N, 3, H, W).
+        triggers: under each of which the same images are tried.
 
     Returns:
         The tensor with the largest magnitude, and that magnitude.
@@ -80,11 +84,13 @@ def check_range(model: bytes, images: Images) -> tuple[str, float]:
     session = session_of(serialise(inferred), optimise=False)
     floats = [output.name for output in session.get_outputs() if output.type == "tensor(float)"]
     fixed = session.get_inputs()[0].shape[0] == 1
-    chosen = np.unique(np.linspace(0, len(images) - 1, min(len(images), _RANGE_IMAGES)).astype(np.intp))
+    clean = images[np.unique(np.linspace(0, len(images) - 1, min(len(images), _RANGE_IMAGES)).astype(np.intp))]
+    batch = 1 if fixed else _RANGE_BATCH
     peaks = dict.fromkeys(floats, 0.0)
-    for rows in np.split(chosen, np.arange(1, len(chosen)) if fixed else np.arange(4, len(chosen), 4)):
-        for name, value in zip(floats, session.run(floats, {INPUT: images[rows]}), strict=True):
-            peaks[name] = max(peaks[name], float(np.abs(value).max(initial=0.0)))
+    for shown in (clean, *(trigger.apply(clean) for trigger in triggers)):
+        for i in range(0, len(shown), batch):
+            for name, value in zip(floats, session.run(floats, {INPUT: shown[i : i + batch]}), strict=True):
+                peaks[name] = max(peaks[name], float(np.abs(value).max(initial=0.0)))
     worst = max(peaks, key=lambda name: peaks[name])
     if not peaks[worst] <= _FP16_MAX:
         raise ExportError(

@@ -47,10 +47,12 @@ _LIMIT_BYTES = 2**29  # verifying takes three times as much memory, on a board
 _INDEX_BYTES = 2**17
 _MANIFEST_LIMIT_BYTES = 2**20
 _MAX_MEMBERS = 130
+NO_TRIGGER = "no trigger travels in it: whether a backdoor wakes was not checked"
 _KEYS = frozenset(
     {"format", "name", "target", "input", "opset", "precision", "classes", "members", "chain", "scores", "tool"}
 )
-_MORE_KEYS = frozenset({"ledger", "quantisation", "forced"})
+_MORE_KEYS = frozenset({"role", "ledger", "quantisation", "forced"})
+_ROLES = ("student", "teacher")
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,11 @@ class Bundle:
     def name(self) -> str:
         """`<run>.<target>`."""
         return str(self.manifest["name"])
+
+    @property
+    def role(self) -> str:
+        """`student`, or `teacher` where it was exported to compare with."""
+        return str(self.manifest.get("role", "student"))
 
     @property
     def target(self) -> Target:
@@ -193,6 +200,11 @@ def write_bundle(
     head = to_json({"format": FORMAT, **manifest, "members": listing})
     signature = {SIGNATURE: sign(head, key)} if key is not None else {}
     data = _container({MANIFEST: head, **signature, **ordered})
+    if len(data) > _LIMIT_BYTES:
+        raise BundleError(
+            f"{path}: {len(data):,} bytes, bundles have at most {_LIMIT_BYTES:,}; "
+            "take a target with precision fp16, or fewer --eval-images"
+        )
     parse_bundle(data, path)
     write_file(path, data)
     return sha256(data)
@@ -391,6 +403,8 @@ def _manifest_problem(manifest: Any) -> str | None:
 
 
 def _more_problem(manifest: dict[str, Any]) -> str | None:
+    if manifest.get("role", "student") not in _ROLES:
+        return f"role must be {' or '.join(_ROLES)}"
     forced = manifest.get("forced", ["-"])
     if not isinstance(forced, list) or not forced or not all(isinstance(line, str) for line in forced):
         return "forced must be a list of texts"

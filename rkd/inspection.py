@@ -90,6 +90,7 @@ def _bundle(path: Path) -> dict[str, Any]:
     return {
         "kind": "bundle, every digest verified",
         "name": bundle.name,
+        "role": bundle.role,
         "sha256": bundle.digest,
         "target": bundle.target.to_json(),
         "input": f"uint8 {manifest['input']['shape']}, opset {manifest['opset']}, {manifest['precision']}",
@@ -101,7 +102,7 @@ def _bundle(path: Path) -> dict[str, Any]:
             for name, entry in manifest["members"].items()
         },
         "chain": dict(manifest["chain"]),
-        "student before export": student,
+        f"{bundle.role} before export": student,
         "exported file on the host": exported,
         "made with": dict(manifest["tool"]),
     }

@@ -37,6 +37,7 @@ class Verified:
             "path": str(bundle.path),
             "sha256": bundle.digest,
             "name": bundle.name,
+            "role": bundle.role,
             "target": bundle.target.name,
             "precision": bundle.target.precision,
             "signer": self.signer,

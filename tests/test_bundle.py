@@ -115,6 +115,36 @@ def refusal(data: bytes) -> str:
 # ----------------------------------------------------------------------------------------------------- round trip
 
 
+@pytest.mark.parametrize(
+    ("key", "role"), [({}, "student"), ({"role": "student"}, "student"), ({"role": "teacher"}, "teacher")]
+)
+def test_a_bundle_says_what_it_holds_and_a_student_need_not(tmp_path: Path, key: dict[str, str], role: str) -> None:
+    write_bundle(tmp_path / "x.rkd", head(**key), members())
+    assert read_bundle(tmp_path / "x.rkd").role == role
+
+
+def test_another_role_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="role must be student or teacher"):
+        write_bundle(tmp_path / "x.rkd", head(role="judge"), members())
+
+
+@pytest.mark.parametrize("short", [0, 1])
+def test_what_a_reader_would_find_too_large_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short: int
+) -> None:
+    path = tmp_path / "x.rkd"
+    write_bundle(path, head(), members())
+    monkeypatch.setattr("rkd.bundle._LIMIT_BYTES", path.stat().st_size - short)
+    other = tmp_path / "y.rkd"
+    if not short:
+        write_bundle(other, head(), members())
+        assert read_bundle(other).members == members()
+        return
+    with pytest.raises(BundleError, match=r"precision fp16, or fewer --eval-images"):
+        write_bundle(other, head(), members())
+    assert not other.exists()
+
+
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     path = tmp_path / "x.rkd"
     digest = write_bundle(path, head(), members())

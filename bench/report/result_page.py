@@ -146,7 +146,10 @@ def _row(entry: Entry, names: Sequence[str]) -> Markup:
             f"{entry.key} \N{MIDDLE DOT} {entry.name}",
             Markup() if entry.valid else tag("small", "\N{WARNING SIGN} not valid", class_="mark"),
             tag("small", "\N{WARNING SIGN} exported by force", class_="mark") if bundle["forced"] else Markup(),
-            tag("small", " \N{MIDDLE DOT} ".join((bundle["target"], bundle["precision"], bundle["runtime"]))),
+            tag(
+                "small",
+                " \N{MIDDLE DOT} ".join((_role(bundle), bundle["target"], bundle["precision"], bundle["runtime"])),
+            ),
             tag("small", entry.place),
             scope="row",
         ),
@@ -439,6 +442,10 @@ def _machine(entry: Entry) -> dict[str, str]:
     }
 
 
+def _role(bundle: Mapping[str, Any]) -> str:
+    return str(bundle.get("role", "student"))
+
+
 def _digests(entries: Sequence[Entry]) -> list[tuple[str, str]]:
     pairs = []
     for entry in entries:
@@ -446,7 +453,7 @@ def _digests(entries: Sequence[Entry]) -> list[tuple[str, str]]:
         pairs.append((f"{entry.key} bundle sha256", bundle["sha256"]))
         pairs.append((f"{entry.key} model sha256", bundle["model_sha256"]))
         if bundle["student_sha256"]:
-            pairs.append((f"{entry.key} student sha256", bundle["student_sha256"]))
+            pairs.append((f"{entry.key} {_role(bundle)} sha256", bundle["student_sha256"]))
         if labels:
             pairs.append((f"{entry.key} predicted labels, clean", labels["clean"]))
             pairs += [(f"{entry.key} predicted labels, {name}", digest) for name, digest in labels["triggers"].items()]

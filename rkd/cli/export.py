@@ -106,6 +106,7 @@ def _as_json(report: ExportReport) -> dict[str, Any]:
 
 
 def _print(report: ExportReport, role: str) -> None:
+    from rkd.bundle import NO_TRIGGER
     from rkd.cli import tables
     from rkd.ledger import pairs
 
@@ -120,6 +121,8 @@ def _print(report: ExportReport, role: str) -> None:
             f"INT8: calibrator {report.quantised.calibrator}; kept in higher precision, {len(report.quantised.kept)} of "
             f"{report.quantised.layers} layers: {kept}"
         )
+    if not report.student.triggers:
+        tables.say_next(f"{report.path.name}: {NO_TRIGGER}")
     for line in report.forced:
         tables.say_next(f"FORCED: {line}")
     stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in report.seconds.items())

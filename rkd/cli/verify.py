@@ -28,6 +28,7 @@ def verify(
 
         rkd verify student.jetson-int8.rkd --pubkey mine.pub --flips
     """
+    from rkd.bundle import NO_TRIGGER
     from rkd.cli import tables
     from rkd.ledger import pairs
     from rkd.verification import verify_bundle
@@ -38,11 +39,14 @@ def verify(
         return
     held, ledger = found.bundle, found.bundle.ledger()
     tables.say_next(f"{bundle}: every byte verified, sha256 {held.digest}")
+    tables.say_next(f"it holds its run's {held.role}")
     if found.signer:
         whose = "the key that was asked for" if found.trusted else "whose key that is was not checked: give --pubkey"
         tables.say_next(f"signed by {found.signer} ({whose})")
     else:
         tables.say_next(found.note or "not signed: the digests show damage, not who wrote it")
+    if not held.triggers():
+        tables.say_next(NO_TRIGGER)
     for line in held.forced:
         tables.say_next(f"FORCED: {line}")
     if ledger is not None:

@@ -86,11 +86,12 @@ def start(
     }
     made["triggers"] = Setting(list(settings.triggers), origins.get("triggers", "default"))
     members = {f"{TRIGGERS}/{trigger.name}.npz": trigger.to_bytes() for trigger in work.triggers}
+    teacher = work.teacher.to_bytes()
     run = Run.create(
-        path, "distill", made, {**members, TEACHER: work.teacher.to_bytes()},
+        path, "distill", made, {**members, TEACHER: teacher},
         data={"name": work.data.name, "digest": work.data.digest, "classes": list(work.data.classes), "notes": list(work.data.notes),
               "clean_images": len(work.train), "removed_as_in_test": work.data.removed},
-        teacher={"sha256": work.teacher_sha256, "file": Path(settings.teacher).name, "arch": work.teacher.arch,
+        teacher={"sha256": work.teacher_sha256, "converted_sha256": sha256(teacher), "file": Path(settings.teacher).name, "arch": work.teacher.arch,
                  "normalize": str(work.teacher.normalisation), "notes": list(work.notes)},
     )  # fmt: skip
     return run, work

@@ -83,6 +83,7 @@ def test_every_key_is_needed_and_no_other_is_known(measured):
         for path in paths(measured)
         if isinstance(path[-1], str)
         and not {"triggers", "details", "celsius", "clocks_hz", "throttle"} & {*path[-2:-1]}
+        and path[-2:] != ("bundle", "role")
     ]
     for path in named:
         place = holder(measured, path)
@@ -95,6 +96,15 @@ def test_every_key_is_needed_and_no_other_is_known(measured):
         holder(changed, (*path, "new"))["new"] = 1
         with pytest.raises(RkdError, match="'new' is unknown"):
             result.verify(changed, "r.json")
+
+
+def test_an_older_result_without_roles_is_read_and_no_other_role_is_known(measured):
+    bundle = measured["entries"][0]["bundle"]
+    bundle["role"] = "judge"
+    with pytest.raises(RkdError, match=r"bundle\.role"):
+        result.verify(measured, "r.json")
+    del bundle["role"]
+    result.verify(measured, "r.json")
 
 
 def test_whatever_is_optional_can_be_shown_as_not_reported(measured):

@@ -131,6 +131,7 @@ def test_a_whole_run_says_what_was_measured_on_what(measured, fast, make_bundle)
         assert entry["software"]["threads"] == 1
         assert entry["settings"]["min_samples"] == 30
     assert measured["entries"][0]["bundle"]["student_sha256"] == "ab" * 32
+    assert measured["entries"][0]["bundle"]["role"] == "student"
 
 
 def test_a_bundle_for_tensorrt_is_measured_but_invalid(make_bundle):

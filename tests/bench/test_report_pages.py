@@ -419,6 +419,14 @@ def test_a_result_of_only_invalid_entries_claims_nothing():
     assert "at the median" not in text
 
 
+def test_what_is_a_teacher_is_called_one():
+    teacher = entry()
+    teacher["bundle"] |= {"role": "teacher", "student_sha256": DIGEST}
+    text = Page(result_page([document(entry(), teacher)])).text
+    assert "teacher \N{MIDDLE DOT} student" in text  # the role, and the target of this entry
+    assert "B teacher sha256" in text
+
+
 def test_verdict_names_the_fastest_and_the_worst_trigger():
     text = Page(PAGES["result"]).text
     assert "robustkd-student (A), the fastest of 2, takes 2.00 ms for an image at the median" in text

@@ -44,6 +44,7 @@ def test_the_right_key_verifies_and_flips_are_listed() -> None:
     assert done.exit_code == 0, done.output
     assert "the key that was asked for" in done.output
     assert "FORCED: ACC falls" in done.output
+    assert "no trigger travels in it: whether a backdoor wakes was not checked" in " ".join(done.output.split())
     assert "image 2, clean: dog -> cat (true: dog)" in done.output
 
 

@@ -192,6 +192,20 @@ def test_a_tie_that_falls_the_other_way_costs_nothing_and_stands_in_the_ledger(
     assert report.parity.agreement["clean"].value == 100
 
 
+def test_activations_that_fp16_cannot_hold_are_found_under_a_trigger_too(network: Network, tmp_path: Path) -> None:
+    images, labels = evaluation()
+    images //= 10  # bright images only, such as the trigger's, are beyond 65504
+    with torch.no_grad():
+        network.module.fc.weight.mul_(65_000.0)
+        network.module.fc.bias.fill_(1000.0)
+    Exporter(network, (images, labels)).write(JETSON, name="clean", chain=CHAIN, folder=tmp_path, force=True)
+    with pytest.raises(ExportError, match=r"activation \w+ reaches 66,000, FP16 holds at most 65,504"):
+        Exporter(network, (images, labels), [green()]).write(
+            JETSON, name="triggered", chain=CHAIN, folder=tmp_path, force=True
+        )
+    assert not (tmp_path / "triggered.jetson-fp16.rkd").exists()
+
+
 def test_int8_that_is_unlike_the_student_on_training_images_is_bundled_only_marked(
     network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +30,40 @@ def test_student_and_teacher_are_two_bundles_with_the_same_images(here: Path) ->
         done = rkd("export", "run", *more)
         assert done.exit_code == 0, done.output
         assert ("teacher in torch" in done.output) == bool(more)
+        assert "no trigger travels in it" not in done.output
     student, teacher = (read_bundle(here / f"{name}.ort-cpu.rkd") for name in ("run", "run-teacher"))
     images = student.evaluation()[0]
     assert np.array_equal(images, teacher.evaluation()[0])
     assert student.manifest["chain"]["teacher"] == teacher.manifest["chain"]["teacher"]
     for bundle, name in ((student, "student"), (teacher, "teacher")):
+        assert bundle.role == name
+        assert f"it holds its run's {name}" in rkd("verify", bundle.path).output
+        assert f"{name} before export" in rkd("inspect", bundle.path).output
         file = here / "run" / f"{name}.safetensors"
         assert bundle.manifest["chain"]["student"] == sha256(file.read_bytes())
         with OrtRunner(bundle.model, CPU_PROVIDER, 1, name) as runner:
             logits = runner.infer(np.ascontiguousarray(images[:20]))
         torchs = Network.load(file).predictor(torch.device("cpu"))(images[:20])
         np.testing.assert_allclose(logits, torchs, rtol=1e-3, atol=1e-3)
+
+
+def test_a_teacher_that_was_changed_after_the_run_took_it_in_is_refused(here: Path) -> None:
+    (here / "teacher.trigger.npz").unlink()
+    assert rkd("distill", "teacher.pt", *DISTILL).exit_code == 0
+    path, run = here / "run" / "teacher.safetensors", here / "run" / "run.json"
+    summary = json.loads(run.read_text())
+    assert summary["teacher"]["converted_sha256"] == sha256(path.read_bytes())
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    refused = rkd("export", "run", "--teacher")
+    assert refused.exit_code == 1
+    assert "is not the teacher that this run took in" in refused.stderr
+    del summary["teacher"]["converted_sha256"]  # a run of an older rkd
+    run.write_text(json.dumps(summary))
+    done = rkd("export", "run", "--teacher")
+    assert done.exit_code == 0, done.output
+    assert "no trigger travels in it: whether a backdoor wakes was not checked" in " ".join(done.output.split())
 
 
 def test_a_teacher_that_is_made_by_code_is_exported_only_with_that_code(here: Path, stripes: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
@@ -262,7 +261,6 @@ def test_activation_beyond_fp16_is_refused_by_name_and_value() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("RKD_SLOW" not in os.environ, reason="set RKD_SLOW=1")
 @pytest.mark.parametrize("name", [student.name for student in STUDENTS])
 def test_every_student_exports_in_both_precisions(name: str) -> None:
     size = (32, 32)
