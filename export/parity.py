@@ -193,7 +193,7 @@ def _may_differ(wanted: float, n: int) -> float:
 
 
 def _top1(logits: Logits) -> Labels:
-    return logits.argmax(axis=1).astype(np.int64)
+    return np.asarray(logits.argmax(axis=1), np.int64)
 
 
 def _scale(logits: Logits) -> Logits:
