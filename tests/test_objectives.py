@@ -319,6 +319,18 @@ def test_the_perturbations_are_part_of_the_objectives_state_and_the_radius_is_no
     assert "hardening.radius" not in state
 
 
+def test_hardening_begins_after_its_start_also_where_a_run_was_interrupted_before() -> None:
+    images = torch.randn(8, 3, 4, 4)
+    first = UniversalPerturbations((4, 4), 0.1, (1.0, 1.0, 1.0), seed=0, start=3)
+    touched = [not torch.equal(first(images), images) for _ in range(5)]
+    assert touched == [False, False, False, True, True]
+    resumed = UniversalPerturbations((4, 4), 0.1, (1.0, 1.0, 1.0), seed=1, start=3)
+    interrupted = UniversalPerturbations((4, 4), 0.1, (1.0, 1.0, 1.0), seed=0, start=3)
+    interrupted(images)
+    resumed.load_state_dict(interrupted.state_dict())
+    assert [not torch.equal(resumed(images), images) for _ in range(3)] == [False, False, True]
+
+
 def test_the_same_seed_starts_from_the_same_perturbations() -> None:
     first, second, other = (UniversalPerturbations(SIZE, 0.1, (1.0, 1.0, 1.0), seed=s) for s in (0, 0, 1))
     assert torch.equal(first.perturbations, second.perturbations)

@@ -149,9 +149,11 @@ class UniversalPerturbations(nn.Module):
 
     A backdoor that survives distillation is a universal perturbation which the teacher's features respond to. While the
     student is trained, a few such perturbations are kept that do it the most harm within a ball, and three in ten of
-    its images carry one of them, while the teacher's features and the labels stay those of the clean images (universal adversarial
-    training, Shafahi et al., AAAI 2020; here with feature distillation). They are found with the gradient that the
-    training step has computed anyway, so they cost next to nothing. No trigger and no target class is known.
+    its images carry one of them, while the teacher's features and the labels stay those of the clean images (universal
+    adversarial training, Shafahi et al., AAAI 2020; here with feature distillation). They are found with the gradient that
+    the training step has computed anyway, so they cost next to nothing. No trigger and no target class is known.
+
+    They begin late, when the student has learned most of what it will: docs/results.md says what that is worth.
 
     Args:
         size: height and width of the images.
@@ -160,6 +162,7 @@ class UniversalPerturbations(nn.Module):
         seed: of the perturbations' first values.
         count: how many perturbations.
         share: of the images that carry one.
+        start: steps before the first image does.
     """
 
     def __init__(
@@ -170,17 +173,21 @@ class UniversalPerturbations(nn.Module):
         seed: int,
         count: int = 4,
         share: float = 0.3,
+        start: int = 0,
     ) -> None:
         super().__init__()
-        self.count, self.share = count, share
+        self.count, self.share, self.start = count, share, start
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))  # a resumed run goes on counting
         generator = torch.Generator().manual_seed(seed)
-        start = torch.rand(count, 3, *size, generator=generator).mul_(2).sub_(1).mul_(linf / 2)
+        first = torch.rand(count, 3, *size, generator=generator).mul_(2).sub_(1).mul_(linf / 2)
         self.register_buffer("radius", linf / torch.tensor(std).view(1, 3, 1, 1), persistent=False)
-        self.perturbations = nn.Parameter(start / torch.tensor(std).view(1, 3, 1, 1))
+        self.perturbations = nn.Parameter(first / torch.tensor(std).view(1, 3, 1, 1))
         self.perturbations.register_post_accumulate_grad_hook(self._ascend)  # type: ignore[no-untyped-call]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised images (N, 3, H, W) to the same, the first `share` of the batch perturbed."""
+        """Normalised images (N, 3, H, W) to the same, once it is time the first `share` of the batch perturbed."""
+        if int(self.get_buffer("step").add_(1)) <= self.start:
+            return images
         carriers = int(self.share * len(images))
         which = torch.arange(carriers, device=images.device) % self.count
         return torch.cat([images[:carriers] + self.perturbations[which], images[carriers:]]).contiguous(

@@ -19,6 +19,7 @@ from torch import nn
 from rkd.data import Dataset, Source, open_dataset
 from rkd.detox import DetoxCheck, Detoxification, DetoxRecipe, TapMask, detoxify, masks_from_bytes, set_masks
 from rkd.distill.attention import AttentionTransfer
+from rkd.distill.batches import steps_per_epoch
 from rkd.distill.labels import RelabelledSource, answers
 from rkd.distill.loop import Recipe, Trainer, autocast
 from rkd.distill.methods import Method
@@ -55,6 +56,7 @@ _EVALUATION_BATCH = 256
 _EXAMPLES = 8
 _HELD_OUT = 1000  # training images at most that the mask is not learned on, nor the teacher purified with
 _LABELS_LIMIT_BYTES = 2**31
+_HARDEN_FROM = 0.5  # share of the steps before hardening begins
 
 
 def start(
@@ -468,7 +470,12 @@ def _on_the_students_images(settings: DistillSettings, work: Inputs) -> nn.Modul
     std = work.teacher.normalisation.std
     passed: list[nn.Module] = []
     if settings.radius:
-        passed.append(UniversalPerturbations(work.data.size, settings.radius / 255, std, settings.seed))
+        steps = steps_per_epoch(len(work.train), work.recipe.batch) * settings.epochs
+        passed.append(
+            UniversalPerturbations(
+                work.data.size, settings.radius / 255, std, settings.seed, start=int(_HARDEN_FROM * steps)
+            )
+        )
     if settings.input_noise:
         passed.append(InputNoise(settings.input_noise / 255, std))
     return None if not passed else passed[0] if len(passed) == 1 else nn.Sequential(*passed)
