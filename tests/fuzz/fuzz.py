@@ -5,9 +5,9 @@
     python tests/fuzz/fuzz.py --cli 40                     # so many refused ones of each through the command line
     python tests/fuzz/fuzz.py --replay                     # what was found before
 
-The mutants are read in a child whose data may take 2 GiB, each for at most 5 s of processor time; the kernel ends a
-child that goes beyond. A parser may return or raise `RkdError`; everything else is a finding, is written to `--keep`,
-and makes the exit code 1. The last line is JSON.
+The mutants are read in a child whose data may take 2 GiB, each for at most 5 s of processor time and 30 s by the
+clock; the kernel ends a child that goes beyond. A parser may return or raise `RkdError`, but not because an allocation
+failed; everything else is a finding, is written to `--keep`, and makes the exit code 1. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-MEMORY_BYTES, CPU_SECONDS = 2 * 2**30, 5
+MEMORY_BYTES, CPU_SECONDS, WALL_SECONDS = 2 * 2**30, 5, 30
 ROUND = 20_000  # mutants between two looks at the clock
 SHARED_MEMORY = Path("/dev/shm")
 NAMES = ("pt", "safetensors", "onnx", "rkd", "toml", "trigger")
+SELF_TESTS = ("takes_3_gib", "blocks")  # every file is a finding
 
 
 @dataclass
@@ -52,11 +53,17 @@ def limit_this_process() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
+def set_timers(cpu_seconds: float, wall_seconds: float) -> None:
+    """After either, the process ends, also inside C: both signals do so by default. 0 turns a timer off."""
+    signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
+    signal.setitimer(signal.ITIMER_REAL, wall_seconds)
+
+
 def child() -> int:
     """Serve requests from standard input, one JSON line each: read mutants, answer with one line."""
     import parsers
 
-    known = parsers.all_parsers()
+    known = parsers.all_parsers() | parsers.self_tests()
     limit_this_process()
     with tempfile.TemporaryDirectory(dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else None) as folder:
         os.chdir(folder)  # a parser that writes somewhere writes here
@@ -78,12 +85,12 @@ def serve(request: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
     for number in range(request["first"], request["first"] + request["count"]):
         os.pwrite(place, b"%020d" % number, 0)
         path.write_bytes(parser.mutant(request["seed"], number))
-        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)  # its default action ends the process, also inside C
+        set_timers(CPU_SECONDS, WALL_SECONDS)
         try:
             refused += parsers.refused(parser, path)
         except Exception as error:
             findings.append({"number": number, "what": f"{type(error).__name__}: {str(error)[:300]}"})
-        signal.setitimer(signal.ITIMER_PROF, 0)
+        set_timers(0, 0)
     os.close(place)
     if strangers := [name for name in sorted(p.name for p in Path().iterdir()) if name != path.name]:
         findings.append({"number": request["first"], "what": f"wrote {strangers}"})
@@ -192,6 +199,8 @@ def command_line_problem(parser: Any, data: bytes, tally: Tally) -> str | None:
     tally.refused += status == 1
     tally.peak_bytes = max(tally.peak_bytes, usage.ru_maxrss * 1024)
     seconds = usage.ru_utime + usage.ru_stime
+    if parsers.OUT_OF_MEMORY.search(said):
+        return f"ran out of memory: {said[-300:]!r}"
     if status != 1:
         return f"exit {status}: {said[-300:]!r}"
     if not said.startswith("rkd: ") or said.count("\n") != 1 or "internal error" in said or not said[:-1].isprintable():
@@ -221,6 +230,7 @@ def forked(arguments: list[str]) -> tuple[int, resource.struct_rusage, str]:
             try:
                 resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS + 1, CPU_SECONDS + 1))
                 limit_this_process()
+                signal.setitimer(signal.ITIMER_REAL, WALL_SECONDS)
                 sys.stdout, sys.stderr = (
                     io.TextIOWrapper(io.FileIO(1, "w", closefd=False), write_through=True),
                     io.TextIOWrapper(io.FileIO(2, "w", closefd=False), write_through=True),
@@ -259,13 +269,13 @@ def replay(names: list[str]) -> dict[str, Tally]:
             for kept in sorted((parsers.CORPUS / name).glob("*")):
                 path = Path(known[name].file)
                 path.write_bytes(kept.read_bytes())
-                signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+                set_timers(CPU_SECONDS, WALL_SECONDS)
                 tally.mutants += 1
                 try:
                     tally.refused += parsers.refused(known[name], path)
                 except Exception as error:
                     tally.findings.append({"number": kept.name, "what": f"{type(error).__name__}: {str(error)[:300]}"})
-                signal.setitimer(signal.ITIMER_PROF, 0)
+                set_timers(0, 0)
         os.chdir("/")
     return tallies
 
@@ -274,7 +284,7 @@ def keep(folder: Path, seed: int, tallies: dict[str, Tally]) -> None:
     """Write the mutants that were findings."""
     import parsers
 
-    known = parsers.all_parsers()
+    known = parsers.all_parsers() | parsers.self_tests()
     for name, tally in tallies.items():
         for finding in tally.findings[:100]:
             if isinstance(finding["number"], int):
@@ -307,7 +317,7 @@ def read_mutants(names: list[str], *, count: int, seconds: float, seed: int) -> 
 def main() -> int:
     """Do what the command line says."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--parser", action="append", choices=NAMES, help="only this one; may be repeated")
+    options.add_argument("--parser", action="append", choices=NAMES + SELF_TESTS, help="only this one; may be repeated")
     options.add_argument("--count", type=int, default=0, help="mutants of each parser")
     options.add_argument("--seconds", type=float, default=60, help="time for all parsers, where --count is not given")
     options.add_argument("--seed", type=int, default=0)

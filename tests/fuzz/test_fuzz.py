@@ -1,4 +1,4 @@
-"""The fuzzer's figures in CI: no parser raises anything but its error, takes 2 GiB or 5 s, or ends the process."""
+"""The fuzzer's figures in CI: no parser raises anything but its error, takes 2 GiB or 5 s, blocks, or ends the process."""
 
 from __future__ import annotations
 
@@ -34,6 +34,18 @@ def test_malformed_files_are_read_or_refused_and_nothing_else(parser: str) -> No
         "the mutants reach what is behind the first check, and not only good files"
     )
     assert tally["peak_bytes"] < MEMORY_BYTES
+
+
+@pytest.mark.parametrize(
+    ("parser", "what"),
+    [
+        ("takes_3_gib", "memory ran out"),
+        pytest.param("blocks", "signal SIGALRM", marks=pytest.mark.slow),  # half a minute
+    ],
+)
+def test_a_parser_that_takes_too_much_memory_or_time_is_a_finding(parser: str, what: str) -> None:
+    (finding,) = fuzz("--parser", parser, "--count", "1")[parser]["findings"]
+    assert what in finding["what"]
 
 
 @pytest.mark.slow  # 240 programs are started: minutes
