@@ -16,7 +16,7 @@ from rkd.errors import ConfigError, RkdError, TriggerError
 from rkd.files import storage_errors, write_file
 from rkd.metrics import Scores
 from rkd.npz import read_npz
-from rkd.run import EXAMPLES, MASKS, REPORT, TRIGGERS, Model, Run, models_of
+from rkd.run import DISTIL, EXAMPLES, MASKS, REPORT, TRIGGERS, Model, Run, models_of
 from rkd.triggers import Trigger
 
 _EXAMPLES_LIMIT_BYTES = 2**28
@@ -194,7 +194,7 @@ def _command(run: Run) -> str:
 
 def _curves(run: Run, name: str) -> list[Curve]:
     """Loss and accuracy over epochs, from the run's log."""
-    lines = [line for line in run.metrics() if str(line.get("stage", "")).startswith("distill")]
+    lines = [line for line in run.metrics() if str(line.get("stage", "")).startswith(DISTIL)]
     epochs = [line for line in lines if line.get("ends_epoch")]
     per_epoch: dict[int, list[dict[str, Any]]] = {}
     for line in lines:

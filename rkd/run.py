@@ -48,6 +48,7 @@ from rkd.files import (
 from rkd.metrics import Scores
 
 SCHEMA = 1
+DISTIL = "distil"  # how the stage of metrics.jsonl begins that trains the student
 SUMMARY, METRICS, STUDENT, TEACHER, MASKS, PURIFIED, LABELS, EXAMPLES, TRIGGERS, REPORT = (
     "run.json", "metrics.jsonl", "student.safetensors", "teacher.safetensors", "masks.npz", "purified.safetensors",
     "labels.npz", "examples", "triggers", "report.html",

@@ -179,7 +179,9 @@ def test_each_method_leaves_a_whole_run_directory(here: Path, method: str) -> No
         assert run["models"][1]["size_bytes"] == len(data)
     lines = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line.get("ends_epoch")] == [6, 12, 18]
-    page = Tags((place / "report.html").read_text())
+    text = (place / "report.html").read_text()
+    page = Tags(text)
+    assert "loss on the training images" in text, "the curves are there"
     assert "script" not in page.names
     assert not any(link.startswith(("http", "//")) for link in page.links)
 

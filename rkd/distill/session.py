@@ -45,7 +45,20 @@ from rkd.network import Network, Normalisation, check_code
 from rkd.npz import npz_bytes, read_npz
 from rkd.progress import Bar, progress, say
 from rkd.purify import Purification, purified
-from rkd.run import EXAMPLES, LABELS, MASKS, PURIFIED, STUDENT, TEACHER, TRIGGERS, Model, Run, Setting, models_of
+from rkd.run import (
+    DISTIL,
+    EXAMPLES,
+    LABELS,
+    MASKS,
+    PURIFIED,
+    STUDENT,
+    TEACHER,
+    TRIGGERS,
+    Model,
+    Run,
+    Setting,
+    models_of,
+)
 from rkd.signals import StopRequest
 from rkd.taps import TappedNetwork, channel_writers
 from rkd.teacher import choose_teacher, open_teacher, read_checkpoint
@@ -538,7 +551,7 @@ def _train_student(
 ) -> None:
     trainer = Trainer(student.module, objective, work.train, student.normalisation, work.recipe, work.device)
     train(
-        trainer, run, stop, stage=f"distil ({settings.method})", resume_hint=_resume_command(run),
+        trainer, run, stop, stage=f"{DISTIL} ({settings.method})", resume_hint=_resume_command(run),
         checkpoint_every=settings.checkpoint_every,
         on_epoch=monitor(student, work.data.test, settings.seed, work.device),
     )  # fmt: skip
