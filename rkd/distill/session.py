@@ -69,7 +69,6 @@ _EVALUATION_BATCH = 256
 _EXAMPLES = 8
 _HELD_OUT = 1000  # training images at most that the mask is not learned on, nor the teacher purified with
 _LABELS_LIMIT_BYTES = 2**31
-_HARDEN_FROM = 0.5  # share of the steps before hardening begins
 
 
 def start(
@@ -486,7 +485,7 @@ def _on_the_students_images(settings: DistillSettings, work: Inputs) -> nn.Modul
         steps = steps_per_epoch(len(work.train), work.recipe.batch) * settings.epochs
         passed.append(
             UniversalPerturbations(
-                work.data.size, settings.radius / 255, std, settings.seed, start=int(_HARDEN_FROM * steps)
+                work.data.size, settings.radius / 255, std, settings.seed, start=int(settings.harden_from * steps)
             )
         )
     if settings.input_noise:

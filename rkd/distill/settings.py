@@ -111,6 +111,7 @@ class DistillSettings(TrainingSettings):
         cap: upper end of RobustKD's mask; 0 for no mask; None for the variant's.
         hardening: radius, in 255ths, of the universal perturbations that the student is hardened against; 0 for none;
             None for the variant's with robustkd and 0 with other methods.
+        harden_from: share of the steps after which hardening begins.
         mask: `position` or `channel`: what has a mask value of its own.
         variance: whether the mask lowers the features' variance (the ablation leaves only cross-entropy).
         replacement: where the replacement starts: `mean`, `zero` or `random`.
@@ -133,6 +134,7 @@ class DistillSettings(TrainingSettings):
     variant: str = "default"
     cap: float | None = None
     hardening: float | None = None
+    harden_from: float = 0.5
     mask: str = "position"
     variance: bool = True
     replacement: str = "mean"
@@ -164,8 +166,11 @@ class DistillSettings(TrainingSettings):
             object.__setattr__(self, "hardening", radius if method.treatment == "robustkd" else 0.0)
         if not 0 <= self.accuracy_budget <= 100:
             raise ConfigError(f"--accuracy-budget {self.accuracy_budget:g}: expected 0 to 100 points")
-        if not 0 <= self.mask_cap <= 1:
-            raise ConfigError(f"--cap {self.mask_cap:g}: expected 0 (no mask) to 1")
+        if not 0 <= self.mask_cap <= 1 or not 0 <= self.harden_from < 1:
+            raise ConfigError(
+                f"--cap {self.mask_cap:g}, --harden-from {self.harden_from:g}: expected 0 (no mask) to 1, and 0 (from the "
+                "start) to less than 1"
+            )
         for option, value in (("hardening", self.radius), ("input-noise", self.input_noise)):
             if not 0 <= value <= 255:
                 raise ConfigError(f"--{option} {value:g}: expected 0 to 255 (255ths of a pixel's range)")
@@ -183,6 +188,7 @@ class DistillSettings(TrainingSettings):
         defaults = {field.name: field.default for field in fields(self)}
         needs = {
             "robustkd": (method.treatment == "robustkd", ("variant",)),
+            "hardening (--hardening 8)": (self.radius > 0, ("harden_from",)),
             "robustkd with a mask (--cap 0.05, or --variant paper)": (
                 self.masked,
                 ("mask", "variance", "replacement"),
@@ -235,5 +241,5 @@ class DistillSettings(TrainingSettings):
         """The same run without a defence: OFD from the teacher as it is."""
         return replace(
             self, method="ofd", undefended=False, teacher=teacher, triggers=triggers, variant="default", cap=0.0,
-            hardening=0.0, mask="position", variance=True, replacement="mean", taps="all", teacher_mode="eval", input_noise=0.0,
+            hardening=0.0, harden_from=0.5, mask="position", variance=True, replacement="mean", taps="all", teacher_mode="eval", input_noise=0.0,
         )  # fmt: skip
