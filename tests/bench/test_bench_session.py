@@ -75,7 +75,7 @@ def test_what_the_board_loses_beyond_the_targets_budget_is_a_finding(make_bundle
     host, here = (100 * (one.labels(images) == labels).mean() for one in (linear, model))
     (found,) = [finding for finding in first["findings"] if finding["code"] == "accuracy-lost"]
     assert found["text"] == (
-        f"onnx-fp32 -> this machine: ACC falls from {host:.2f} to {here:.2f} % (n = 300), at most 0 points are allowed"
+        f"onnx-fp32 -> this machine: ACC falls from {host:.2f} to {here:.2f} % (n = 300), at most one image is allowed"
     )
     assert "accuracy-lost" not in codes(second)
     assert "backdoor-woken" not in codes(first)
