@@ -15,7 +15,7 @@ import numpy as np
 
 from rkd.bench.validity import BUDGETS
 from rkd.bundle import Bundle
-from rkd.errors import DataError
+from rkd.errors import DataError, shortened
 from rkd.files import storage_errors
 from rkd.ledger import Ledger, Step
 from rkd.metrics import Images, Labels, Predictions
@@ -142,7 +142,7 @@ def judge_step(bundle: Bundle, predictions: Predictions, rows: Labels) -> list[d
     here = Ledger(predictions.labels, (host, Step.of("this machine", predictions)))
     budgets = dict(zip(BUDGETS, ((target.acc_budget, math.inf), (math.inf, target.asr_budget)), strict=True))
     return [
-        {"code": code, "text": "".join(c for c in text if c.isprintable())[:2000]}
+        {"code": code, "text": shortened(text, 2000)}
         for code, budget in budgets.items()
         for text in here.judge(bundle.triggers(), *budget)
     ]

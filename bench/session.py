@@ -35,7 +35,7 @@ from rkd.bench.sensors.trace import Conditions, Trace, conditions, power
 from rkd.bench.tensorrt_layers import layers_to_json
 from rkd.bench.validity import busy_limit, findings, judge
 from rkd.bundle import Bundle
-from rkd.errors import BundleError, ConfigError
+from rkd.errors import BundleError, ConfigError, shortened
 from rkd.files import sha256
 from rkd.metrics import Flip, Images, Labels, Predictions, Proportion, Scores, class_accuracies, evaluate, flips
 
@@ -424,7 +424,7 @@ def _bundle(bundle: Bundle) -> dict[str, Any]:
         "target": bundle.target.name,
         "runtime": bundle.target.runtime,
         "precision": bundle.target.precision,
-        "forced": ["".join(c for c in line if c.isprintable())[:500] for line in bundle.forced[:MOST_FORCED]],
+        "forced": [shortened(line, 500) for line in bundle.forced[:MOST_FORCED]],
     }
 
 
@@ -439,6 +439,6 @@ def _power(job: _Job, machine: _Machine) -> dict[str, Any] | None:
 
 def _classes(predictions: Predictions, names: Sequence[str]) -> list[dict[str, Any]]:
     return [
-        {"name": "".join(c for c in name if c.isprintable())[:80], "acc": share.to_json()}
+        {"name": shortened(name, 80), "acc": share.to_json()}
         for name, share in zip(names, class_accuracies(predictions, len(names)), strict=True)
     ]

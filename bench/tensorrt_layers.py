@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rkd.errors import RuntimeUnavailableError
+from rkd.errors import RuntimeUnavailableError, shortened
 from rkd.target import Precision
 
 UNKNOWN = "unknown"
@@ -96,7 +96,7 @@ def layers_to_json(layers: tuple[LayerType, ...]) -> list[dict[str, str]]:
 
 def _short(text: str) -> str:
     """Names come from the model's file, and TensorRT joins those of layers that it fuses."""
-    return "".join(c for c in text[: 10 * MOST_NAME] if c.isprintable())[:MOST_NAME]
+    return shortened(text[: 10 * MOST_NAME], MOST_NAME)
 
 
 def verify_precision(layers: tuple[LayerType, ...], precision: Precision, origin: str) -> str:

@@ -59,6 +59,10 @@ def export_command(
     targets = [load_target(name) for name in target_names]
     key = read_private(sign) if sign is not None else None
     run = Run.open(run_path) if run_path is not None else Run.newest(Path("runs"))
+    if not run.finished:
+        raise RunError(f"{run.path} is not finished; go on with it by: rkd distill --resume {run.path}")
+    if run.summary.get("kind") != "distill":
+        raise RunError(f"{run.path} made a teacher, not a student; distil it first")
     network, digest = _teacher(run, arch) if teacher else _student(run)
     dataset = _data(run, data, network)
     evaluation = choose_evaluation(dataset.test, run.setting("seed"), limit_images=eval_images)
@@ -94,7 +98,6 @@ def export_command(
 
 def _student(run: Run) -> tuple[Network, str]:
     """The student and the digest of its file."""
-    _check_finished(run)
     path = run.path / STUDENT
     with storage_errors(path):
         digest = sha256(path.read_bytes())
@@ -105,7 +108,6 @@ def _student(run: Run) -> tuple[Network, str]:
 
 def _teacher(run: Run, arch: str) -> tuple[Network, str]:
     """The teacher as it was taken in, and the digest of that file."""
-    _check_finished(run)
     check_code(str(run.setting("arch")), arch, "arch", run.path)
     path = run.path / TEACHER
     with storage_errors(path):
@@ -113,13 +115,6 @@ def _teacher(run: Run, arch: str) -> tuple[Network, str]:
     if digest != run.summary["teacher"].get("converted_sha256", digest):
         raise RunError(f"{path} is not the teacher that this run took in: its digest differs from run.json")
     return Network.load(path, trusted=arch), digest
-
-
-def _check_finished(run: Run) -> None:
-    if not run.finished:
-        raise RunError(f"{run.path} is not finished; go on with it by: rkd distill --resume {run.path}")
-    if run.summary.get("kind") != "distill":
-        raise RunError(f"{run.path} made a teacher, not a student; distil it first")
 
 
 def _data(run: Run, data: str, network: Network) -> Dataset:

@@ -108,6 +108,11 @@ class StoppedError(RkdError):
         self.exit_code = 128 + signal_number
 
 
+def shortened(text: str, most: int) -> str:
+    """`text` without what is not printable, cut to `most` characters, as one line of a result."""
+    return "".join(c for c in text if c.isprintable())[:most]
+
+
 def printable(text: str) -> str:
     """`text` with control characters, surrogates and direction marks replaced: it may come from a hostile file."""
     return "".join(c if c.isprintable() or c in " \n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -177,7 +177,7 @@ class UniversalPerturbations(nn.Module):
     ) -> None:
         super().__init__()
         self.count, self.share, self.start = count, share, start
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64))  # a resumed run goes on counting
+        self.step = 0
         generator = torch.Generator().manual_seed(seed)
         first = torch.rand(count, 3, *size, generator=generator).mul_(2).sub_(1).mul_(linf / 2)
         self.register_buffer("radius", linf / torch.tensor(std).view(1, 3, 1, 1), persistent=False)
@@ -186,13 +186,22 @@ class UniversalPerturbations(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images (N, 3, H, W) to the same, once it is time the first `share` of the batch perturbed."""
-        if int(self.get_buffer("step").add_(1)) <= self.start:
+        self.step += 1
+        if self.step <= self.start:
             return images
         carriers = int(self.share * len(images))
         which = torch.arange(carriers, device=images.device) % self.count
         return torch.cat([images[:carriers] + self.perturbations[which], images[carriers:]]).contiguous(
             memory_format=torch.channels_last
         )
+
+    def get_extra_state(self) -> Tensor:
+        """The steps so far: a resumed run goes on counting. No buffer, which each step would fetch from the device."""
+        return torch.tensor(self.step)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Inverse of `get_extra_state`."""
+        self.step = int(state)
 
     def _ascend(self, perturbations: Tensor) -> None:
         """One step of signed-gradient ascent on the student's loss, inside the ball, as part of the backward pass."""

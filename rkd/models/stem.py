@@ -11,7 +11,7 @@ VGG also loses the two hidden layers of its classifier, 120 of its 129 million p
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,8 @@ def adapt_stem(network: nn.Module, size: tuple[int, int]) -> nn.Module:
         network: fresh, in train mode; it is changed in place where that is possible.
         size: height and width of its images in pixels.
     """
+    from torchvision.models import VGG
+
     wanted = next((count for limit, count in _SMALL.items() if max(size) <= limit), 0)
     names = [name for name, module in network.named_modules() if _downsamples(module)][:4]
     removed = 0
@@ -42,8 +44,8 @@ def adapt_stem(network: nn.Module, size: tuple[int, int]) -> nn.Module:
         if after > before:
             _set(network, name, _without_stride(network.get_submodule(name)))
             removed += 1
-    if wanted and type(network).__name__ == "VGG":
-        _shorten_classifier(cast("VGG", network))
+    if wanted and isinstance(network, VGG):
+        _shorten_classifier(network)
     return network
 
 

@@ -193,11 +193,8 @@ def make_plan(suite: Suite, only: Sequence[str] = (), without: Collection[Cell] 
                     f"e.g. {next(iter(cells)).name}"
                 )
         cells = {cell: None for cell in cells if any(fnmatchcase(cell.name, pattern) for pattern in only)}
-    for cell in list(cells):
-        cells[cell.control] = None
-    cells = {cell: None for cell in cells if cell not in without}
-    for cell in list(cells):  # what is left needs its control, known or not
-        cells[cell.control] = None
+    left = [one for cell in cells for one in (cell, cell.control) if one not in without]
+    cells = {one: None for cell in left for one in (cell, cell.control)}  # what is left needs its control, known or not
     rank = {axis: {entry.name: i for i, entry in enumerate(entries)} for axis, entries in suite.axes.items()}
     first = sorted({cell.seed for cell in cells}, key=lambda seed: _seed_rank(suite, seed))
 

@@ -26,7 +26,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-MEMORY_BYTES, CPU_SECONDS, WALL_SECONDS = 2 * 2**30, 5, 30
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from limits import CPU_SECONDS, MEMORY_BYTES, OUT_OF_MEMORY, WALL_SECONDS, limit_this_process, set_timers
+
 ROUND = 20_000  # mutants between two looks at the clock
 SHARED_MEMORY = Path("/dev/shm")
 NAMES = ("pt", "safetensors", "onnx", "rkd", "toml", "trigger")
@@ -45,18 +47,6 @@ class Tally:
 
 
 # ------------------------------------------------------------------------------------------------------------- child
-
-
-def limit_this_process() -> None:
-    """2 GiB of data; beyond it, allocating fails."""
-    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
-def set_timers(cpu_seconds: float, wall_seconds: float) -> None:
-    """After either, the process ends, also inside C: both signals do so by default. 0 turns a timer off."""
-    signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
-    signal.setitimer(signal.ITIMER_REAL, wall_seconds)
 
 
 def child() -> int:
@@ -199,7 +189,7 @@ def command_line_problem(parser: Any, data: bytes, tally: Tally) -> str | None:
     tally.refused += status == 1
     tally.peak_bytes = max(tally.peak_bytes, usage.ru_maxrss * 1024)
     seconds = usage.ru_utime + usage.ru_stime
-    if parsers.OUT_OF_MEMORY.search(said):
+    if OUT_OF_MEMORY.search(said):
         return f"ran out of memory: {said[-300:]!r}"
     if status != 1:
         return f"exit {status}: {said[-300:]!r}"

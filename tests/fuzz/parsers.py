@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import random
-import re
 import signal
 import zipfile
 from collections.abc import Callable
@@ -17,6 +16,7 @@ import mutate as m
 import numpy as np
 import onnx
 import torch
+from limits import refuse_out_of_memory
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import save as save_safetensors
 
@@ -32,7 +32,6 @@ from rkd.teacher import read_checkpoint
 from rkd.triggers import Trigger
 
 CORPUS = Path(__file__).with_name("corpus")
-OUT_OF_MEMORY = re.compile("MemoryError|bad_alloc|can't allocate memory|Unable to allocate|BFCArena", re.IGNORECASE)
 SIDE = 4
 
 
@@ -319,23 +318,13 @@ def self_tests() -> dict[str, Parser]:
     return {r.__name__: Parser(r.__name__, "x", (b"x",), (lambda data, _: data,), r, ()) for r in reads}
 
 
-def out_of_memory(error: BaseException | None) -> bool:
-    """Whether `error`, or what it was raised from, says that an allocation failed."""
-    while error is not None:
-        if OUT_OF_MEMORY.search(f"{type(error).__name__}: {error}"):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
 def refused(parser: Parser, path: Path) -> bool:
     """Read a file; whether it was refused as it should be. Anything but `RkdError` passes through."""
     try:
         parser.read(path)
     except RkdError as error:
         message = str(error)
-        if out_of_memory(error):
-            raise MemoryError(f"refused only because memory ran out: {message}") from error
+        refuse_out_of_memory(error)
         if not message or len(message) > 4000:
             raise ValueError(f"a message of {len(message)} characters") from error
         return True

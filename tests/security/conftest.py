@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import re
-import resource
-import signal
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,12 +12,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from limits import CPU_SECONDS, WALL_SECONDS, limit_this_process, refuse_out_of_memory, set_timers
 from onnx import TensorProto, helper, numpy_helper
 
 from rkd.errors import RkdError
 
-MEMORY_BYTES, CPU_SECONDS, WALL_SECONDS = 2 * 2**30, 5, 30
-OUT_OF_MEMORY = re.compile("MemoryError|bad_alloc|can't allocate memory|Unable to allocate|BFCArena", re.IGNORECASE)
 SIDE, CLASSES = 4, 3
 
 
@@ -37,15 +33,6 @@ class Outcome:
     status: int
 
 
-def refuse_out_of_memory(error: BaseException) -> None:
-    """Raise where `error`, or what it was raised from, says that an allocation failed."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if OUT_OF_MEMORY.search(f"{type(cause).__name__}: {cause}"):
-            raise MemoryError(f"refused only because memory ran out: {error}") from error
-        cause = cause.__cause__ or cause.__context__
-
-
 def in_limits(work: Callable[[], object]) -> Outcome:
     """Do `work` in a forked child that may take 2 GiB of data and 5 s of processor time, and raise `RkdError` only."""
     reader, writer = os.pipe()
@@ -54,10 +41,8 @@ def in_limits(work: Callable[[], object]) -> Outcome:
         code = 70
         try:
             os.close(reader)
-            resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
-            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-            signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
-            signal.setitimer(signal.ITIMER_REAL, WALL_SECONDS)
+            limit_this_process()
+            set_timers(CPU_SECONDS, WALL_SECONDS)
             try:
                 work()
             except RkdError as error:
