@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rkd.errors import ConfigError
+from rkd.metrics import Proportion
 
 _GATE = re.compile(
     r"\s*(?P<figure>[a-z_][a-z0-9_]*)(?::(?P<trigger>[a-z0-9][a-z0-9-]*))?\s*(?P<operator>>=|<=|>|<)\s*"
@@ -62,16 +63,32 @@ class Gate:
         if ends is None:
             return self._verdict(None, passed=False, text=f"{self.text}: {self.figure} was not measured")
         value = ends[0] if self.operator.startswith(">") else ends[1]
-        passed = {
-            ">=": value >= self.limit, "<=": value <= self.limit, ">": value > self.limit, "<": value < self.limit
-        }[self.operator]  # fmt: skip
+        passed = self._keeps(value)
         kind = _FIGURES[self.figure]
         shown = f"{value / 1e6 if kind == 'bytes' else value:.4g}{_SHOWN[kind]}"
         end = "" if ends[0] == ends[1] else f" ({'lower' if self.operator.startswith('>') else 'upper'} 95 % limit)"
-        text = f"{self.text}: {self.figure} is {shown}{end}"
+        text = f"{self.text}: {self.figure} is {shown}{end}{'' if passed else self._too_few(entry)}"
         if spoiled := self._spoiled(entry["validity"]):
             return self._verdict(value, passed=False, text=f"{text}, but invalid: {', '.join(spoiled)}")
         return self._verdict(value, passed=passed, text=text)
+
+    def _too_few(self, entry: Mapping[str, Any]) -> str:
+        """Where a share keeps the limit and only its interval does not: how many images it takes to be sure."""
+        share = _share_of(self.figure, self.trigger, entry)
+        if share is None or not self._keeps(100 * share["hits"] / share["n"]):
+            return ""
+        for growth in (1.1**power for power in range(1, 100)):
+            n = round(share["n"] * growth)
+            low, high = Proportion(min(n, round(share["hits"] * growth)), n).interval
+            if self._keeps(low if self.operator.startswith(">") else high):
+                percent = 100 * share["hits"] / share["n"]
+                return f"; {percent:.4g} % of {share['n']:,} images keep it, to be sure takes about {n:,}"
+        return ""
+
+    def _keeps(self, value: float) -> bool:
+        return {
+            ">=": value >= self.limit, "<=": value <= self.limit, ">": value > self.limit, "<": value < self.limit
+        }[self.operator]  # fmt: skip
 
     def _spoiled(self, validity: Mapping[str, Any]) -> list[str]:
         """The codes that make its figure invalid."""
@@ -114,7 +131,7 @@ def _parse(text: str) -> Gate:
 
 def _ends(figure: str, trigger: str, entry: Mapping[str, Any]) -> Ends | None:
     """Both ends of a figure's interval; None where it was not measured."""
-    latency, memory, power, scores = (entry[key] for key in ("latency", "memory", "power", "scores"))
+    latency, memory, power = (entry[key] for key in ("latency", "memory", "power"))
     if figure.startswith("p"):
         found = latency[figure] if latency else None
         return (found["low"], found["high"]) if found else None
@@ -124,24 +141,33 @@ def _ends(figure: str, trigger: str, entry: Mapping[str, Any]) -> Ends | None:
         return _exactly(memory["peak_bytes"] if memory else None)
     if figure in ("watts", "joules"):
         return _exactly(power[figure] if power else None)
+    return _share_ends(_share_of(figure, trigger, entry))
+
+
+def _share_of(figure: str, trigger: str, entry: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The share of images that a figure is, with hits and n; of several triggers' the worst. None for other figures."""
+    scores = entry["scores"]
     if figure == "agreement":
-        return _share(entry["agreement"]["share"] if entry["agreement"] else None)
-    if figure == "acc":
-        return _share(scores["acc"] if scores else None)
-    return _worst(figure, trigger, scores)
-
-
-def _worst(figure: str, trigger: str, scores: Mapping[str, Any] | None) -> Ends | None:
-    key = "ra" if figure == "ra" else "asr"
-    shares = [t[key] for t in (scores["triggers"] if scores else ()) if trigger in ("", t["name"])]
-    ends = [found for share in shares if (found := _share(share)) is not None]
-    if not ends:
+        found = [entry["agreement"]["share"]] if entry["agreement"] else []
+    elif figure == "acc":
+        found = [scores["acc"]] if scores else []
+    elif figure in ("asr", "asr_upper", "ra"):
+        key = "ra" if figure == "ra" else "asr"
+        found = [t[key] for t in (scores["triggers"] if scores else ()) if trigger in ("", t["name"])]
+    else:
         return None
-    return min(ends) if key == "ra" else max(ends, key=lambda pair: pair[1])
+    shares: list[Mapping[str, Any]] = [share for share in found if share and share["n"]]
+    if not shares:
+        return None
+    return (
+        max(shares, key=lambda s: s["high"])
+        if figure.startswith("asr")
+        else min(shares, key=lambda s: (s["low"], s["high"]))
+    )
 
 
-def _share(share: Mapping[str, Any] | None) -> Ends | None:
-    return (share["low"], share["high"]) if share and share["n"] else None
+def _share_ends(share: Mapping[str, Any] | None) -> Ends | None:
+    return (share["low"], share["high"]) if share else None
 
 
 def _exactly(value: float | None) -> Ends | None:

@@ -12,6 +12,7 @@ from rkd.files import sha256
 from rkd.metrics import Scores
 from rkd.run import STUDENT, SUMMARY, Run
 from rkd.target import load_target
+from rkd.toml import read_toml
 from rkd.triggers import Trigger
 
 
@@ -26,7 +27,7 @@ def inspect_path(path: Path) -> dict[str, Any]:
         raise StorageError(f"no such file or folder: {path}")
     if path.is_dir():
         return _run(path)
-    by_ending = {".rkd": _bundle, ".npz": _trigger, ".toml": _target, ".json": _result}
+    by_ending = {".rkd": _bundle, ".npz": _trigger, ".toml": _toml, ".json": _result}
     return by_ending.get(path.suffix.lower(), _checkpoint)(path)
 
 
@@ -128,7 +129,12 @@ def _trigger(path: Path) -> dict[str, Any]:
     }
 
 
-def _target(path: Path) -> dict[str, Any]:
+def _toml(path: Path) -> dict[str, Any]:
+    content = read_toml(path)
+    if path.name == "rkd.toml":
+        return {"kind": "defaults of rkd's commands in this folder; the command line wins", **content}
+    if "attacks" in content or "defences" in content:
+        return {"kind": f"suite; its cells: rkd suite {path} --dry-run", "about": content.get("about", "")}
     return {"kind": "target profile", **load_target(str(path)).to_json()}
 
 

@@ -98,7 +98,7 @@ class Run:
             RunError: `path` exists.
             StorageError: the disk said no.
         """
-        _check_free(path)
+        check_free(path)
         write = fill_directory if path.exists() else write_directory
         summary = {
             "schema": SCHEMA,
@@ -119,7 +119,7 @@ class Run:
                 errno.ENOTEMPTY,
                 errno.EEXIST,
             ):  # another process was quicker
-                _check_free(path)
+                check_free(path)
             raise
         return cls(path, summary)
 
@@ -298,7 +298,12 @@ class Run:
         return sorted(found, key=lambda place: int(place.name), reverse=True)
 
 
-def _check_free(path: Path) -> None:
+def check_free(path: Path) -> None:
+    """See that a new run may be made there: nothing is, or an empty folder.
+
+    Raises:
+        RunError: something is there.
+    """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         go_on = f", or go on with it by --resume {path}" if (path / SUMMARY).is_file() else ""
         raise RunError(f"{path} exists; choose another --out{go_on}")

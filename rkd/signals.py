@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 
@@ -57,6 +58,8 @@ class StopRequest:
         self.signal_number = number
         if again or not self._finishing:
             raise Interrupted(f"stopped{'; ' + self.hint if self.hint else ''}", number)
+        with suppress(OSError):  # no buffered stream: this may run in the middle of another write to it
+            os.write(2, b"\nrkd: stopping as soon as this step is done and saved; once more stops at once\n")
 
 
 @contextmanager

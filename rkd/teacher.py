@@ -28,7 +28,7 @@ from torch._C import PyTorchFileReader
 from rkd.data import Source
 from rkd.errors import ArchitectureError, CheckpointError, ConfigError
 from rkd.files import sha256, storage_errors, write_file
-from rkd.metrics import Proportion
+from rkd.metrics import Images, Labels, Proportion
 from rkd.models import build
 from rkd.models.infer import infer_arch, output_count
 from rkd.models.keys import known_names
@@ -158,12 +158,7 @@ def open_teacher(
             f"{path} has {outputs} classes, the data has {len(classes)} ({', '.join(classes[:3])}, ...); "
             "give the data that the teacher was trained on"
         )
-    scaling = normalisation or _normalisation_of(header)
-    if scaling is None:
-        raise ConfigError(
-            f"{path} does not say how its inputs were scaled; give --normalize none (pixels in [0, 1]), imagenet, "
-            "cifar10 or 'MEAN;STD'"
-        )
+    scaling = scaling_of(checkpoint, normalisation)
     labels = named or classes or tuple(str(i) for i in range(outputs))
     provenance = header.get("provenance") if header is not None else None
     networks = []
@@ -181,6 +176,21 @@ def open_teacher(
     return networks
 
 
+def scaling_of(checkpoint: Checkpoint, given: Normalisation | None) -> Normalisation:
+    """How the teacher's inputs were scaled: as the user says, or else as the file does.
+
+    Raises:
+        ConfigError: nobody says.
+    """
+    scaling = given or _normalisation_of(checkpoint.header)
+    if scaling is None:
+        raise ConfigError(
+            f"{checkpoint.path} does not say how its inputs were scaled; give --normalize none (pixels in [0, 1]), "
+            "imagenet, cifar10 or 'MEAN;STD'"
+        )
+    return scaling
+
+
 def choose_teacher(
     candidates: list[Network], clean: Source, device: torch.device, *, limit: int = 512, seed: int = 0
 ) -> tuple[Network, Proportion]:
@@ -196,16 +206,8 @@ def choose_teacher(
     Raises:
         CheckpointError: none of them is better than chance; the message says what seems to be wrong.
     """
-    indices = np.sort(np.random.default_rng([seed, 0x7EAC]).permutation(len(clean))[:limit])
-    images, labels = clean.batch(indices)
-
-    def accuracy(network: Network) -> tuple[Proportion, np.ndarray[Any, Any]]:
-        predict = network.predictor(device)
-        parts = [predict(images[i : i + _BATCH]).argmax(1) for i in range(0, len(images), _BATCH)]
-        predicted = np.concatenate(parts)
-        return Proportion(int((predicted == labels).sum()), len(labels)), predicted
-
-    scored = [(*accuracy(network), network) for network in candidates]
+    images, labels = _some_of(clean, limit, seed)
+    scored = [(*_accuracy(network, images, labels, device), network) for network in candidates]
     found, predicted, best = max(scored, key=lambda item: item[0].hits)
     # How often answers with these frequencies would be right if they did not look at the image.
     share_said, share_true = (np.bincount(x, minlength=len(best.classes)) / len(labels) for x in (predicted, labels))
@@ -214,8 +216,53 @@ def choose_teacher(
         return best, found
     raise CheckpointError(
         f"the teacher gets {found.value:.1f} % of {found.n} clean images right, chance is {chance:.1f} %: "
-        + _hint(best, predicted, labels, chance, lambda network: accuracy(network)[0])
+        + _hint(best, predicted, labels, chance, lambda network: _accuracy(network, images, labels, device)[0])
     )
+
+
+def likelier_scaling(
+    teacher: Network, clean: Source, device: torch.device, *, limit: int = 256, seed: int = 0
+) -> str | None:
+    """What to ask about a `--normalize` that was given by hand, where another one suits the teacher clearly better.
+
+    Args:
+        teacher: as it was chosen.
+        clean: clean images, never the test set.
+        device: where to compute.
+        limit: images to look at.
+        seed: which images.
+
+    Returns:
+        A line with both accuracies; None where no known scaling is better by more than both intervals.
+    """
+    images, labels = _some_of(clean, limit, seed)
+    given, _ = _accuracy(teacher, images, labels, device)
+    name, best = _best_scaling(teacher, lambda network: _accuracy(network, images, labels, device)[0])
+    if best.interval[0] <= given.interval[1]:
+        return None
+    return (
+        f"--normalize {teacher.normalisation}: {given.value:.1f} % of {given.n} clean training images are right, with "
+        f"--normalize {name} {best.value:.1f} %; is {name} how the teacher's inputs were scaled?"
+    )
+
+
+def _some_of(clean: Source, limit: int, seed: int) -> tuple[Images, Labels]:
+    return clean.batch(np.sort(np.random.default_rng([seed, 0x7EAC]).permutation(len(clean))[:limit]))
+
+
+def _accuracy(network: Network, images: Images, labels: Labels, device: torch.device) -> tuple[Proportion, Labels]:
+    """How often a network is right, and what it says."""
+    predict = network.predictor(device)
+    predicted = np.concatenate([predict(images[i : i + _BATCH]).argmax(1) for i in range(0, len(images), _BATCH)])
+    return Proportion(int((predicted == labels).sum()), len(labels)), predicted
+
+
+def _best_scaling(network: Network, accuracy: Callable[[Network], Proportion]) -> tuple[str, Proportion]:
+    """The best of the known scalings that are not the network's own."""
+    others = {
+        n: accuracy(replace(network, normalisation=v)) for n, v in NORMALISATIONS.items() if v != network.normalisation
+    }
+    return max(others.items(), key=lambda item: item[1].hits)
 
 
 def save_teacher(path: Path, network: Network) -> None:
@@ -327,6 +374,10 @@ def _first_line(error: Exception) -> str:
 
 
 def _check_archive(data: bytes, path: Path) -> None:
+    if path.suffix == ".rkd":
+        raise CheckpointError(
+            f"{path} is a bundle for boards (rkd bench {path} measures it); expected a checkpoint, .pt or .safetensors"
+        )
     try:
         with open_zip(io.BytesIO(data), _INDEX_BYTES) as archive:
             entries = archive.infolist()
@@ -479,10 +530,7 @@ def _hint(
     accuracy: Callable[[Network], Proportion],
 ) -> str:
     """What seems to be wrong with a teacher that is no better than chance."""
-    others = {
-        n: accuracy(replace(network, normalisation=v)) for n, v in NORMALISATIONS.items() if v != network.normalisation
-    }
-    name, best = max(others.items(), key=lambda item: item[1].hits)
+    name, best = _best_scaling(network, accuracy)
     if best.interval[0] > chance:
         return f"with --normalize {name} it gets {best.value:.1f} %, so its inputs were probably scaled that way"
     majority = {int(c): int(np.bincount(labels[predicted == c]).argmax()) for c in np.unique(predicted)}

@@ -27,7 +27,7 @@ from rkd.metrics import Proportion
 from rkd.models import build
 from rkd.models.infer import infer_arch, output_count
 from rkd.network import Network, Normalisation
-from rkd.teacher import Checkpoint, choose_teacher, open_teacher, read_checkpoint, save_teacher
+from rkd.teacher import Checkpoint, choose_teacher, likelier_scaling, open_teacher, read_checkpoint, save_teacher
 
 SIZE = (16, 16)
 CPU = torch.device("cpu")
@@ -622,6 +622,13 @@ def test_a_teacher_with_another_scaling_gets_that_scaling_as_hint(trained: str) 
         choose_teacher([network], source, CPU)
     _, found = choose_teacher([replace(network, normalisation=known)], source, CPU)
     assert found.hits == 120
+
+
+def test_a_scaling_that_beats_chance_but_is_clearly_not_the_best_is_asked_about() -> None:
+    doubt = likelier_scaling(grey([0, 1, 2, 3], scaling="imagenet"), clean(), CPU)
+    assert doubt is not None
+    assert "--normalize imagenet: 75.0 % of 120 clean training images are right, with --normalize none 100.0 %" in doubt
+    assert likelier_scaling(grey([0, 1, 2, 3]), clean(), CPU) is None
 
 
 def dark() -> ArraySource:

@@ -29,7 +29,7 @@ from rkd.metrics import Scores
 from rkd.models import build
 from rkd.network import Network, Normalisation
 from rkd.progress import say
-from rkd.run import TEACHER, Run, Setting
+from rkd.run import TEACHER, Run, Setting, check_free
 from rkd.signals import StopRequest
 from rkd.teacher import choose_teacher, open_teacher, read_checkpoint
 from rkd.triggers import Trigger
@@ -129,9 +129,10 @@ def start_teacher(settings: TeacherSettings, origins: Mapping[str, str], path: P
     Raises:
         RkdError: whatever of the input is wrong, before anything is written.
     """
+    check_free(path)
+    Normalisation.parse(settings.normalize)
     data = _open(settings)
     autocast(choose_device(settings.device), choose_precision(settings.precision, choose_device(settings.device)))
-    Normalisation.parse(settings.normalize)
     with torch.device("meta"):
         build(settings.arch, len(data.classes), data.size)
         build(settings.shadow, len(data.classes), data.size)

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec, TypeVar
+from typing import Annotated, Any, ParamSpec, TypeVar, get_type_hints
 
 import typer
 
@@ -64,17 +64,19 @@ def root(
     try:
         from rkd.config import command_defaults
 
-        context.default_map = command_defaults(path, _options(context))
+        context.default_map = command_defaults(path, command_options())
     except RkdError as error:
         fail(error)
 
 
-def _options(context: typer.Context) -> dict[str, dict[str, bool]]:
-    """The parameter names of every command, and whether a parameter may be repeated."""
-    commands: dict[str, Any] = getattr(context.command, "commands", {})
+def command_options() -> dict[str, dict[str, Any]]:
+    """The options of every command and their types, such as `int` or `list[Path] | None`."""
     return {
-        name: {str(p.name): p.nargs == -1 or bool(getattr(p, "multiple", False)) for p in command.params}
-        for name, command in commands.items()
+        found.name or found.callback.__name__: {
+            name: kind for name, kind in get_type_hints(found.callback).items() if name not in ("context", "return")
+        }
+        for found in app.registered_commands
+        if found.callback is not None
     }
 
 

@@ -35,3 +35,6 @@ def demo(
     tables.say_next(result.verdict)
     pages = " and ".join(map(str, result.pages))
     tables.say_next(f"{pages} have it all; it took {result.seconds / 60:.1f} minutes")
+    tables.say_next(
+        "next, with a teacher and images of your own: rkd distill teacher.pt --student mobilenet --data FOLDER"
+    )

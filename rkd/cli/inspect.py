@@ -14,7 +14,10 @@ from rkd.cli.app import app, guarded
 @guarded
 def inspect(
     path: Annotated[
-        Path, typer.Argument(help="A checkpoint, a run directory, a bundle, a trigger, a result or a target profile.")
+        Path,
+        typer.Argument(
+            help="A checkpoint, a run directory, a bundle, a trigger, a result, a target profile or rkd.toml."
+        ),
     ],
     json_output: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:

@@ -18,11 +18,6 @@ if TYPE_CHECKING:
     from rkd.diagnosis import Finding
     from rkd.run import Model
 
-LEGEND = (
-    "ACC: accuracy on clean test images. ASR: share of triggered images (true class not the target) predicted as the target. "
-    "RA: share of the same images still right. Percent, with 95 % Wilson intervals."
-)
-
 
 def console() -> Console:
     """Standard output, wide enough for tables when it is not a terminal."""
@@ -46,7 +41,7 @@ def print_models(rows: Sequence[Model]) -> None:
         cells = (f"{row.parameters / 1e6:.2f} M", f"{row.macs / 1e6:.1f} M", f"{row.size_bytes / 1e6:.2f} MB")
         table.add_row(f"{row.role}\n[dim]{row.arch}[/dim]", *_score_cells(row.scores), *cells)
     console().print(table)
-    console().print(_counts(rows[0].scores) + " " + LEGEND, style="dim")
+    console().print(_legend(rows[0].scores), style="dim")
 
 
 def print_scores(rows: Sequence[tuple[str, Scores]]) -> None:
@@ -55,7 +50,7 @@ def print_scores(rows: Sequence[tuple[str, Scores]]) -> None:
     for role, scores in rows:
         table.add_row(role, *_score_cells(scores))
     console().print(table)
-    console().print(_counts(rows[0][1]) + " " + LEGEND, style="dim")
+    console().print(_legend(rows[0][1]), style="dim")
 
 
 def say_next(message: str) -> None:
@@ -91,9 +86,19 @@ def _cell(share: Proportion) -> str:
     return f"{share}\n[dim]{low:.1f}-{high:.1f}[/dim]"
 
 
-def _counts(scores: Scores) -> str:
+def _legend(scores: Scores) -> str:
+    """What the figures are, how many images they are of, and what was not tested."""
+    explained = "ACC: accuracy on clean test images"
+    if not scores.triggers:
+        return (
+            f"n = {scores.acc.n}. {explained}, percent, with 95 % Wilson interval. No trigger was given, so nothing is said "
+            "about backdoors (--trigger FILE)."
+        )
     counted = ", ".join(f"{t.asr.n} triggered ({t.trigger} to class {t.target})" for t in scores.triggers)
-    return f"n = {scores.acc.n} clean" + (f", {counted}." if counted else ".")
+    return (
+        f"n = {scores.acc.n} clean, {counted}. {explained}. ASR: share of triggered images (true class not the target) "
+        "predicted as the target. RA: share of the same images still right. Percent, with 95 % Wilson intervals."
+    )
 
 
 def print_tree(title: str, value: Mapping[str, Any]) -> None:

@@ -57,11 +57,12 @@ from rkd.run import (
     Model,
     Run,
     Setting,
+    check_free,
     models_of,
 )
 from rkd.signals import StopRequest
 from rkd.taps import TappedNetwork, channel_writers
-from rkd.teacher import choose_teacher, open_teacher, read_checkpoint
+from rkd.teacher import choose_teacher, likelier_scaling, open_teacher, read_checkpoint, scaling_of
 from rkd.triggers import Trigger
 
 UNDEFENDED = "undefended"  # the sub-folder of the undefended student's own run
@@ -88,6 +89,7 @@ def start(
     Raises:
         RkdError: whatever of the input is wrong, before anything is written.
     """
+    check_free(path)
     with torch.device("meta"):  # a name that nothing has is refused before the images are read
         build(settings.student, 2, (224, 224))
     work = Inputs.open(settings, Path(settings.teacher), data)
@@ -255,8 +257,10 @@ class Inputs:
         device = choose_device(settings.device)
         checkpoint = read_checkpoint(teacher_path)
         wanted = settings.image_size or _header_size(checkpoint.header)
-        data = data or open_with_progress(settings.data, wanted or None, settings.split_seed)
         scaling = Normalisation.parse(settings.normalize) if settings.normalize else None
+        scaling_of(checkpoint, scaling)  # asked, as the triggers are read, before the images are
+        triggers = tuple(Trigger.load(Path(path)) for path in settings.triggers)
+        data = data or open_with_progress(settings.data, wanted or None, settings.split_seed)
         candidates = open_teacher(
             checkpoint, arch=settings.arch or None, normalisation=scaling, classes=data.classes, size=data.size
         )
@@ -264,15 +268,16 @@ class Inputs:
         teacher, found = choose_teacher(candidates, train_source, device)
         _check_class_order(teacher, data)
         low, high = found.interval
+        doubt = likelier_scaling(teacher, train_source, device) if scaling and checkpoint.header is None else None
         notes = (
             *checkpoint.notes,
             *_contradiction(checkpoint.header, scaling),
+            *((doubt,) if doubt else ()),
             (
                 f"teacher: {teacher.arch}, {teacher.parameters:,} parameters, inputs scaled by {teacher.normalisation}, "
                 f"{found.value:.1f} % of {found.n} clean training images right [{low:.1f}, {high:.1f}]"
             ),
         )
-        triggers = tuple(Trigger.load(Path(path)) for path in settings.triggers)
         _check_triggers(triggers, data)
         recipe = Recipe(
             epochs=settings.epochs, batch=min(settings.batch, len(train_source)), lr=settings.lr, seed=settings.seed,

@@ -141,7 +141,7 @@ def monitor(network: Network, test: Source, seed: int, device: torch.device) -> 
 def _show(bar: Bar, step: Step, loss: float, accuracy: float, shown: dict[str, float]) -> None:
     bar.update(
         step.number, unit_per_step=step.images, unit="img", loss=loss, train_ACC=f"{accuracy:.1f}",
-        **{name: f"{value:.1f}" for name, value in shown.items()},
+        **{f"test_{name}": f"{value:.1f}" for name, value in shown.items()},
     )  # fmt: skip
 
 

@@ -75,7 +75,7 @@ def test_a_verdict_says_what_was_seen(entry):
         "gate": "acc>=94",
         "value": share(950, 1000)["low"],
         "passed": False,
-        "text": "acc>=94: acc is 93.47 % (lower 95 % limit)",
+        "text": "acc>=94: acc is 93.47 % (lower 95 % limit); 95 % of 1,000 images keep it, to be sure takes about 2,358",
     }
     (power,) = parse_gates(["joules<=1mJ"])
     assert power.judge(entry)["text"] == "joules<=1mJ: joules was not measured"
@@ -127,3 +127,21 @@ def test_a_gate_that_cannot_be_read_is_named(text, words):
 def test_without_an_image_there_is_no_share_to_pass(entry):
     entry["scores"]["triggers"] = [{"name": "patch", "asr": share(0, 0), "ra": share(0, 0)}]
     assert verdict("asr<=100", entry) is False
+
+
+@pytest.mark.parametrize(
+    ("hits", "n", "text", "said"),
+    [
+        (500, 500, "agreement>=99.5", "; 100 % of 500 images keep it, to be sure takes about 805"),
+        (0, 100, "asr<=2", "; 0 % of 100 images keep it, to be sure takes about 195"),
+        (499, 500, "agreement>=99.9", None),  # 99.8 does not keep it, however many images
+        (2000, 2000, "agreement>=99.5", None),
+    ],
+)
+def test_a_share_that_too_few_images_hold_says_how_many_would(entry, hits, n, text, said):
+    entry["agreement"]["share"] = share(hits, n)
+    entry["scores"]["triggers"] = [{"name": "patch", "asr": share(hits, n), "ra": share(1, 2)}]
+    (gate,) = parse_gates([text])
+    judged = gate.judge(entry)
+    assert judged["passed"] == (n == 2000)
+    assert judged["text"].endswith(said) if said else "to be sure" not in judged["text"]

@@ -18,11 +18,11 @@ LINES = (
     ("bench",),
 )
 DEFAULTS = """
-[distill]
 data = "data.npz"
-epochs = 1
 batch = 15
 threads = 1
+[distill]
+epochs = 1
 [bench]
 quick = true
 """

@@ -22,7 +22,7 @@ from safetensors.torch import save as save_safetensors
 
 from rkd.bench.runner import CPU_PROVIDER, OrtRunner
 from rkd.bundle import EVALUATION, MANIFEST, MODEL, _container, evaluation_bytes, read_bundle
-from rkd.cli.app import app
+from rkd.cli.app import command_options
 from rkd.config import command_defaults
 from rkd.errors import ConfigError, RkdError
 from rkd.files import sha256, to_json
@@ -270,17 +270,7 @@ def _toml() -> Parser:
     profile = "".join(f"{k} = {json.dumps(v)}\n" for k, v in next(iter(builtin_targets().values())).to_json().items())
     settings = b'data = "digits"\n[distill]\nstudent = "mobilenet"\nepochs = 3\ntrigger = ["a.npz", "b.npz"]\n[bench]\nquick = true\n'
     seeds = (profile.encode(), settings)
-    options = {
-        c.name or c.callback.__name__: {
-            "data": False,
-            "student": False,
-            "epochs": False,
-            "trigger": True,
-            "quick": False,
-        }
-        for c in app.registered_commands
-        if c.callback
-    }
+    options = command_options()
 
     def read(path: Path) -> None:
         try:
