@@ -462,6 +462,27 @@ def test_what_is_wrong_at_the_start_leaves_no_run_behind(here: Path) -> None:
     assert not Path("out").exists()
 
 
+@pytest.mark.parametrize("wrong", ["out", "normalize", "scaling", "trigger"])
+def test_what_needs_no_image_is_refused_before_any_is_read(
+    here: Path, monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    def read(*_: object, **__: object) -> None:
+        raise AssertionError("the images were read")
+
+    monkeypatch.setattr(session, "open_dataset", read)
+    bare = here / "bare.pt"
+    torch.save(torch.load(here / "teacher.pt", weights_only=True)["state_dict"], bare)
+    taken, said = {
+        "out": (("teacher.pt", "--out", here), "exists"),
+        "normalize": ((bare,), "does not say how its inputs were scaled"),
+        "scaling": ((bare, "--normalize", "imagnet"), "imagnet"),
+        "trigger": ((bare, "--normalize", "none", "--trigger", "no.npz"), "no.npz"),
+    }[wrong]
+    refused = rkd("distill", *taken, *SHORT, "--data", "digits")
+    assert refused.exit_code == 1, refused.output
+    assert said in refused.output
+
+
 def test_a_folder_that_is_not_empty_is_not_written_into(here: Path) -> None:
     Path("out").mkdir()
     Path("out/mine.txt").write_text("mine")

@@ -352,6 +352,24 @@ def test_inspect_of_what_rkd_does_not_know(place: Place) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("rkd.toml", "seed = 3\n[distill]\nepochs = 7\n", "epochs"),
+        ("mine.toml", "about = 'x'\n[attacks.none]\n", "suite; its cells: rkd suite mine.toml --dry-run"),
+    ],
+)
+def test_inspect_tells_tomls_apart(place: Place, name: str, text: str, said: str) -> None:
+    Path(name).write_text(text)
+    done = CliRunner().invoke(app, ["inspect", name])
+    assert done.exit_code == 0
+    assert said in done.output
+
+
+def test_a_bundle_as_teacher_is_called_one(place: Place, bundle: Path) -> None:
+    assert "is a bundle for boards" in refusal(place, "distill", bundle.name, "--data", "digits", "--normalize", "none")
+
+
+@pytest.mark.parametrize(
     "change",
     [
         {"command": 5}, {"models": 5}, {"models": [5]}, {"models": [{}]}, {"student": "x"}, {"student": 5}, {"data": []}, {"settings": {"a": 5}},
