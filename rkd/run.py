@@ -183,7 +183,11 @@ class Run:
         try:
             return self.summary["settings"][name]["value"]
         except (KeyError, TypeError):
-            raise RunError(f"{self.path / SUMMARY} is damaged: setting {name!r} is missing") from None
+            made_by = self.summary.get("rkd")
+            raise RunError(
+                f"{self.path / SUMMARY} lacks the setting {name!r}: it was made by another rkd ({made_by}, here {__version__}), "
+                "or is damaged; make the run again"
+            ) from None
 
     def save(self, **changes: Any) -> None:
         """Change fields of run.json and write it.

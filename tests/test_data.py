@@ -17,34 +17,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pictures import folder, noise, save
 from PIL import Image
 from sklearn.datasets import load_digits
 from torchvision import datasets
 
 from rkd.data import ArraySource, FolderSource, open_dataset
 from rkd.errors import DataError, MissingExtraError, StorageError
-
-
-def noise(seed: int, height: int = 6, width: int = 6, *channels: int) -> np.ndarray:
-    """Pixels that are different for each seed."""
-    return np.random.default_rng(seed).integers(0, 256, (height, width, *(channels or (3,))), dtype=np.uint8)
-
-
-def save(path: Path, pixels: np.ndarray) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
-    return path
-
-
-def folder(root: Path, splits: dict[str, dict[str, int]], **size: int) -> Path:
-    """`{"train": {"cat": 3}}` gives train/cat/0.png to 2.png, no two images alike."""
-    seed = 0
-    for split, classes in splits.items():
-        for name, count in classes.items():
-            for i in range(count):
-                save(root / split / name / f"{i}.png", noise(seed, **size))
-                seed += 1
-    return root
 
 
 @pytest.fixture

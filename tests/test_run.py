@@ -40,7 +40,7 @@ def test_a_run_is_opened_as_it_was_left(run: Run) -> None:
     assert not again.finished
     again.finish(student={"sha256": "0"})
     assert Run.open(run.path).finished
-    with pytest.raises(RunError, match="'epochs' is missing"):
+    with pytest.raises(RunError, match="lacks the setting 'epochs'"):
         again.setting("epochs")
 
 

@@ -443,7 +443,7 @@ def test_a_missing_setting_of_the_run_is_named(interrupted: Path) -> None:
     content = summary(interrupted)
     del content["settings"]["cap"]
     (interrupted / "run.json").write_text(json.dumps(content))
-    assert "setting 'cap' is missing" in one_line(rkd("distill", "--resume", interrupted))
+    assert "lacks the setting 'cap'" in one_line(rkd("distill", "--resume", interrupted))
 
 
 @pytest.mark.parametrize(

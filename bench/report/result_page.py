@@ -19,8 +19,8 @@ from rkd.bench.report.scores import (
     glossary,
     score_panels,
     share_cell,
+    table_head,
     trigger_cells,
-    trigger_heads,
     trigger_names,
 )
 from rkd.bench.report.spread import Spread, spreads
@@ -119,20 +119,7 @@ def _table(entries: Sequence[Entry]) -> Markup:
         return Markup()
     scores = [entry.scores for entry in entries if entry.scores]
     names = trigger_names(scores)
-    over, under = trigger_heads(scores, names)
-    rows = 2 if names else 1
-    rest = (("p50 ms", "median latency"), ("Memory", "peak"))
-    head = tag(
-        "thead",
-        tag(
-            "tr",
-            tag("th", "Bundle", scope="col", rowspan=rows),
-            tag("th", "ACC %", tag("small", "higher is better"), scope="col", rowspan=rows),
-            *over,
-            *(tag("th", name, tag("small", remark), scope="col", rowspan=rows) for name, remark in rest),
-        ),
-        tag("tr", *under) if under else Markup(),
-    )
+    head = table_head("Bundle", scores, names, (("p50 ms", "median latency"), ("Memory", "peak")))
     table = tag("table", head, tag("tbody", *(_row(entry, names) for entry in entries)), class_="pin wide")
     return section("Results", "", scroller("Results of every bundle", table), glossary({**SCORES, **_COST}))
 

@@ -14,8 +14,8 @@ from rkd.bench.report.scores import (
     glossary,
     score_panels,
     share_cell,
+    table_head,
     trigger_cells,
-    trigger_heads,
     trigger_names,
 )
 from rkd.bench.report.svg import Series, line_chart
@@ -123,19 +123,7 @@ def _comparison(models: Sequence[ModelRow]) -> Markup:
         return Markup()
     scores = [model.scores for model in models]
     names = trigger_names(scores)
-    over, under = trigger_heads(scores, names)
-    rows = 2 if names else 1
-    head = tag(
-        "thead",
-        tag(
-            "tr",
-            tag("th", "Model", scope="col", rowspan=rows),
-            tag("th", "ACC %", tag("small", "higher is better"), scope="col", rowspan=rows),
-            *over,
-            *(tag("th", name, scope="col", rowspan=rows) for name in ("Parameters", "MACs", "Size")),
-        ),
-        tag("tr", *under) if under else Markup(),
-    )
+    head = table_head("Model", scores, names, (("Parameters", ""), ("MACs", ""), ("Size", "")))
     by_role = {model.role: model for model in models}
     body = tag("tbody", *(_row(model, names, by_role.get(model.control)) for model in models))
     table = tag("table", head, body, class_="pin wide")

@@ -77,8 +77,15 @@ def trigger_cells(scores: Scores, names: Sequence[str], control: Scores | None =
     return cells
 
 
-def trigger_heads(scores: Sequence[Scores], names: Sequence[str]) -> tuple[list[Markup], list[Markup]]:
-    """Two rows of column heads for the triggers: name and target above, ASR and RA below."""
+def table_head(first: str, scores: Sequence[Scores], names: Sequence[str], rest: Sequence[tuple[str, str]]) -> Markup:
+    """The heads of a table of scores, in two rows where there are triggers: name and target above, ASR and RA below.
+
+    Args:
+        first: what a row is.
+        scores: of the rows.
+        names: of the triggers.
+        rest: what follows the scores, each with a remark.
+    """
     over, under = [], []
     for name in names:
         targets = sorted({t.target for one in scores for t in one.triggers if t.trigger == name})
@@ -86,7 +93,21 @@ def trigger_heads(scores: Sequence[Scores], names: Sequence[str]) -> tuple[list[
         over.append(tag("th", name, tag("small", f"target class {target}"), scope="colgroup", colspan=2, class_="over"))
         under.append(tag("th", "ASR %", tag("small", "lower is better"), scope="col"))
         under.append(tag("th", "RA %", tag("small", "higher is better"), scope="col"))
-    return over, under
+    rows = 2 if names else 1
+    return tag(
+        "thead",
+        tag(
+            "tr",
+            tag("th", first, scope="col", rowspan=rows),
+            tag("th", "ACC %", tag("small", "higher is better"), scope="col", rowspan=rows),
+            *over,
+            *(
+                tag("th", name, *([tag("small", said)] if said else []), scope="col", rowspan=rows)
+                for name, said in rest
+            ),
+        ),
+        tag("tr", *under) if under else Markup(),
+    )
 
 
 def glossary(definitions: Mapping[str, str]) -> Markup:
