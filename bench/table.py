@@ -23,6 +23,8 @@ def render(result: dict[str, Any]) -> Group:
     parts: list[Table | Text] = [_figures(entries)]
     if any(entry["latency"] for entry in entries):
         parts.append(_latencies(entries))
+    if any(latency["stages"] or entry["sweep"] for entry, latency in _measured(entries)):
+        parts.append(_stages(entries))
     if any(entry["memory"] or entry["power"] for entry in entries):
         parts.append(_costs(entries))
     if several_triggers:
@@ -55,21 +57,31 @@ def _figures(entries: list[dict[str, Any]]) -> Table:
 
 
 def _latencies(entries: list[dict[str, Any]]) -> Table:
-    """Each batch size: the intervals, the tail, and the device's share."""
+    """Each batch size: every percentile with its interval."""
     table = _table("bundle")
-    for name in ("batch", "p50 ms", "p99 ms", "p99.9 ms", "h2d", "comp", "d2h", "img/s"):
+    for name in ("batch", "p50 ms", "p90 ms", "p99 ms", "p99.9 ms", "n"):
         table.add_column(name, justify="right", no_wrap=True)
-    for entry in entries:
-        for latency in [entry["latency"], *entry["sweep"]] if entry["latency"] else ():
-            stages = latency["stages"]
-            table.add_row(
-                Text(_name(entry)),
-                f"{latency['batch']:,}",
-                *(_interval(latency[key]) for key in ("p50", "p99", "p999")),
-                *(_short(stages[key]["ms"]) if stages else NOT_REPORTED for key in ("h2d", "compute", "d2h")),
-                _short(latency["images_per_second"]),
-            )
+    for entry, latency in _measured(entries):
+        intervals = (_interval(latency[key]) for key in ("p50", "p90", "p99", "p999"))
+        table.add_row(Text(_name(entry)), f"{latency['batch']:,}", *intervals, f"{latency['n']:,}")
     return table
+
+
+def _stages(entries: list[dict[str, Any]]) -> Table:
+    """Each batch size: the device's share of the time."""
+    table = _table("bundle")
+    for name in ("batch", "img/s", "h2d", "comp", "d2h"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for entry, latency in _measured(entries):
+        stages = latency["stages"]
+        times = (_short(stages[key]["ms"]) if stages else NOT_REPORTED for key in ("h2d", "compute", "d2h"))
+        table.add_row(Text(_name(entry)), f"{latency['batch']:,}", _short(latency["images_per_second"]), *times)
+    return table
+
+
+def _measured(entries: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Every entry's latency at every batch size that was measured."""
+    return [(entry, one) for entry in entries if entry["latency"] for one in (entry["latency"], *entry["sweep"])]
 
 
 def _costs(entries: list[dict[str, Any]]) -> Table:
