@@ -29,7 +29,7 @@ from rkd.bench.tensorrt_api import import_tensorrt
 from rkd.bench.tensorrt_engine import BuildOptions, OnPhase
 from rkd.bench.tensorrt_layers import LayerType
 from rkd.bench.tensorrt_runner import TensorRtRunner, tensorrt_missing
-from rkd.errors import BundleError, ConfigError, MissingExtraError, RuntimeUnavailableError
+from rkd.errors import BundleError, ConfigError, MissingExtraError, RuntimeUnavailableError, install_hint
 from rkd.progress import say
 from rkd.target import Runtime, Target
 
@@ -295,7 +295,7 @@ def choose_runner(target: Target, threads: int | None = None) -> Choice:
     except MissingExtraError as error:
         raise RuntimeUnavailableError(
             f"target {target.name} wants TensorRT, which is not available here ({why}), and there is no ONNX Runtime "
-            "to check the file with instead; install it with: pip install 'rkd[ort]'"
+            f"to check the file with instead; install it with: {install_hint('ort')}"
         ) from error
     return Choice(
         "onnxruntime",
@@ -353,7 +353,7 @@ def import_onnxruntime() -> ModuleType:
         if isinstance(error, ModuleNotFoundError) and error.name == "onnxruntime":
             raise MissingExtraError("onnxruntime", "ort") from error
         raise RuntimeUnavailableError(
-            f"onnxruntime is installed but does not start: {_one_line(error)}; install it again: pip install 'rkd[ort]'"
+            f"onnxruntime is installed but does not start: {_one_line(error)}; install it again: {install_hint('ort')}"
         ) from error
     module: ModuleType = onnxruntime
     return module

@@ -16,7 +16,7 @@ from rkd.bench.runner import import_onnxruntime
 from rkd.bench.tensorrt_api import check_version
 from rkd.bench.tensorrt_engine import BuildOptions
 from rkd.bench.tensorrt_runner import Machine, tensorrt_missing
-from rkd.errors import MissingExtraError, RkdError, RuntimeUnavailableError
+from rkd.errors import MissingExtraError, RkdError, RuntimeUnavailableError, install_hint
 from rkd.target import Target, builtin_targets, load_target, version
 
 _GIB = 2**30
@@ -64,7 +64,7 @@ def diagnose(machine: Machine | None = None) -> list[Finding]:
         _sensors(),
         _gpu(machine),
     ]
-    train = "pip install 'rkd[train]'"
+    train = install_hint("train")
     found += [
         _package("torch", "teacher, distill, export", train, _torch),
         _package("torchvision", "students by name, public data sets", train),
@@ -76,11 +76,11 @@ def diagnose(machine: Machine | None = None) -> list[Finding]:
         _package("onnxconverter_common", "export to FP16", train, distribution="onnxconverter-common"),
         _onnxruntime(),
         _tensorrt(machine),
-        _package("cryptography", "keygen, export --sign, verify --pubkey", "pip install 'rkd[sign]'"),
-        _package("pycuda", "TensorRT on a board", "pip install 'rkd[trt]', or cuda-bindings"),
+        _package("cryptography", "keygen, export --sign, verify --pubkey", install_hint("sign")),
+        _package("pycuda", "TensorRT on a board", f"{install_hint('trt')}; or pip install cuda-bindings"),
         _package("cuda-bindings", "TensorRT where pycuda cannot be compiled", "pip install cuda-bindings"),
-        _package("tensorrt-rtx", "target rtx-fp16", "pip install 'rkd[rtx]'"),
-        _package("ray", "suite --launcher ray", "pip install 'rkd[ray]'"),
+        _package("tensorrt-rtx", "target rtx-fp16", install_hint("rtx")),
+        _package("ray", "suite --launcher ray", install_hint("ray")),
         _package("timm", "teachers named timm:NAME", "pip install timm"),
     ]
     return found + [_target(target, machine) for target in builtin_targets().values()]
@@ -117,9 +117,9 @@ def _onnxruntime() -> Finding:
         ort = import_onnxruntime()
         providers = ", ".join(ort.get_available_providers())
     except MissingExtraError:
-        return Finding(what[0], "missing", "not installed", what[1], "pip install 'rkd[ort]'")
+        return Finding(what[0], "missing", "not installed", what[1], install_hint("ort"))
     except Exception as error:  # noqa: BLE001  (as in _package)
-        return Finding(what[0], "missing", str(error), what[1], "reinstall it: pip install 'rkd[ort]'")
+        return Finding(what[0], "missing", str(error), what[1], f"reinstall it: {install_hint('ort')}")
     return Finding(what[0], "ok", f"{ort.__version__}; {providers}", what[1])
 
 

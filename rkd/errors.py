@@ -23,6 +23,8 @@ A message says what was seen, what was expected and what to do, in one line.
 
 from __future__ import annotations
 
+from rkd import __version__
+
 
 class RkdError(Exception):
     """The root: the user's input or environment is wrong."""
@@ -78,11 +80,16 @@ class RemoteError(RkdError):
     """A board that cannot be reached, or lacks what it takes to measure."""
 
 
+def install_hint(extra: str) -> str:
+    """How to install an extra: from rkd's own wheel or checkout, never by a name that an index may give to anyone."""
+    return f"pip install 'rkd-{__version__}-py3-none-any.whl[{extra}]', or '.[{extra}]' in a checkout"
+
+
 class MissingExtraError(RkdError):
     """A command needs optional dependencies that are not installed."""
 
     def __init__(self, what: str, extra: str) -> None:
-        super().__init__(f"{what} is not installed; install it with: pip install 'rkd[{extra}]'")
+        super().__init__(f"{what} is not installed; install it with: {install_hint(extra)}")
 
 
 class StorageError(RkdError):

@@ -53,9 +53,13 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 
 def use_threads(threads: int) -> None:
-    """Set the number of CPU threads; 0 means all that the process may use. One thread makes runs repeat byte for byte.
+    """Set the number of CPU threads; 0 means what OMP_NUM_THREADS says, or else all that the process may use.
+
+    One thread makes runs repeat byte for byte.
 
     Subnormal numbers are flushed to zero: they are noise here, and computing with them is many times slower.
     """
-    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    default = int(wanted) if wanted.isdecimal() and int(wanted) else len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads or default)
     torch.set_flush_denormal(True)

@@ -27,6 +27,9 @@ Predict = Callable[[Images], NDArray[Any]]  # images -> logits (N, classes)
 _Z95 = 1.959963984540054  # 97.5 % quantile of the standard normal
 
 
+_WORKS = 50.0  # percent: an attack that works on its teacher moves most of the images
+
+
 @dataclass(frozen=True)
 class Proportion:
     """`hits` of `n`, with its 95 % Wilson score interval."""
@@ -96,6 +99,10 @@ class Scores:
     def hardly_above_chance(self, classes: int) -> bool:
         """Whether ACC may be less than half again of a guess: then ASR and RA say nothing."""
         return self.acc.interval[0] <= 150 / classes
+
+    def asleep(self) -> list[TriggerScore]:
+        """Triggers that move less than half of the images: in a teacher, the backdoor is not there or sleeps."""
+        return [t for t in self.triggers if t.asr.n and t.asr.value < _WORKS]
 
     def to_json(self) -> dict[str, Any]:
         """`{acc, triggers: [{name, target, asr, ra}]}`."""

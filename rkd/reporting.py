@@ -128,7 +128,7 @@ def write_run_report(
     masks, history = _masks(shown)
     report = RunReport(
         title=title or f"{shown.setting('student')} from {shown.summary['teacher']['file']}",
-        verdict=verdict or _verdict(models_of(shown)),
+        verdict=verdict or " ".join([*_cautions(shown), _verdict(models_of(shown))]),
         created=str(shown.summary.get("created", "")),
         command=_command(shown),
         models=ordered,
@@ -136,11 +136,16 @@ def write_run_report(
         triggers=_trigger_panels(shown),
         masks=masks,
         detox_history=history,
-        settings=[(name, str(s["value"]), str(s["origin"])) for name, s in shown.summary["settings"].items()],
+        settings=[(name, _plain(s["value"]), str(s["origin"])) for name, s in shown.summary["settings"].items()],
         provenance=_provenance(shown),
-        notes=[str(note) for part in ("data", "teacher") for note in shown.summary.get(part, {}).get("notes", [])],
+        notes=[*dict.fromkeys(caution for run in runs for caution in _cautions(run))]
+        + [str(note) for part in ("data", "teacher") for note in shown.summary.get(part, {}).get("notes", [])],
     )
     write_file(out, run_page(report).encode())
+
+
+def _plain(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _role_among(model: Model, run: Run, runs: Sequence[Run]) -> str:
@@ -186,6 +191,30 @@ def _verdict(models: Sequence[Model]) -> str:
         text
         + " Whether what is left is a backdoor only a control tells: the same student from a clean twin of the teacher."
     )
+
+
+def cautions(models: Sequence[Model], classes: int) -> list[str]:
+    """What keeps a run's figures from saying what they seem to say.
+
+    Args:
+        models: of the run: the teacher first, the student last.
+        classes: how many there are.
+    """
+    found = []
+    if models[-1].scores.hardly_above_chance(classes):
+        found.append(
+            "The student hardly beats guessing, so its ASR and RA say nothing: train longer (--epochs) or on more data."
+        )
+    found += [
+        f"The trigger {t.trigger!r} moves only {t.asr.value:.1f} % of the images in the teacher itself: a low ASR of the "
+        "student is then no merit of the method."
+        for t in models[0].scores.asleep()
+    ]
+    return found
+
+
+def _cautions(run: Run) -> list[str]:
+    return cautions(models_of(run), len(run.summary["data"]["classes"]))
 
 
 def _command(run: Run) -> str:

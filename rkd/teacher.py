@@ -341,6 +341,10 @@ def _load_pickle(data: bytes, path: Path) -> object:
             "Get the weights as .safetensors, or ask its author for the bare state_dict"
         ) from error
     except (pickle.UnpicklingError, ValueError) as error:
+        if data[:1] != b"\x80" and data[:2] != b"PK":
+            raise CheckpointError(
+                f"{path} is not a checkpoint: it does not begin as one; expected a state dict saved by torch, or .safetensors"
+            ) from error
         reason = re.search(r"WeightsUnpickler error: (.{1,200})", str(error))
         raise CheckpointError(
             f"{path} is not a checkpoint that can be read safely: {reason[1].strip() if reason else _first_line(error)}; "
@@ -411,7 +415,7 @@ def _unwrap(found: object, path: Path, notes: list[str]) -> dict[str, Tensor]:
                 f"{path} holds {keys}; none of these is a state dict (looked for {', '.join(_WRAPPERS)}); "
                 "save the state dict alone"
             )
-        notes.append(f"unwrapped {inner!r}")
+        notes.append(f"the tensors were inside {inner!r}")
         found = found[inner]
     raise CheckpointError(f"{path} wraps its state dict more than twice; save the state dict alone")
 

@@ -82,7 +82,7 @@ def test_a_bare_state_dict_is_read_under_any_name(tmp_path: Path, state: State, 
 def test_a_known_wrapper_is_taken_off_and_noted(tmp_path: Path, key: str) -> None:
     checkpoint = read_checkpoint(saved(tmp_path / "t.pt", {key: small(), "epoch": 3}))
     same(checkpoint, small())
-    assert checkpoint.notes == (f"unwrapped {key!r}",)
+    assert checkpoint.notes == (f"the tensors were inside {key!r}",)
 
 
 def test_what_training_scripts_save_is_read(tmp_path: Path, state: State) -> None:
@@ -101,7 +101,7 @@ def test_what_training_scripts_save_is_read(tmp_path: Path, state: State) -> Non
     }
     checkpoint = read_checkpoint(saved(tmp_path / "model_best.pth.tar", script))
     same(checkpoint, state)
-    assert checkpoint.notes == ("unwrapped 'state_dict'", "removed prefix 'module.'")
+    assert checkpoint.notes == ("the tensors were inside 'state_dict'", "removed prefix 'module.'")
 
 
 def test_wrappers_and_prefixes_inside_each_other_are_taken_off(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def bench(
         Optional[list[str]],
         typer.Option(
             help="Limits, held against the bad end of each interval; exit 3 if one is broken. As in "
-            "'acc>=90, asr_upper<=2, p99<=5ms, memory<=200MB, agreement>=99.5'; may be repeated.",
+            "'acc>=90, asr<=2, p99<=5ms, memory<=200MB, agreement>=99.5'; may be repeated.",
             show_default=False,
         ),
     ] = None,

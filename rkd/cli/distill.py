@@ -94,7 +94,7 @@ def distill(
     image_size: Annotated[int, typer.Option(help="Pixels; 0 for the teacher's or the data's own.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     threads: Annotated[
-        int, typer.Option(help="CPU threads, 0 for all; with 1 the same seed gives the same bytes.")
+        int, typer.Option(help="CPU threads, 0 for OMP_NUM_THREADS or else all; with 1 the same seed gives the same bytes.")
     ] = 0,
     checkpoint_every: Annotated[
         int, typer.Option(help="Steps between checkpoints; each epoch also ends with one.")
@@ -188,7 +188,7 @@ def distill(
     from rkd.distill.settings import DistillSettings
     from rkd.errors import ConfigError
     from rkd.intake import find_data, find_triggers
-    from rkd.reporting import write_run_report
+    from rkd.reporting import cautions, write_run_report
     from rkd.run import REPORT, Run, free_name
     from rkd.signals import stop_requests
 
@@ -225,10 +225,11 @@ def distill(
         tables.print_json({"run": str(run.path), "models": [row.to_json() for row in rows]})
     else:
         tables.print_models(rows)
-        if rows[-1].scores.hardly_above_chance(len(run.summary["data"]["classes"])):
-            tables.say_next(
-                "The student hardly beats guessing, so its ASR and RA say nothing: train longer (--epochs) or on more data."
-            )
-        tables.say_next(
-            f"{run.path / REPORT} has the curves and pictures; next: rkd export {run.path} --target ort-cpu"
-        )
+        classes = len(run.summary["data"]["classes"])
+        for caution in cautions(rows, classes):
+            tables.say_next(caution)
+        done = f"{run.path / REPORT} has the curves and pictures"
+        if rows[-1].scores.hardly_above_chance(classes):
+            tables.say_next(done)
+        else:
+            tables.say_next(f"{done}; next: rkd export {run.path} --target ort-cpu (rkd targets lists the others)")

@@ -69,7 +69,7 @@ def export(
 
     code_from_command_line(context, "arch")
     with stop_requests() as stop:
-        stop.hint = "bundles that were finished are kept; the same command with --overwrite makes all of them"
+        stop.hint = "the same command makes the bundles (with --overwrite where some were finished: they are kept)"
         exported, reports = export_command(
             run,
             target or ["ort-cpu"],

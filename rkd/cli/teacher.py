@@ -78,7 +78,7 @@ def teacher(
     image_size: Annotated[int, typer.Option(help="Pixels; 0 for the data's own.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     threads: Annotated[
-        int, typer.Option(help="CPU threads, 0 for all; with 1 the same seed gives the same bytes.")
+        int, typer.Option(help="CPU threads, 0 for OMP_NUM_THREADS or else all; with 1 the same seed gives the same bytes.")
     ] = 0,
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 500,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
@@ -142,6 +142,11 @@ def teacher(
         tables.print_json({"out": str(out), "run": str(run.path), "scores": {role: s.to_json() for role, s in rows}})
     else:
         tables.print_scores(rows)
+        for t in scores.asleep():
+            tables.say_next(
+                f"The trigger moves only {t.asr.value:.1f} % of this teacher's images: unless the attack is meant to sleep in its "
+                "teacher (oscar), it did not take; try more --epochs or --finetune-epochs, a higher --poison-rate or --linf."
+            )
         tables.say_next(
             f"wrote {', '.join(str(path) for path in written if path.exists())}; next: rkd distill {out} --student mobilenet"
         )

@@ -569,7 +569,7 @@ def _measure(role: str, network: Network, work: Inputs, size_bytes: int) -> Mode
     passes = len(work.data.test) * (1 + len(work.triggers))
     predict = network.predictor(work.device)
     done = 0
-    with progress(f"evaluate the {role}", passes) as bar:
+    with progress(f"evaluate the {role}{', clean and triggered' if work.triggers else ''}", passes) as bar:
 
         def counted(images: NDArray[np.uint8]) -> NDArray[Any]:
             nonlocal done

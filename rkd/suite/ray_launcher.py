@@ -1,4 +1,4 @@
-"""Run jobs on a Ray cluster that is there already (`pip install 'rkd[ray]'`; RAY_ADDRESS names it).
+"""Run jobs on a Ray cluster that is there already (extra `ray`; RAY_ADDRESS names it).
 
 Every worker needs this rkd and must see the suite's folder, the data sets and the logs under the same paths: a shared
 file system. Whether it does is looked at before a job is begun there.
