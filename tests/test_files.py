@@ -13,7 +13,16 @@ import pytest
 
 from rkd import files
 from rkd.errors import StorageError
-from rkd.files import append_line, move, new_directory, read_json, remove_temporaries, to_json, write_directory, write_file
+from rkd.files import (
+    append_line,
+    move,
+    new_directory,
+    read_json,
+    remove_temporaries,
+    to_json,
+    write_directory,
+    write_file,
+)
 
 FAULTS = {"open": os.open, "write": os.write, "fsync": os.fsync, "replace": os.replace}
 ERRORS = {errno.ENOSPC: "No space left on", errno.EIO: "Input/output error", errno.EACCES: "no permission for"}
