@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -321,3 +322,21 @@ def test_what_is_no_json_is_a_value_error_that_names_the_file(tmp_path: Path, da
         read_json(tmp_path / "x.json")
     with pytest.raises(StorageError, match="no such file"):
         read_json(tmp_path / "y.json")
+
+
+def test_nothing_else_writes_or_renames() -> None:
+    """Streams are left out: the logs of children, and switches of the kernel."""
+    package = Path(files.__file__).parent
+    sources = [path for root in (package, *package.iterdir()) for path in root.rglob("*.py")]  # some are links
+    assert {"bench", "export", "suite"} <= {path.parent.name for path in sources}
+    forbidden = re.compile(
+        r"os\.(replace|rename|renames|link|symlink)\(|\.rename\(|\.write_(text|bytes)\(|shutil\.(move|copy\w*)\(|\bopen\([^)]*[\"'][wax]b?[\"']"
+    )
+    found = {
+        f"{path.relative_to(package)}: {line.strip()}"
+        for path in sources
+        if path != package / "files.py"
+        for line in path.read_text().splitlines()
+        if forbidden.search(line)
+    }
+    assert {line for line in found if not re.search("as (log|output|knob):", line)} == set()

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 from disk import MIXED, Disk, check_refusal, rkd
 
 
@@ -13,6 +14,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+@pytest.mark.promise
 def test_wherever_the_disk_fails_results_are_whole_and_the_same_command_makes_them_all(
     resumed: Path, here: Any
 ) -> None:
