@@ -44,7 +44,7 @@ def _run(path: Path) -> dict[str, Any]:
     run = Run.open(path)
     try:
         return _describe_run(run)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise RunError(f"{path / SUMMARY} is damaged ({type(error).__name__}: {error})") from error
 
 
