@@ -309,8 +309,9 @@ def fit(image: Image, size: Size) -> Image:
 
 
 class _BoundedReader(io.BufferedReader):
-    """A file of which no more is asked than it has: Python takes memory for what a read asks for, and a chunk of a PNG of
-    a hundred bytes may announce gigabytes.
+    """A file of which no more is asked than it has.
+
+    Python takes memory for all that a read asks for, and a chunk of a PNG of a hundred bytes may announce gigabytes.
     """
 
     def read(self, size: int | None = -1, /) -> bytes:
