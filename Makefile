@@ -15,13 +15,13 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
-# The figures of docs/promises.md that take minutes: every failing write of every kind, kills, mutants by command line,
-# every student for every target
+# The figures of docs/promises.md that take minutes: every failing write of every command, kills at random times and of
+# every method, mutants through every command
 test-promises: $(STAMP)
-	RKD_SLOW=1 $(BIN)/python -m pytest -n auto --dist worksteal -m slow tests/fuzz tests/faults tests/security tests/export
+	RKD_PROMISES=1 $(BIN)/python -m pytest -n auto --dist worksteal -m promise
 
 test-slow: $(STAMP)
-	RKD_SLOW=1 $(BIN)/python -m pytest
+	RKD_SLOW=1 RKD_PROMISES=1 $(BIN)/python -m pytest
 
 test-gpu: $(STAMP)
 	RKD_GPU=1 $(BIN)/python -m pytest -m gpu
@@ -43,7 +43,7 @@ types: $(STAMP)
 # Release figures: SECONDS=3600 make fuzz soak
 SECONDS ?= 600
 fuzz: $(STAMP)
-	$(BIN)/python tests/fuzz/fuzz.py --seconds $(SECONDS) --seed $${SEED:-1} --keep build/fuzz
+	$(BIN)/python tests/fuzz/fuzz.py --replay --seconds $(SECONDS) --commands 40 --seed $${SEED:-1} --keep build/fuzz
 
 soak: $(STAMP)
 	RKD_SLOW=1 RKD_SOAK_SECONDS=$(SECONDS) $(BIN)/python -m pytest -n 0 tests/faults/test_every_method.py -k random

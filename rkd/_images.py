@@ -7,6 +7,7 @@ The files come from strangers: only the formats of `EXTENSIONS` are decoded, hea
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import os
 import threading
@@ -49,6 +50,7 @@ _CHANGED = {  # what was done to an image -> what is said about it
     "fitted": "{} scaled or cropped to one size",
 }
 _LARGE_PIXELS = 32 * 2**20
+_LARGE_READ_BYTES = 2**20
 _ONE_LARGE = threading.Lock()  # eight threads with a large image each would take gigabytes
 _QUIET = threading.Lock()  # warning filters belong to the process, not to a thread
 
@@ -306,11 +308,23 @@ def fit(image: Image, size: Size) -> Image:
     return resized.crop((left, top, left + width, top + height))
 
 
+class _BoundedReader(io.BufferedReader):
+    """A file of which no more is asked than it has.
+
+    Python takes memory for all that a read asks for, and a chunk of a PNG of a hundred bytes may announce gigabytes.
+    """
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > _LARGE_READ_BYTES:
+            size = max(0, min(size, os.fstat(self.fileno()).st_size - self.tell()))
+        return super().read(size)
+
+
 @contextmanager
 def _open(path: Path) -> Iterator[Image]:
     import PIL.Image
 
-    with path.open("rb") as file, PIL.Image.open(file, formats=_FORMATS) as image:
+    with _BoundedReader(io.FileIO(path)) as file, PIL.Image.open(file, formats=_FORMATS) as image:
         if image.width * image.height > _MAX_PIXELS:
             raise ValueError(f"{image.width * image.height:,} pixels are too many, at most {_MAX_PIXELS:,}")
         with _ONE_LARGE if image.width * image.height > _LARGE_PIXELS else nullcontext():

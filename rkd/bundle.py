@@ -252,6 +252,7 @@ def parse_bundle(data: bytes, path: Path) -> Bundle:
             raise BundleError(
                 f"{path}: member {name!r} does not match its digest; the bundle was changed or damaged, copy it again"
             )
+    _same_manifest(head, manifest, path)
     signed = {SIGNATURE: signature} if signature else {}
     _same_container(data, {MANIFEST: head, **signed, **members}, path)
     bundle = Bundle(manifest, members, sha256(data), path, head, signature)
@@ -361,16 +362,23 @@ def _parse_manifest(data: bytes, path: Path) -> dict[str, Any]:
         raise BundleError(f"{path}: {MANIFEST} has {len(data):,} bytes, at most {_MANIFEST_LIMIT_BYTES:,} are allowed")
     try:
         manifest = json.loads(data)
-        canonical = to_json(manifest)
     except Exception as error:
         raise BundleError(f"{path}: {MANIFEST} is not JSON: {error}") from error
     problem = _manifest_problem(manifest)
     if problem:
         raise BundleError(f"{path}: {MANIFEST}: {problem}; export the run again with this version of rkd")
-    if canonical != data:
-        raise BundleError(f"{path}: {MANIFEST} is not written as rkd writes it; this bundle was tampered with")
     checked: dict[str, Any] = manifest
     return checked
+
+
+def _same_manifest(data: bytes, manifest: dict[str, Any], path: Path) -> None:
+    """See that the manifest is written as rkd writes it."""
+    try:
+        canonical = to_json(manifest)
+    except Exception as error:  # NaN, half a character
+        raise BundleError(f"{path}: {MANIFEST} is not JSON: {error}") from error
+    if canonical != data:
+        raise BundleError(f"{path}: {MANIFEST} is not written as rkd writes it; this bundle was tampered with")
 
 
 def _manifest_problem(manifest: Any) -> str | None:

@@ -110,10 +110,11 @@ def check_writable(path: Path) -> None:
             raise PermissionError(errno.EACCES, "no permission")
 
 
-def write_directory(path: Path, members: Mapping[str, bytes]) -> None:
-    """Write a directory of files that appears whole or not at all; the last member is written last.
+@contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """A directory to fill that appears as `path` when the block ends, and not at all where the block raises.
 
-    A member's name may hold one folder, as in `triggers/patch.npz`.
+    Whoever fills it sees that its files are on disk; its folders are.
 
     Raises:
         StorageError: as for `write_file`; also when `path` exists and is not empty.
@@ -124,16 +125,41 @@ def write_directory(path: Path, members: Mapping[str, bytes]) -> None:
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
-            for name, data in members.items():
-                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-                _write(temporary / name, data)
-            for folder in {(temporary / name).parent for name in members} | {temporary}:
+            yield temporary
+            for folder in (temporary, *(below for below in temporary.rglob("*") if below.is_dir())):
                 _sync_directory(folder)
             os.replace(temporary, path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         _sync_directory(path.parent)
+
+
+def write_directory(path: Path, members: Mapping[str, bytes]) -> None:
+    """Write a directory of files that appears whole or not at all; the last member is written last.
+
+    A member's name may hold one folder, as in `triggers/patch.npz`.
+
+    Raises:
+        StorageError: as for `write_file`; also when `path` exists and is not empty.
+    """
+    with new_directory(path) as folder:
+        for name, data in members.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            _write(folder / name, data)
+
+
+def move(path: Path, goal: Path) -> None:
+    """Give a file or directory another place on the same disk; the folders on the way to it are made.
+
+    Raises:
+        StorageError: as for `write_file`; also when `goal` is a directory that is not empty.
+    """
+    with storage_errors(path):
+        goal.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, goal)
+        for folder in {path.parent, goal.parent}:
+            _sync_directory(folder)
 
 
 def fill_directory(path: Path, members: Mapping[str, bytes]) -> None:

@@ -45,7 +45,7 @@ def _run(path: Path) -> dict[str, Any]:
     run = Run.open(path)
     try:
         return _describe_run(run)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise RunError(f"{path / SUMMARY} is damaged ({type(error).__name__}: {error})") from error
 
 
@@ -81,6 +81,7 @@ def _describe_run(run: Run) -> dict[str, Any]:
 def _bundle(path: Path) -> dict[str, Any]:
     bundle = read_bundle(path)
     images, labels = bundle.evaluation()
+    ledger = bundle.ledger()
     manifest = bundle.manifest
     try:
         student, exported = (
@@ -98,6 +99,7 @@ def _bundle(path: Path) -> dict[str, Any]:
         "classes": f"{len(bundle.classes)}: {', '.join(bundle.classes[:10])}{', ...' if len(bundle.classes) > 10 else ''}",
         "evaluation": f"{len(labels)} images of {images.shape[2]}x{images.shape[3]} pixels",
         "triggers": [f"{t.name} to class {t.target}" for t in bundle.triggers()],
+        "ledger": [step.name for step in ledger.steps] if ledger else [],
         "members": {
             name: f"{entry['size_bytes']:,} bytes, sha256 {entry['sha256']}"
             for name, entry in manifest["members"].items()

@@ -261,7 +261,7 @@ class Run:
         lines = self.metrics()
         try:
             kept = [line for line in lines if line.get("stage") != stage or int(line.get("step", 0)) <= step]
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise RunError(f"{self.path / METRICS} is damaged: {error}") from error
         write_file(self.path / METRICS, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
@@ -370,5 +370,5 @@ def models_of(run: Run) -> list[Model]:
         if not run.finished:
             raise RunError(f"{run.path} is not finished; go on with: rkd distill --resume {run.path}")
         return [Model.from_json(row) for row in run.summary["models"]]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise RunError(f"{run.path}: its results are missing or damaged: {error}") from error

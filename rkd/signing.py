@@ -41,11 +41,16 @@ def make_keys(private: Path, public: Path) -> str:
             raise SigningError(f"{path} exists; choose another name, rkd does not replace keys")
     key = ed25519.Ed25519PrivateKey.generate()
     pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    write_file(private, pem, mode=0o600)
-    write_file(
-        public,
-        key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo),
+    public_pem = key.public_key().public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
     )
+    try:
+        write_file(private, pem, mode=0o600)
+        write_file(public, public_pem)
+    except BaseException:  # half a pair would be in the way of the next try
+        for path in (private, public):
+            path.unlink(missing_ok=True)
+        raise
     return fingerprint(_raw(key.public_key()))
 
 

@@ -300,7 +300,7 @@ def _load_safetensors(data: bytes, path: Path) -> dict[str, Tensor]:
     try:
         return dict(load_safetensors(data))
     except Exception as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+        raise CheckpointError(f"{path} is not a readable safetensors file: {_first_line(error)}") from error
 
 
 def _plain(header: dict[Any, Any], path: Path) -> dict[str, Any]:

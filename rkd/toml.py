@@ -24,7 +24,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     """Read a TOML file.
 
     Raises:
-        ConfigError: it is not TOML, larger than a quarter of a megabyte, or has a key of hundreds of parts.
+        ConfigError: it is not TOML, larger than a quarter of a megabyte, or has a key of hundreds of parts or a number beyond 64 bits.
         StorageError: it cannot be read.
     """
     with storage_errors(path), path.open("rb") as file:
@@ -37,7 +37,23 @@ def read_toml(path: Path) -> dict[str, Any]:
         content: dict[str, Any] = tomllib.loads(data.decode())
     except Exception as error:  # TOMLDecodeError, UnicodeDecodeError, RecursionError
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    if _has_large_number(content):
+        raise ConfigError(f"{path}: a whole number beyond 64 bits; TOML has none, and no setting needs one")
     return content
+
+
+def _has_large_number(content: dict[str, Any]) -> bool:
+    """Whether there is an integer that is not of 64 bits: Python takes it, and fails where it becomes a float."""
+    pending: list[Any] = [content]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, dict):
+            pending += value.values()
+        elif isinstance(value, list):
+            pending += value
+        elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+            return True
+    return False
 
 
 def unknown_key(key: str, known: Iterable[str]) -> str:

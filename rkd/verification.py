@@ -70,6 +70,7 @@ def verify_bundle(path: Path, public_key: Path | None = None) -> Verified:
     key = read_public(public_key) if public_key is not None else None
     bundle = read_bundle(path)
     bundle.evaluation()
+    bundle.triggers()
     note = ""
     try:
         signer = bundle.verify_signature(key)

@@ -18,8 +18,8 @@ SIDE = 16
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip slow tests unless RKD_SLOW=1, and those that need a board unless RKD_GPU=1."""
-    for marker, switch in (("slow", "RKD_SLOW"), ("gpu", "RKD_GPU")):
+    """Skip slow tests unless RKD_SLOW=1, the promises' unless RKD_PROMISES=1, and those that need a board unless RKD_GPU=1."""
+    for marker, switch in (("slow", "RKD_SLOW"), ("promise", "RKD_PROMISES"), ("gpu", "RKD_GPU")):
         if os.environ.get(switch) == "1":
             continue
         for item in items:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,16 @@ import pytest
 
 from rkd import files
 from rkd.errors import StorageError
-from rkd.files import append_line, read_json, remove_temporaries, to_json, write_directory, write_file
+from rkd.files import (
+    append_line,
+    move,
+    new_directory,
+    read_json,
+    remove_temporaries,
+    to_json,
+    write_directory,
+    write_file,
+)
 
 FAULTS = {"open": os.open, "write": os.write, "fsync": os.fsync, "replace": os.replace}
 ERRORS = {errno.ENOSPC: "No space left on", errno.EIO: "Input/output error", errno.EACCES: "no permission for"}
@@ -108,6 +118,37 @@ def test_whatever_fails_a_directory_is_there_whole_or_not_at_all(
         else:
             assert nth < calls or name in ("write", "replace")
     assert not [name for name in names(tmp_path) if name.startswith(".")]
+
+
+@pytest.mark.parametrize("code", ERRORS)
+@pytest.mark.parametrize("name", ["fsync", "replace"])
+def test_whatever_fails_what_is_moved_is_in_one_of_the_two_places(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: int
+) -> None:
+    def moved(number: int) -> tuple[Path, Path]:
+        path, goal = tmp_path / f"{number}" / "run", tmp_path / f"{number}" / "aside" / "run-2"
+        write_directory(path, MEMBERS)
+        return path, goal
+
+    path, goal = moved(0)
+    calls = count(monkeypatch, name, lambda: move(path, goal))
+    assert {goal / member for member in MEMBERS} == set(goal.iterdir())
+    assert not path.exists()
+    assert calls == {"fsync": 2, "replace": 1}[name]
+    for nth in range(1, calls + 1):
+        monkeypatch.setattr(files, "os", os)
+        path, goal = moved(nth)
+        monkeypatch.setattr(files, "os", FaultyOs(name, nth, code))
+        with pytest.raises(StorageError, match=ERRORS[code]):
+            move(path, goal)
+        assert path.exists() != goal.exists()
+
+
+def test_a_directory_that_could_not_be_filled_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), new_directory(tmp_path / "set") as folder:
+        (folder / "half").write_bytes(b"x")
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_directory_that_is_not_empty_is_not_replaced(tmp_path: Path) -> None:
@@ -281,3 +322,21 @@ def test_what_is_no_json_is_a_value_error_that_names_the_file(tmp_path: Path, da
         read_json(tmp_path / "x.json")
     with pytest.raises(StorageError, match="no such file"):
         read_json(tmp_path / "y.json")
+
+
+def test_nothing_else_writes_or_renames() -> None:
+    """Streams are left out: the logs of children, and switches of the kernel."""
+    package = Path(files.__file__).parent
+    sources = [path for root in (package, *package.iterdir()) for path in root.rglob("*.py")]  # some are links
+    assert {"bench", "export", "suite"} <= {path.parent.name for path in sources}
+    forbidden = re.compile(
+        r"os\.(replace|rename|renames|link|symlink)\(|\.rename\(|\.write_(text|bytes)\(|shutil\.(move|copy\w*)\(|\bopen\([^)]*[\"'][wax]b?[\"']"
+    )
+    found = {
+        f"{path.relative_to(package)}: {line.strip()}"
+        for path in sources
+        if path != package / "files.py"
+        for line in path.read_text().splitlines()
+        if forbidden.search(line)
+    }
+    assert {line for line in found if not re.search("as (log|output|knob):", line)} == set()

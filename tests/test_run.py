@@ -78,6 +78,17 @@ def test_results_survive_the_summary(run: Run) -> None:
         run.save(models=damage)
         with pytest.raises(RunError, match="results"):
             models_of(run)
+    run.save(models=[model.to_json()])
+    path = run.path / SUMMARY
+    path.write_bytes(path.read_bytes().replace(b"77850", b"1e999"))
+    with pytest.raises(RunError, match="results"):
+        models_of(Run.open(run.path))
+
+
+def test_a_step_without_end_in_the_log_is_damage(run: Run) -> None:
+    (run.path / METRICS).write_bytes(b'{"stage": "distil", "step": 1e999}\n')
+    with pytest.raises(RunError, match="damaged"):
+        run.cut_metrics("distil", 1)
 
 
 # ------------------------------------------------------------------------------------------------------ checkpoints

@@ -94,7 +94,8 @@ def distill(
     image_size: Annotated[int, typer.Option(help="Pixels; 0 for the teacher's or the data's own.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     threads: Annotated[
-        int, typer.Option(help="CPU threads, 0 for OMP_NUM_THREADS or else all; with 1 the same seed gives the same bytes.")
+        int,
+        typer.Option(help="CPU threads, 0 for OMP_NUM_THREADS or else all; with 1 the same seed gives the same bytes."),
     ] = 0,
     checkpoint_every: Annotated[
         int, typer.Option(help="Steps between checkpoints; each epoch also ends with one.")

@@ -161,7 +161,7 @@ def _restore(trainer: Trainer, run: Run, stage: str) -> _Group:
         try:
             trainer.load_state(load_safetensors(found[1][_STATE]), int(place["step"]))
             group, done = _Group(**place["group"]), trainer.done
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise RunError(f"{run.path}: checkpoint {found[0]} is of another form: {error}") from error
     run.cut_metrics(stage, done)
     return group

@@ -157,4 +157,5 @@ def _budget(budget: str, images: int) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", budget.strip())
     if not match:
         return images
-    return min(images, round(float(match[1]) * images / 100) if match[2] else int(float(match[1])))
+    wanted = float(match[1]) * (images / 100 if match[2] else 1)
+    return round(min(wanted, images))  # it may be infinite: the text may have any number of digits

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from rkd.errors import RkdError, RunError
-from rkd.files import read_json, sha256, storage_errors, to_json, write_file
+from rkd.files import move, read_json, sha256, storage_errors, to_json, write_file
 from rkd.intake import trigger_beside
 from rkd.run import STUDENT, SUMMARY, Run, free_name
 from rkd.suite.plan import Job, Plan, Score, Student, Teacher
@@ -168,9 +168,7 @@ class Place:
         else:
             path, name = self.run_folder(job.work), flat(job.name)
         goal = free_name(self.out / "replaced", name)
-        with storage_errors(path):
-            goal.parent.mkdir(parents=True, exist_ok=True)
-            path.rename(goal)
+        move(path, goal)
         return goal
 
     def state(self, job: Job) -> dict[str, Any]:

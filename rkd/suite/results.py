@@ -257,7 +257,7 @@ def read_record(path: Path) -> Record:
         )
     except RkdError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, OSError) as error:
         raise RunError(f"{path} is damaged: {type(error).__name__}: {error}; restore it or remove it") from error
     if path.name != f"{flat(cell.name)}.json":
         raise RunError(f"{path} holds the cell {cell.name}; restore it or remove it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tarfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 from rkd import _images
 from rkd.data import check_spec, open_dataset
 from rkd.errors import DataError
-from rkd.files import remove_temporaries, storage_errors
+from rkd.files import new_directory, remove_temporaries, storage_errors
 from rkd.progress import progress
 from rkd.suite.file import Suite
 
@@ -98,13 +99,11 @@ def facts_of(source: Path | str, image_size: int) -> Facts:
 def _unpacked(tar: Path, folder: Path) -> Path:
     """The data set in a .tar: its one folder, or all of it."""
     if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        remove_temporaries(folder.parent)
-        partial = folder.with_name(f".rkd-tmp-{folder.name}")
+        if folder.parent.is_dir():
+            remove_temporaries(folder.parent)
         try:
-            with storage_errors(folder), tarfile.open(tar) as archive:
+            with storage_errors(tar), tarfile.open(tar) as archive, new_directory(folder) as partial:
                 _extract(archive, partial, tar)
-                partial.rename(folder)
         except (tarfile.TarError, EOFError, ValueError) as error:
             raise DataError(f"{tar} cannot be unpacked: {error}") from error
     inside = [path for path in folder.iterdir() if path.is_dir()]
@@ -117,8 +116,8 @@ def _extract(archive: tarfile.TarFile, folder: Path, tar: Path) -> None:
     odd = next((m for m in members if not (m.isfile() or m.isdir())), None)
     if odd is not None or len(members) > _MOST_MEMBERS or sum(m.size for m in members) > _LARGEST_BYTES:
         raise DataError(f"{tar} holds more than files and folders, or too much: {odd.name if odd else len(members)}")
-    folder.mkdir(parents=True)
     with progress(f"unpack {tar.name}", len(members)) as bar:
         for number, member in enumerate(members, 1):
             archive.extract(member, folder, filter="data")
             bar.update(number, unit="file")
+    os.sync()  # one for all: a set has tens of thousands of files

@@ -66,6 +66,7 @@ def fresh(tmp_path: Path, backdoored: Path) -> Callable[[str], Path]:
     return make
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_killed_in_a_checkpoint_and_while_resuming_makes_the_same_student(
     method: str, start: Start, fresh: Callable[[str], Path]

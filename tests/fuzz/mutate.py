@@ -5,12 +5,15 @@ A mutant is a function of (parser, seed, number) alone, so that a number is enou
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import random
 import struct
 import zipfile
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 Mutation = Callable[[bytes, random.Random], bytes]
 
@@ -32,6 +35,10 @@ _NUMBERS = [
     2**63 - 1,
     2**64 - 1,
 ]
+_ODD: tuple[Any, ...] = (
+    0, -1, 2**31, 2**63, 2**64, "x", "", "\0", "\u202e", "x" * 5000, None, [], {}, 1.5, -0.0, 1e308, True, [2**62, 2**62], [0, 0, 0],
+)  # fmt: skip
+_PNG = b"\x89PNG\r\n\x1a\n"
 
 PICKLE = [
     b"ctorch._utils\n_rebuild_tensor_v2\n", b"ctorch._utils\n_rebuild_parameter\n", b"ctorch\nFloatStorage\n",
@@ -61,6 +68,19 @@ ONNX = [
     b"\x68\x0d", b"\x6a\x08\x0a\x01a\x12\x03a.b", b"\x70\x01", b"\x70\x02", b"\xf0\x80\x80\x80\x10\x01", b"\x3a", b"\x2a", b"\x0a", b"\x12", b"\x42", b"\x4a", b"\x52",
     b"\xa2\x01", b"\xca\x01", b"\xb2\x01", b"\xff" * 9 + b"\x01", b"\x80" * 9, b"\x0b", b"\x0c", b"\x0d", b"If", b"Loop", b"Scan", b"Reshape", b"Resize", b"EPContext", b"ConstantOfShape",
     b"com.microsoft", b"ORTM", b"Einsum", b"Conv", b"Expand", b"Tile", b"SequenceAt", b"\x08\x0b", b"\x10\xff\xff\xff\xff\x07",
+]  # fmt: skip
+IMAGE = [
+    b"IHDR", b"IDAT", b"PLTE", b"tRNS", b"iCCP", b"zTXt", b"acTL", b"fcTL", b"IEND", b"RIFF", b"WEBP", b"VP8 ", b"VP8L", b"VP8X", b"ALPH", b"ANIM", b"ANMF",
+    b"\xff\xd8", b"\xff\xc0", b"\xff\xc2", b"\xff\xc4", b"\xff\xda", b"\xff\xe1", b"II*\0", b"MM\0*", b"GIF89a", b"BM", b"P6\n", b"P5\n", b"65536 65536\n",
+    b"\x89PNG\r\n\x1a\n", b"\0\0\x40\0", b"\x78\x9c", b"\xff\xff\xff\xff",
+]  # fmt: skip
+PEM = [
+    b"-----BEGIN PRIVATE KEY-----\n", b"-----END PRIVATE KEY-----\n", b"-----BEGIN PUBLIC KEY-----\n", b"-----END PUBLIC KEY-----\n",
+    b"-----BEGIN RSA PRIVATE KEY-----\n", b"-----BEGIN ENCRYPTED PRIVATE KEY-----\n", b"-----BEGIN EC PARAMETERS-----\n", b"\n", b"=", b"====", b"\0", b"Proc-Type: 4,ENCRYPTED\n",
+]  # fmt: skip
+_DER = [
+    b"\x06\x03\x2b\x65\x70", b"\x06\x03\x2b\x65\x6e", b"\x06\x03\x2b\x65\x71", b"\x06\x09\x2a\x86\x48\x86\xf7\x0d\x01\x01\x01", b"\x30\x80", b"\x30\x84\x7f\xff\xff\xff",
+    b"\x02\x01\x00", b"\x02\x01\x01", b"\x04\x20", b"\x04\x22", b"\x05\x00", b"\x03\x21\x00",
 ]  # fmt: skip
 
 
@@ -146,6 +166,66 @@ def pack(members: Sequence[tuple[str, bytes]], method: int = zipfile.ZIP_STORED)
     return buffer.getvalue()
 
 
+def inside_png(data: bytes, rng: random.Random) -> bytes:
+    """Change the chunks of a PNG under right sums; in what is none, bytes anywhere."""
+    if not data.startswith(_PNG):
+        return bytewise(IMAGE, [data])(data, rng)
+    chunks, at = [], len(_PNG)
+    while at < len(data):
+        (length,) = struct.unpack_from(">I", data, at)
+        chunks.append((data[at + 4 : at + 8], data[at + 8 : at + 8 + length]))
+        at += 12 + length
+    i = rng.randrange(len(chunks))
+    kind, content = chunks[i]
+    how = rng.randrange(6)
+    if how == 0:
+        chunks.insert(rng.randrange(len(chunks) + 1), (rng.choice((kind, b"tEXt", b"iCCP", b"tRNS", b"PLTE")), content))
+    elif how == 1:
+        del chunks[i]
+    elif kind == b"IDAT" and how < 4:
+        chunks[i] = kind, zlib.compress(bytewise(IMAGE, [content])(zlib.decompress(content), rng))
+    else:
+        chunks[i] = kind, bytewise(IMAGE, [content])(content, rng)
+    parts = [struct.pack(">I", len(c)) + k + c + struct.pack(">I", zlib.crc32(k + c)) for k, c in chunks]
+    return _PNG + b"".join(parts)
+
+
+def inside_pem(data: bytes, rng: random.Random) -> bytes:
+    """Change what a PEM block wraps."""
+    begin, *lines, end = data.decode().splitlines()
+    content = base64.b64decode("".join(lines))
+    changed = base64.encodebytes(bytewise(_DER, [content])(content, rng)).decode()
+    return f"{begin}\n{changed}{end}\n".encode()
+
+
+def inside_json(data: bytes, rng: random.Random) -> bytes:
+    """Change one to three values anywhere in JSON."""
+    value = json.loads(data)
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        places = list(_places(value))
+        holder, key = rng.choice(places)
+        _change_entry(holder, key, rng)
+    return json.dumps(value).encode()
+
+
+def _places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Everything in nested objects and lists, as (what holds it, its key)."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, one in inner:
+        yield value, key
+        yield from _places(one)
+
+
+def _change_entry(holder: Any, key: Any, rng: random.Random) -> None:
+    kind = rng.randrange(4)
+    if kind == 0:
+        del holder[key]
+    elif kind == 1 and isinstance(holder, dict):
+        holder[f"{key}{rng.choice(('x', chr(0), '<b>', chr(0x202E)))}"] = holder[key]
+    else:
+        holder[key] = rng.choice(_ODD)
+
+
 def inside_header(data: bytes, rng: random.Random) -> bytes:
     """Change the JSON of a safetensors file: as text, or as values under a right length."""
     (length,) = struct.unpack_from("<Q", data)
@@ -166,7 +246,7 @@ def _change_value(value: dict[str, object], rng: random.Random) -> None:
     names = [name for name in value if name != "__metadata__"] or list(value)
     name = rng.choice(names)
     entry = value[name]
-    odd = rng.choice((0, -1, 2**31, 2**63, 2**64, "x", None, [], {}, 1.5, True, [2**62, 2**62], [0, 0, 0]))
+    odd = rng.choice(_ODD)
     if isinstance(entry, dict) and rng.random() < 0.8:
         entry[rng.choice([*entry, "extra"])] = odd
     elif rng.random() < 0.5:

@@ -1,4 +1,4 @@
-"""What is fuzzed: six parsers of files from outside, each with good files to start from and ways to change them."""
+"""What is fuzzed: the parsers of files from outside, each with good files to start from and ways to change them."""
 
 from __future__ import annotations
 
@@ -10,23 +10,45 @@ import zipfile
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import mutate as m
 import numpy as np
 import onnx
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+)
 from limits import refuse_out_of_memory
 from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
 from safetensors.torch import save as save_safetensors
 
+from rkd._images import Report
+from rkd.bench import result as bench_result
+from rkd.bench.report import result_page
 from rkd.bench.runner import CPU_PROVIDER, OrtRunner
-from rkd.bundle import EVALUATION, MANIFEST, MODEL, _container, evaluation_bytes, read_bundle
+from rkd.bench.session import BenchOptions, run
+from rkd.bundle import EVALUATION, LEDGER, MANIFEST, MODEL, _container, evaluation_bytes, parse_bundle, read_bundle
 from rkd.cli.app import command_options
 from rkd.config import command_defaults
-from rkd.errors import ConfigError, RkdError
+from rkd.data import FolderSource, open_dataset
+from rkd.errors import DataError, RkdError
 from rkd.files import sha256, to_json
 from rkd.inspection import inspect_path
+from rkd.ledger import Ledger, Step
+from rkd.metrics import Predictions
+from rkd.npz import npz_bytes
+from rkd.signing import read_private, read_public, sign
+from rkd.suite.file import read_suite
+from rkd.suite.plan import make_plan
 from rkd.target import builtin_targets, load_target
 from rkd.teacher import read_checkpoint
 from rkd.triggers import Trigger
@@ -45,7 +67,6 @@ class Parser:
         seeds: good files.
         mutations: ways to change one.
         read: reads a file; may raise `RkdError` only.
-        command: the command line that reads the file.
     """
 
     name: str
@@ -53,7 +74,6 @@ class Parser:
     seeds: tuple[bytes, ...]
     mutations: tuple[m.Mutation, ...]
     read: Callable[[Path], None]
-    command: tuple[str, ...]
 
     def mutant(self, seed: int, number: int) -> bytes:
         """Mutant `number` under `seed`."""
@@ -107,7 +127,7 @@ def _checkpoint() -> Parser:
     pickles = [data[64:600] for data in seeds]
     anywhere = m.bytewise(m.PICKLE, seeds)
     pickle = _zips_only(m.inside_zip(m.bytewise(m.PICKLE, pickles), _is_pickle), anywhere)
-    return Parser("pt", "t.pt", seeds, (anywhere, pickle, pickle), _ignore(read_checkpoint), ("inspect",))
+    return Parser("pt", "t.pt", seeds, (anywhere, pickle, pickle), _ignore(read_checkpoint))
 
 
 def _safetensors() -> Parser:
@@ -116,9 +136,7 @@ def _safetensors() -> Parser:
     }
     seeds = (save_safetensors(_state()), save_safetensors(_state(), header))
     anywhere = m.bytewise(m.JSON, seeds)
-    return Parser(
-        "safetensors", "t.safetensors", seeds, (anywhere, m.inside_header), _ignore(inspect_path), ("inspect",)
-    )
+    return Parser("safetensors", "t.safetensors", seeds, (anywhere, m.inside_header), _ignore(inspect_path))
 
 
 # -------------------------------------------------------------------------------------------------------------- onnx
@@ -170,10 +188,10 @@ def _read_onnx(path: Path) -> None:
 
 def _onnx() -> Parser:
     seeds = _onnx_seeds()
-    return Parser("onnx", "model.onnx", seeds, (m.bytewise(m.ONNX, seeds),), _read_onnx, ("bench", "--quick"))
+    return Parser("onnx", "model.onnx", seeds, (m.bytewise(m.ONNX, seeds),), _read_onnx)
 
 
-# ------------------------------------------------------------------------------------------- bundles, triggers, TOML
+# ---------------------------------------------------------------------------------------------- bundles, triggers
 
 
 def _trigger(name: str, *, warp: bool = False) -> Trigger:
@@ -183,12 +201,15 @@ def _trigger(name: str, *, warp: bool = False) -> Trigger:
     return Trigger(name, 1, mask, mask * np.float32(0.5), np.zeros_like(mask), grid)
 
 
+_PROFILE = load_target("ort-cpu").to_json()
+
+
 def forge(members: dict[str, bytes], manifest: bytes | None = None) -> bytes:
     """A bundle with right digests, whatever is in it."""
     listing = {name: {"sha256": sha256(data), "size_bytes": len(data)} for name, data in members.items()}
     figures = {"value": 50.0, "hits": 1, "n": 2, "low": 9.4, "high": 90.6}
     head = {
-        "format": 1, "name": "x.ort-cpu", "target": load_target("ort-cpu").to_json(),
+        "format": 1, "name": "x.ort-cpu", "target": _PROFILE,
         "input": {"name": "images", "shape": [3, SIDE, SIDE], "dtype": "uint8"}, "opset": 20, "precision": "fp32",
         "classes": ["a", "b", "c"], "members": listing, "chain": dict.fromkeys(("teacher", "config", "student", "onnx"), "ab" * 32),
         "scores": {"student": {"acc": figures, "triggers": []}, "exported": {"acc": figures, "triggers": []}}, "tool": {"rkd": "0.1.0"},
@@ -199,9 +220,12 @@ def forge(members: dict[str, bytes], manifest: bytes | None = None) -> bytes:
 def bundle_members(model: bytes | None = None) -> dict[str, bytes]:
     """The members of a good bundle."""
     images = np.random.default_rng(0).integers(0, 256, (6, 3, SIDE, SIDE), dtype=np.uint8)
+    labels = np.arange(6) % 3
+    said = Predictions(labels, labels, {"patch": np.ones(6, np.int64)})
     return {
         MODEL: _onnx_seeds()[0] if model is None else model,
-        EVALUATION: evaluation_bytes(images, np.arange(6) % 3),
+        EVALUATION: evaluation_bytes(images, labels),
+        LEDGER: Ledger(labels, (Step.of("onnx-fp32", said),)).to_bytes(),
         "triggers/patch.npz": _trigger("patch").to_bytes(),
     }
 
@@ -211,7 +235,7 @@ def _inside_bundle(data: bytes, rng: random.Random) -> bytes:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     manifest = members.pop(MANIFEST)
-    name = rng.choice((MANIFEST, MANIFEST, MODEL, EVALUATION, "triggers/patch.npz"))
+    name = rng.choice((MANIFEST, MANIFEST, MODEL, EVALUATION, LEDGER, "triggers/patch.npz"))
     if name == MANIFEST:
         changed = m.bytewise(m.JSON, [manifest])(manifest, rng)
         if rng.random() < 0.5:  # as rkd writes it
@@ -227,6 +251,7 @@ def _read_bundle(path: Path) -> None:
     _ = bundle.name, bundle.classes, bundle.target, bundle.model
     bundle.evaluation()
     bundle.triggers()
+    bundle.ledger()
 
 
 def _is_array(name: str) -> bool:
@@ -237,16 +262,11 @@ _NPZ = m.inside_zip(m.bytewise(m.NPY, [b"\x93NUMPY\x01\x00"]), _is_array)
 
 
 def _bundle() -> Parser:
-    seeds = (forge(bundle_members()), forge({k: v for k, v in bundle_members().items() if "trigger" not in k}))
+    plain = {name: data for name, data in bundle_members().items() if name in (MODEL, EVALUATION)}
+    seeds = (forge(bundle_members()), forge(plain))
     anywhere = m.bytewise(m.JSON, seeds)
-    return Parser(
-        "rkd",
-        "x.ort-cpu.rkd",
-        seeds,
-        (anywhere, anywhere, _always_whole(_inside_bundle, seeds[0])),
-        _read_bundle,
-        ("inspect",),
-    )
+    inside = _always_whole(_inside_bundle, seeds[0])
+    return Parser("rkd", "x.ort-cpu.rkd", seeds, (anywhere, anywhere, inside), _read_bundle)
 
 
 def _always_whole(mutation: m.Mutation, seed: bytes) -> m.Mutation:
@@ -263,32 +283,164 @@ def _trigger_parser() -> Parser:
         trigger = Trigger.load(path)
         trigger.apply(np.zeros((1, 3, *trigger.size), np.uint8))
 
-    return Parser("trigger", "t.npz", seeds, (anywhere, _NPZ, _NPZ), read, ("inspect",))
+    return Parser("trigger", "t.npz", seeds, (anywhere, _NPZ, _NPZ), read)
 
 
-def _toml() -> Parser:
-    profile = "".join(f"{k} = {json.dumps(v)}\n" for k, v in next(iter(builtin_targets().values())).to_json().items())
-    settings = b'data = "digits"\n[distill]\nstudent = "mobilenet"\nepochs = 3\ntrigger = ["a.npz", "b.npz"]\n[bench]\nquick = true\n'
-    seeds = (profile.encode(), settings)
-    options = command_options()
+# ---------------------------------------------------------------------------------------------------------------- TOML
+
+
+def _of_toml(name: str, file: str, seeds: tuple[str, ...], read: Callable[[Path], object]) -> Parser:
+    content = tuple(seed.encode() for seed in seeds)
+    return Parser(name, file, content, (m.bytewise(m.TOML, content),), _ignore(read))
+
+
+def _settings() -> Parser:
+    seed = 'data = "digits"\n[distill]\nstudent = "mobilenet"\nepochs = 3\ntrigger = ["a.npz", "b.npz"]\n[bench]\nquick = true\n'
+    return _of_toml("settings", "rkd.toml", (seed,), lambda path: command_defaults(path, command_options()))
+
+
+def _target() -> Parser:
+    known = builtin_targets()
+    seeds = []
+    for profile in (known["ort-cpu"], next(target for target in known.values() if target.quantisation)):
+        values = profile.to_json()
+        recipe = values.pop("quantisation", None)
+        lines = [f"{key} = {json.dumps(value)}" for key, value in values.items()]
+        lines += ["[quantisation]", *(f"{k} = {json.dumps(v)}" for k, v in recipe.items())] if recipe else []
+        seeds.append("\n".join(lines) + "\n")
+    return _of_toml("target", "board.toml", tuple(seeds), lambda path: load_target(str(path)))
+
+
+SUITE = """about = "two"
+seeds = [0, 1]
+[teacher]
+epochs = 2
+[distill]
+student = "wrn-10-1"
+[data.digits]
+[pairs.wrn]
+teacher = { arch = "wrn-10-2" }
+[attacks.backweak]
+teacher = { attack = "backweak", linf = 26 }
+only = { defence = ["ofd"] }
+[budgets.half]
+distill = { clean-budget = "50%" }
+[defences.ofd]
+undefended = true
+distill = { method = "ofd" }
+[defences.ce]
+teacher-free = true
+distill = { method = "ce" }
+[[override]]
+pair = "wrn"
+distill = { epochs = 3 }
+[[exclude]]
+attack = "clean"
+defence = "ce"
+"""
+
+
+def _suite() -> Parser:
+    return _of_toml("suite", "s.toml", (SUITE,), lambda path: make_plan(read_suite(path)))
+
+
+# ------------------------------------------------------------------------------------------------------ data and images
+
+
+def _data() -> Parser:
+    pixels = np.random.default_rng(0).integers(0, 256, (12, SIDE, SIDE, 4), dtype=np.uint8)
+    y = np.arange(12) % 2
+    seeds = (
+        npz_bytes({"x": pixels[..., :3], "y": y, "classes": np.array(["cat", "dog"])}),
+        npz_bytes({"x": pixels[:8, ..., 0], "y": y[:8].astype(np.uint8), "x_test": pixels[8:, ..., 1], "y_test": y[8:]}),
+        npz_bytes({"x": pixels, "y": y}),
+    )  # fmt: skip
+    anywhere = m.bytewise(m.NPY, seeds)
+    return Parser("data", "d.npz", seeds, (anywhere, _NPZ, _NPZ), _ignore(lambda path: open_dataset(str(path))))
+
+
+def _image_seeds() -> tuple[bytes, ...]:
+    pixels = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 4), dtype=np.uint8)
+    rgb, rgba = Image.fromarray(np.ascontiguousarray(pixels[..., :3])), Image.fromarray(pixels)
+    grey16 = Image.fromarray(np.arange(SIDE * SIDE, dtype=np.uint16).reshape(SIDE, SIDE) * 4000)
+
+    def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+        buffer = io.BytesIO()
+        image.save(buffer, kind, **options)
+        return buffer.getvalue()
+
+    return (
+        encoded(rgb, "PNG"), encoded(rgba, "PNG"), encoded(grey16, "PNG"), encoded(rgb.quantize(4), "PNG", transparency=0),
+        encoded(rgb, "WEBP"), encoded(rgba, "WEBP", lossless=True), encoded(rgb, "WEBP", save_all=True, append_images=[rgb.rotate(90)]),
+        encoded(rgb, "JPEG"), encoded(rgb, "JPEG", progressive=True), encoded(rgb.quantize(4), "GIF"), encoded(rgb, "BMP"),
+        encoded(rgb, "TIFF"), encoded(rgb, "TIFF", compression="tiff_lzw"), encoded(rgb, "PPM"),
+    )  # fmt: skip
+
+
+class _Reasons(Report):
+    """Says of each image why it could not be decoded."""
+
+    def add(self, failed: dict[str, str]) -> None:
+        raise DataError("; ".join(failed.values()))
+
+
+def _read_image(path: Path) -> None:
+    source = FolderSource(path.parent, [path.name], np.zeros(1, np.int64), (SIDE, SIDE), report=_Reasons("x", 1, 0))
+    source.batch(np.arange(1))
+
+
+def _image() -> Parser:
+    seeds = _image_seeds()
+    anywhere = m.bytewise(m.IMAGE, seeds)
+    return Parser("image", "i.png", seeds, (anywhere, m.inside_png), _read_image)
+
+
+# ------------------------------------------------------------------------------------------------------ keys and results
+
+
+@cache
+def _private() -> Ed25519PrivateKey:
+    return Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+
+
+def _private_key() -> Parser:
+    plain, locked = (
+        _private().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, how)
+        for how in (NoEncryption(), BestAvailableEncryption(b"secret"))
+    )
+    seeds = (plain, plain, locked)
+    return Parser(
+        "private-key", "mine.key", seeds, (m.bytewise(m.PEM, seeds), m.inside_pem), lambda path: sign(b"", read_private(path)) and None
+    )  # fmt: skip
+
+
+def _public_key() -> Parser:
+    seeds = (_private().public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo),)
+    return Parser("public-key", "mine.pub", seeds, (m.bytewise(m.PEM, seeds), m.inside_pem), _ignore(read_public))
+
+
+def _result() -> Parser:
+    bundle = parse_bundle(forge(bundle_members()), Path("x.ort-cpu.rkd"))
+    options = BenchOptions(seconds=0.01, min_samples=10, threads=1, memory=False, sensors=False)
+    seeds = (to_json(run([bundle], options, per_class=True)),)
 
     def read(path: Path) -> None:
-        try:
-            command_defaults(path, options)
-        except ConfigError:
-            load_target(str(path))
+        result_page([bench_result.read(path)])
 
-    anywhere = m.bytewise(m.TOML, seeds)
-    return Parser("toml", "board.toml", seeds, (anywhere,), read, ("inspect",))
+    return Parser("result", "result.json", seeds, (m.bytewise(m.JSON, seeds), m.inside_json), read)
 
 
 def _ignore(read: Callable[[Path], object]) -> Callable[[Path], None]:
     return lambda path: (read(path), None)[1]
 
 
+@cache
 def all_parsers() -> dict[str, Parser]:
     """By name."""
-    made = (_checkpoint(), _safetensors(), _onnx(), _bundle(), _toml(), _trigger_parser())
+    made = (
+        _checkpoint(), _safetensors(), _onnx(), _bundle(), _settings(), _target(), _suite(), _trigger_parser(), _data(), _image(),
+        _private_key(), _public_key(), _result(),
+    )  # fmt: skip
     return {parser.name: parser for parser in made}
 
 
@@ -305,7 +457,7 @@ def self_tests() -> dict[str, Parser]:
         signal.pause()
 
     reads = (takes_3_gib, blocks)
-    return {r.__name__: Parser(r.__name__, "x", (b"x",), (lambda data, _: data,), r, ()) for r in reads}
+    return {r.__name__: Parser(r.__name__, "x", (b"x",), (lambda data, _: data,), r) for r in reads}
 
 
 def refused(parser: Parser, path: Path) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from limits import CPU_SECONDS, WALL_SECONDS, limit_this_process, refuse_out_of_memory, set_timers
+from limits import forked, refuse_out_of_memory
 from onnx import TensorProto, helper, numpy_helper
 
 from rkd.errors import RkdError
@@ -26,7 +25,7 @@ class Outcome:
 
     Attributes:
         refused: the message, where it was refused; empty where it was read.
-        status: exit code 0, or the signal that ended it, negative.
+        status: exit code 0, or the signal that ended it, negative; 70 after anything but `RkdError`, which `refused` tells.
     """
 
     refused: str
@@ -35,29 +34,17 @@ class Outcome:
 
 def in_limits(work: Callable[[], object]) -> Outcome:
     """Do `work` in a forked child that may take 2 GiB of data and 5 s of processor time, and raise `RkdError` only."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        code = 70
+
+    def refused() -> bytes:
         try:
-            os.close(reader)
-            limit_this_process()
-            set_timers(CPU_SECONDS, WALL_SECONDS)
-            try:
-                work()
-            except RkdError as error:
-                refuse_out_of_memory(error)
-                os.write(writer, str(error).encode(errors="replace")[:4000])
-            code = 0
-        except BaseException as error:
-            os.write(writer, f"NOT AN RkdError: {type(error).__name__}: {error}".encode(errors="replace")[:4000])
-        finally:
-            os._exit(code)
-    os.close(writer)
-    with os.fdopen(reader, "rb") as pipe:
-        said = pipe.read().decode()
-    _, status = os.waitpid(child, 0)
-    return Outcome(said, os.waitstatus_to_exitcode(status))
+            work()
+        except RkdError as error:
+            refuse_out_of_memory(error)
+            return str(error).encode(errors="replace")
+        return b""
+
+    ended = forked(refused)
+    return Outcome(ended.output.decode(), ended.status)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from typer.main import get_command
 from rkd.attacks.session import TeacherSettings
 from rkd.cli import app
 from rkd.distill.settings import DistillSettings
+from rkd.suite.estimate import _budget
 from rkd.suite.file import Suite, read_suite
 from rkd.suite.plan import Cell, Plan, Score, Student, Teacher, make_plan
 from rkd.suite.recipes import Kind, command_line, differences, distill_kind, teacher_kind
@@ -188,3 +189,10 @@ def test_a_record_without_a_setting_that_came_later_fits_its_default() -> None:
     older = dataclasses.asdict(TeacherSettings(data="digits"))
     del older["augmentation"]
     assert differences(teacher_kind(), older, {}, seed=0) == []
+
+
+@pytest.mark.parametrize(
+    ("budget", "images"), [("", 200), ("50", 50), ("10%", 20), ("300", 200), ("9" * 400, 200), ("9" * 400 + "%", 200)]
+)
+def test_a_clean_budget_is_estimated_as_at_most_all_images(budget: str, images: int) -> None:
+    assert _budget(budget, 200) == images
