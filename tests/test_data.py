@@ -533,7 +533,7 @@ def test_a_missing_package_is_named_with_its_extra(
     pets: Path, monkeypatch: pytest.MonkeyPatch, spec: str, module: str, package: str
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(MissingExtraError, match=rf"{package} is not installed; .*rkd\[train\]"):
+    with pytest.raises(MissingExtraError, match=rf"{package} is not installed; .*whl\[train\]"):
         open_dataset(spec.replace("FOLDER", str(pets)))
 
 

@@ -84,7 +84,7 @@ def test_a_board_names_its_gpu_driver_and_tensorrt_and_what_can_run() -> None:
     assert {name for name, one in found.items() if one.detail == "can run here"} >= {
         "target jetson-fp16", "target jetson-fp32", "target jetson-int8", "target ort-cpu"
     }  # fmt: skip
-    assert "rkd[rtx]" in found["target rtx-fp16"].detail
+    assert "whl[rtx]" in found["target rtx-fp16"].detail
 
 
 @pytest.mark.parametrize(

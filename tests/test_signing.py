@@ -112,6 +112,6 @@ def test_a_key_that_is_missing_is_a_storage_error(tmp_path: Path) -> None:
 def test_without_cryptography_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "cryptography", None)
     for call in (lambda: make_keys(tmp_path / "a", tmp_path / "b"), lambda: verify(b"", b"0" * 96, None, "x")):
-        with pytest.raises(MissingExtraError, match=r"rkd\[sign\]"):
+        with pytest.raises(MissingExtraError, match=r"whl\[sign\]"):
             call()
     assert issubclass(MissingExtraError, RkdError)

@@ -119,9 +119,9 @@ def test_a_tensorrt_target_is_measured_on_the_cpu_and_says_so(linear):
 
 def test_without_onnxruntime_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(MissingExtraError, match=r"rkd\[ort\]"):
+    with pytest.raises(MissingExtraError, match=r"whl\[ort\]"):
         choose_runner(load_target("ort-cpu"))
-    with pytest.raises(RuntimeUnavailableError, match=r"wants TensorRT.*rkd\[ort\]"):
+    with pytest.raises(RuntimeUnavailableError, match=r"wants TensorRT.*whl\[ort\]"):
         choose_runner(load_target("jetson-fp16"))
 
 

@@ -13,7 +13,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 DRIVER = importlib.util.find_spec("playwright"), importlib.util.find_spec("axe_playwright_python")
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium"),
-    pytest.mark.skipif(None in DRIVER, reason="needs playwright and axe-playwright-python: pip install 'rkd[dev]'"),
+    pytest.mark.skipif(None in DRIVER, reason="needs playwright and axe-playwright-python: make setup"),
 ]
 FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",

@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 
 from rkd.bundle import evaluation_bytes, write_bundle
 from rkd.cli import app
+from rkd.errors import install_hint
 from rkd.models import build
 from rkd.run import Run, Setting
 from rkd.target import load_target
@@ -330,7 +331,7 @@ def test_an_impossible_value_of_bench(place: Place, bundle: Path, arguments: tup
 def test_a_missing_extra(place: Place, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     message = refusal(place, "bench")
-    assert message == "onnxruntime is not installed; install it with: pip install 'rkd[ort]'"
+    assert message == f"onnxruntime is not installed; install it with: {install_hint('ort')}"
 
 
 # ---------------------------------------------------------------------------------------------------------- inspect

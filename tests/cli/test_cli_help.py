@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from rkd.cli import app
+from rkd.errors import install_hint
 
 COMMANDS = [
     "bench",
@@ -148,4 +149,6 @@ app(sys.argv[1:])
     )
     done = child(code, *arguments)
     assert done.returncode == 1
-    assert re.fullmatch(r"rkd: \w+ is not installed; install it with: pip install 'rkd\[train\]'\n", done.stderr)
+    assert re.fullmatch(
+        rf"rkd: \w+ is not installed; install it with: {re.escape(install_hint('train'))}\n", done.stderr
+    )

@@ -14,6 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from rkd.cli import app
+from rkd.errors import install_hint
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]  # a cluster starts slowly on a busy machine
 
@@ -32,7 +33,7 @@ cluster.shutdown()
 
 def needs_ray() -> None:
     if importlib.util.find_spec("ray") is None:
-        pytest.skip("ray is not installed: pip install 'rkd[ray]', or make test-ray")
+        pytest.skip("ray is not installed: make test-ray")
 
 
 @pytest.fixture(scope="module")
@@ -115,4 +116,4 @@ def test_without_ray_it_says_what_to_install(folder: Path, tiny: str, monkeypatc
     (folder / "tiny.toml").write_text(tiny)
     done = CliRunner().invoke(app, ["suite", "tiny.toml", "--launcher", "ray"])
     assert done.exit_code == 1
-    assert done.stderr == "rkd: ray is not installed; install it with: pip install 'rkd[ray]'\n"
+    assert done.stderr == f"rkd: ray is not installed; install it with: {install_hint('ray')}\n"
