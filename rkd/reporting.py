@@ -71,7 +71,7 @@ def _control_of(run: Run, controls: Sequence[Run]) -> Run:
         ConfigError: there is none: its ASR would not be comparable.
     """
     names = (
-        "student", "method", "variant", "hardening", "cap", "mask", "variance", "replacement", "taps", "teacher_mode",
+        "student", "method", "variant", "hardening", "harden_from", "perturbations", "cap", "mask", "variance", "replacement", "taps", "teacher_mode",
         "input_noise", "accuracy_budget", "purify_steps", "purify_lr", "labels", "epochs", "batch", "lr",
         "clean_budget", "seed",
     )  # fmt: skip
@@ -139,6 +139,7 @@ def write_run_report(
         settings=[(name, _plain(s["value"]), str(s["origin"])) for name, s in shown.summary["settings"].items()],
         provenance=_provenance(shown),
         notes=[*dict.fromkeys(caution for run in runs for caution in _cautions(run))]
+        + _fooling(shown)
         + [str(note) for part in ("data", "teacher") for note in shown.summary.get(part, {}).get("notes", [])],
     )
     write_file(out, run_page(report).encode())
@@ -215,6 +216,19 @@ def cautions(models: Sequence[Model], classes: int) -> list[str]:
 
 def _cautions(run: Run) -> list[str]:
     return cautions(models_of(run), len(run.summary["data"]["classes"]))
+
+
+def _fooling(run: Run) -> list[str]:
+    """What hardening has found on the teacher, as a note."""
+    found = run.summary.get("fooling")
+    if not isinstance(found, dict):
+        return []
+    text = (
+        f"Changes of at most {run.setting('hardening'):g}/255, the same for all images, make the teacher see "
+        f"{found['fooled']:.0f} % of them wrongly, {found['together']:.0f} % of these as {found['towards']}; the student was "
+        "hardened against them."
+    )
+    return [text]
 
 
 def _command(run: Run) -> str:

@@ -49,9 +49,9 @@ from rkd.metrics import Scores
 
 SCHEMA = 1
 DISTIL = "distil"  # how the stage of metrics.jsonl begins that trains the student
-SUMMARY, METRICS, STUDENT, TEACHER, MASKS, PURIFIED, LABELS, EXAMPLES, TRIGGERS, REPORT = (
-    "run.json", "metrics.jsonl", "student.safetensors", "teacher.safetensors", "masks.npz", "purified.safetensors",
-    "labels.npz", "examples", "triggers", "report.html",
+SUMMARY, METRICS, STUDENT, TEACHER, MASKS, PERTURBATIONS, PURIFIED, LABELS, EXAMPLES, TRIGGERS, REPORT = (
+    "run.json", "metrics.jsonl", "student.safetensors", "teacher.safetensors", "masks.npz", "perturbations.npz",
+    "purified.safetensors", "labels.npz", "examples", "triggers", "report.html",
 )  # fmt: skip
 _DIGESTS = "digests.json"
 _KEEP = 2  # checkpoints; the newest may be damaged

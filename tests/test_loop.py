@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from rkd.data import ArraySource
 from rkd.distill.batches import augment, epoch_order, steps_per_epoch, training_batches
+from rkd.distill.hardening import UniversalPerturbations, random_perturbations
 from rkd.distill.loop import Recipe, Step, Trainer, autocast
-from rkd.distill.objectives import CrossEntropy, FeatureDistillation, Objective, UniversalPerturbations, margins
+from rkd.distill.objectives import CrossEntropy, FeatureDistillation, Objective, margins
 from rkd.distill.training import train
 from rkd.errors import ConfigError, RkdError, StoppedError
 from rkd.models import build
@@ -232,7 +233,8 @@ def trainer_of(kind: str, seed: int) -> Trainer:
         teacher = build("wrn-10-1", 3, (16, 16))
         teacher.load_state_dict(seeded_state())
         tapped = TappedNetwork(teacher.eval().requires_grad_(requires_grad=False), (16, 16), frozen=True).eval()
-        hardening = UniversalPerturbations((16, 16), 8 / 255, SCALING.std, seed) if kind == "hardened" else None
+        first = random_perturbations(4, (16, 16), 8 / 255, seed)
+        hardening = UniversalPerturbations(first, 8 / 255, SCALING.std, fixed=2) if kind == "hardened" else None
         module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         objective = FeatureDistillation(module, tapped, (16, 16), margins(tapped, teacher, []), hardening)
         data, recipe = source(14), Recipe(epochs=2, batch=4, seed=3)

@@ -15,7 +15,6 @@ from rkd.distill.objectives import (
     CrossEntropy,
     FeatureDistillation,
     LogitDistillation,
-    UniversalPerturbations,
     _PartialL2,
     margins,
     tap_report,
@@ -271,67 +270,3 @@ def test_the_report_of_taps_has_one_line_a_pair() -> None:
     lines = tap_report(teacher.taps, TappedNetwork(student, SIZE).taps)
     assert len(lines) == 3
     assert all(line.startswith("teacher ") and " -> student " in line for line in lines)
-
-
-# ------------------------------------------------------------------------------------------------------------ hardening
-
-
-def test_universal_perturbations_touch_only_their_share_of_the_batch_and_stay_in_the_ball() -> None:
-    std, linf = (0.5, 0.25, 0.2), 8 / 255
-    hardening = UniversalPerturbations((4, 4), linf, std, seed=0, count=2, share=0.5)
-    images = torch.randn(7, 3, 4, 4)
-    out = hardening(images)
-    assert torch.equal(out[3:], images[3:])  # half of seven, rounded down, carry one
-    on_pixels = (out - images)[:3].detach() * torch.tensor(std).view(1, 3, 1, 1)
-    assert 0 < float(on_pixels.abs().max()) <= linf * (1 + 1e-5)
-    assert torch.allclose(on_pixels[0], on_pixels[2], atol=1e-6)
-    assert not torch.allclose(on_pixels[0], on_pixels[1], atol=1e-3)
-    for _ in range(30):
-        hardening(images).sum().backward()
-        assert float((hardening.perturbations.detach() * torch.tensor(std).view(1, 3, 1, 1)).abs().max()) <= linf * (
-            1 + 1e-5
-        )
-    # The loss grows with every pixel: each perturbation has reached the upper corner of the ball.
-    wanted = (linf / torch.tensor(std)).view(1, 3, 1, 1).expand(2, 3, 4, 4)
-    torch.testing.assert_close(hardening.perturbations.detach(), wanted)
-
-
-def test_hardening_climbs_the_loss_and_leaves_no_gradient_for_the_optimizer() -> None:
-    student, teacher, margin = networks()
-    hardening = UniversalPerturbations(SIZE, 16 / 255, (0.25, 0.25, 0.25), seed=1)
-    objective = FeatureDistillation(student.eval(), teacher, SIZE, margin, hardening)
-    objective.extra.eval()
-    images, labels = batch(8)
-    losses = []
-    for _ in range(8):
-        loss, _ = objective(images, labels)
-        loss.backward()
-        losses.append(float(loss.detach()))
-        assert hardening.perturbations.grad is None
-    assert losses[-1] > losses[0]
-
-
-def test_the_perturbations_are_part_of_the_objectives_state_and_the_radius_is_not() -> None:
-    student, teacher, margin = networks()
-    hardening = UniversalPerturbations(SIZE, 8 / 255, (1.0, 1.0, 1.0), seed=0)
-    state = FeatureDistillation(student, teacher, SIZE, margin, hardening).extra.state_dict()
-    assert "hardening.perturbations" in state
-    assert "hardening.radius" not in state
-
-
-def test_hardening_begins_after_its_start_also_where_a_run_was_interrupted_before() -> None:
-    images = torch.randn(8, 3, 4, 4)
-    first = UniversalPerturbations((4, 4), 0.1, (1.0, 1.0, 1.0), seed=0, start=3)
-    touched = [not torch.equal(first(images), images) for _ in range(5)]
-    assert touched == [False, False, False, True, True]
-    resumed = UniversalPerturbations((4, 4), 0.1, (1.0, 1.0, 1.0), seed=1, start=3)
-    interrupted = UniversalPerturbations((4, 4), 0.1, (1.0, 1.0, 1.0), seed=0, start=3)
-    interrupted(images)
-    resumed.load_state_dict(interrupted.state_dict())
-    assert [not torch.equal(resumed(images), images) for _ in range(3)] == [False, False, True]
-
-
-def test_the_same_seed_starts_from_the_same_perturbations() -> None:
-    first, second, other = (UniversalPerturbations(SIZE, 0.1, (1.0, 1.0, 1.0), seed=s) for s in (0, 0, 1))
-    assert torch.equal(first.perturbations, second.perturbations)
-    assert not torch.equal(first.perturbations, other.perturbations)

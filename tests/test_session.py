@@ -171,7 +171,7 @@ def test_each_method_leaves_a_whole_run_directory(here: Path, method: str) -> No
         "student.safetensors",
         "report.html",
     }
-    assert names == wanted | files | ({"masks.npz"} if method.startswith("robustkd") else set())
+    assert names == wanted | files | ({"masks.npz", "perturbations.npz"} if method.startswith("robustkd") else set())
     assert ("purified" in run) == bool(treated)
     if treated:
         data = (place / "purified.safetensors").read_bytes()
@@ -229,6 +229,8 @@ SWITCHES = {
     "last tap": ("--taps", "last"),
     "train mode": ("--teacher-mode", "train"),
     "noise": ("--input-noise", 8),
+    "on the student": ("--perturbations", "student"),
+    "on both": ("--perturbations", "both"),
 }
 
 
@@ -250,6 +252,10 @@ def test_each_part_of_robustkd_can_be_switched_off_and_then_makes_another_studen
     assert max(float(mask.max()) for mask in default) <= 0.05 < max(float(mask.max()) for mask in masks["paper"])
     assert (len(default), len(masks["last tap"])) == (3, 1)
     assert summary("no-variance")["detox"]["weight"] == 0
+    assert [name for name in students if (Path(name.replace(" ", "-")) / "perturbations.npz").exists()] == [
+        name for name in students if name not in ("on the student", "paper")
+    ]
+    assert set(summary("default")["fooling"]) == {"fooled", "towards", "together"}
     assert all(np.array_equal(a, b) for a, b in zip(masks["noise"], default, strict=True)), "noise is the student's"
 
 
@@ -427,10 +433,19 @@ def test_data_that_changed_since_the_start_is_refused(
     done("distill", "--resume", interrupted)
 
 
-@pytest.mark.parametrize("name", ["masks.npz", "teacher.safetensors", "run.json"])
+@pytest.mark.parametrize("name", ["masks.npz", "perturbations.npz", "teacher.safetensors", "run.json"])
 def test_a_damaged_file_of_the_run_is_named(interrupted: Path, name: str) -> None:
     (interrupted / name).write_bytes((interrupted / name).read_bytes()[:100])
     assert name in one_line(rkd("distill", "--resume", interrupted))
+
+
+@pytest.mark.parametrize(
+    "change", [lambda p: p[:2], lambda p: p.astype(np.float64), lambda p: p * 200, lambda p: p * np.nan]
+)
+def test_other_perturbations_than_the_runs_are_refused(interrupted: Path, change: Any) -> None:
+    found = np.load(interrupted / "perturbations.npz")["perturbations"]
+    np.savez(interrupted / "perturbations.npz", perturbations=change(found))
+    assert "holds other perturbations" in one_line(rkd("distill", "--resume", interrupted))
 
 
 def test_masks_of_other_shapes_are_refused(interrupted: Path) -> None:

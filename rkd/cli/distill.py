@@ -126,6 +126,15 @@ def distill(
         float,
         typer.Option(help="Share of the steps after which hardening begins.", rich_help_panel=ABLATION),
     ] = 0.5,
+    perturbations: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Where hardening looks for perturbations: on the teacher, on the student in training, or both. "
+            "Default: teacher; student with --method ce.",
+            show_default=False,
+            rich_help_panel=ABLATION,
+        ),
+    ] = None,
     mask: Annotated[
         str, typer.Option(help="position or channel: what has a mask value of its own.", rich_help_panel=ABLATION)
     ] = "position",
@@ -213,7 +222,7 @@ def distill(
             settings = DistillSettings(
                 teacher=str(teacher), student=student, data=found_data, method=method, triggers=found_triggers,
                 undefended=undefended, accuracy_budget=accuracy_budget, hardening=hardening, clean_budget=clean_budget, labels=labels, epochs=epochs,
-                variant=variant, cap=cap, harden_from=harden_from, mask=mask, variance=variance, replacement=replacement, taps=taps,
+                variant=variant, cap=cap, harden_from=harden_from, perturbations=perturbations, mask=mask, variance=variance, replacement=replacement, taps=taps,
                 teacher_mode=teacher_mode, input_noise=input_noise, purify_steps=purify_steps, purify_lr=purify_lr,
                 batch=batch, lr=lr, augmentation=augmentation, seed=seed, split_seed=split_seed, precision=precision, arch=arch,
                 normalize=normalize, image_size=image_size, device=device, threads=threads, checkpoint_every=checkpoint_every,

@@ -20,6 +20,14 @@ from rkd.data import Dataset, Source, open_dataset
 from rkd.detox import DetoxCheck, Detoxification, DetoxRecipe, TapMask, detoxify, masks_from_bytes, set_masks
 from rkd.distill.attention import AttentionTransfer
 from rkd.distill.batches import steps_per_epoch
+from rkd.distill.hardening import (
+    COUNT,
+    SEARCH_STEPS,
+    Fooling,
+    UniversalPerturbations,
+    fooling_perturbations,
+    random_perturbations,
+)
 from rkd.distill.labels import RelabelledSource, answers
 from rkd.distill.loop import Recipe, Trainer, autocast
 from rkd.distill.methods import Method
@@ -29,7 +37,6 @@ from rkd.distill.objectives import (
     FeatureDistillation,
     LogitDistillation,
     Objective,
-    UniversalPerturbations,
     margins,
     margins_need_images,
     tap_report,
@@ -50,6 +57,7 @@ from rkd.run import (
     EXAMPLES,
     LABELS,
     MASKS,
+    PERTURBATIONS,
     PURIFIED,
     STUDENT,
     TEACHER,
@@ -70,6 +78,7 @@ _EVALUATION_BATCH = 256
 _EXAMPLES = 8
 _HELD_OUT = 1000  # training images at most that the mask is not learned on, nor the teacher purified with
 _LABELS_LIMIT_BYTES = 2**31
+_PERTURBATIONS_LIMIT_BYTES = 2**28
 
 
 def start(
@@ -443,8 +452,8 @@ def _objective(run: Run, settings: DistillSettings, work: Inputs, student: Netwo
     method = Method.parse(settings.method)
     module: nn.Module = work.teacher.module.to(work.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     module.requires_grad_(requires_grad=False)
+    hardening = _on_the_students_images(run, settings, work)  # before the teacher is tapped or masked
     if method.objective == "ce" or (method.objective == "kd" and method.treatment != "robustkd"):
-        hardening = _on_the_students_images(settings, work)
         torch.manual_seed(settings.seed)
         objective: Objective = (
             CrossEntropy(student.module, hardening)
@@ -466,7 +475,6 @@ def _objective(run: Run, settings: DistillSettings, work: Inputs, student: Netwo
         fp32 = work.recipe.precision == "fp32"
         dtype = torch.float32 if fp32 else autocast(work.device, work.recipe.precision).fast_dtype
         set_masks(tapped, masks, work.device, dtype)
-    hardening = _on_the_students_images(settings, work)
     torch.manual_seed(settings.seed)  # whether the mask was learned just now or read must not matter
     if method.objective == "ofd":
         objective = FeatureDistillation(student.module, tapped, work.data.size, found, hardening)
@@ -482,20 +490,57 @@ def _objective(run: Run, settings: DistillSettings, work: Inputs, student: Netwo
     return objective
 
 
-def _on_the_students_images(settings: DistillSettings, work: Inputs) -> nn.Module | None:
+def _on_the_students_images(run: Run, settings: DistillSettings, work: Inputs) -> nn.Module | None:
     """What the student's images pass: hardening, noise, both or nothing."""
     std = work.teacher.normalisation.std
     passed: list[nn.Module] = []
     if settings.radius:
+        linf = settings.radius / 255
+        fixed = {"student": 0, "both": COUNT // 2, "teacher": COUNT}[settings.perturbations or ""]
+        first = random_perturbations(COUNT, work.data.size, linf, settings.seed)
+        if fixed:
+            first[:fixed] = _fooling(run, settings, work, first[:fixed])
         steps = steps_per_epoch(len(work.train), work.recipe.batch) * settings.epochs
-        passed.append(
-            UniversalPerturbations(
-                work.data.size, settings.radius / 255, std, settings.seed, start=int(settings.harden_from * steps)
-            )
-        )
+        passed.append(UniversalPerturbations(first, linf, std, fixed=fixed, start=int(settings.harden_from * steps)))
     if settings.input_noise:
         passed.append(InputNoise(settings.input_noise / 255, std))
     return None if not passed else passed[0] if len(passed) == 1 else nn.Sequential(*passed)
+
+
+def _fooling(run: Run, settings: DistillSettings, work: Inputs, first: torch.Tensor) -> torch.Tensor:
+    """The perturbations that fool the teacher: taken from the run, or looked for."""
+    path = run.path / PERTURBATIONS
+    if path.is_file():
+        try:
+            with storage_errors(path), path.open("rb") as file:
+                found = torch.from_numpy(read_npz(file, _PERTURBATIONS_LIMIT_BYTES)["perturbations"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{path} does not hold perturbations: {error}") from error
+        if found.shape != first.shape or found.dtype != first.dtype or not found.abs().amax() <= 1:
+            raise RunError(f"{path} holds other perturbations than this run's; start a new run")
+        return found
+    with progress("look for what fools the teacher", SEARCH_STEPS) as bar:
+        fooling = fooling_perturbations(
+            work.teacher, work.train, first, settings.radius / 255, seed=settings.seed, device=work.device, on_step=bar.update
+        )  # fmt: skip
+    run.save(fooling=_fooling_summary(fooling, work.teacher.classes))
+    write_file(
+        path, npz_bytes({"perturbations": fooling.perturbations.numpy()})
+    )  # last: where it is, it is not searched again
+    said = run.summary["fooling"]
+    say(
+        f"the teacher is fooled by changes of {settings.radius:g}/255 that are the same for all images: {said['fooled']:.0f} % are seen "
+        f"wrongly, {said['together']:.0f} % of these as {said['towards']}; the student is hardened against them"
+    )
+    return fooling.perturbations
+
+
+def _fooling_summary(fooling: Fooling, classes: tuple[str, ...]) -> dict[str, Any]:
+    return {
+        "fooled": round(100 * fooling.fooled, 2),
+        "towards": classes[fooling.towards],
+        "together": round(100 * fooling.together, 2),
+    }
 
 
 def _masks(run: Run, settings: DistillSettings, work: Inputs, tapped: TappedNetwork) -> tuple[TapMask, ...]:

@@ -21,6 +21,7 @@ _VARIANTS = {  # of RobustKD: radius of hardening in 255ths, and the mask's cap;
 _CHOICES = {
     "variant": tuple(_VARIANTS),
     "mask": ("position", "channel"),
+    "perturbations": ("teacher", "student", "both"),
     "replacement": ("mean", "zero", "random"),
     "teacher_mode": ("eval", "train"),
 }
@@ -112,6 +113,8 @@ class DistillSettings(TrainingSettings):
         hardening: radius, in 255ths, of the universal perturbations that the student is hardened against; 0 for none;
             None for the variant's with robustkd and 0 with other methods.
         harden_from: share of the steps after which hardening begins.
+        perturbations: where they are looked for: on the `teacher` before, on the `student` in training, or half of them
+            on `both`; None for the teacher, and for the student where the method has no teacher.
         mask: `position` or `channel`: what has a mask value of its own.
         variance: whether the mask lowers the features' variance (the ablation leaves only cross-entropy).
         replacement: where the replacement starts: `mean`, `zero` or `random`.
@@ -135,6 +138,7 @@ class DistillSettings(TrainingSettings):
     cap: float | None = None
     hardening: float | None = None
     harden_from: float = 0.5
+    perturbations: str | None = None
     mask: str = "position"
     variance: bool = True
     replacement: str = "mean"
@@ -153,17 +157,13 @@ class DistillSettings(TrainingSettings):
         self.check()
         method = Method.parse(self.method)
         object.__setattr__(self, "method", str(method))
+        self._fill_in(method)
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 option = name.replace("_", "-")
                 raise ConfigError(f"--{option} {getattr(self, name)!r}: expected {' or '.join(known)}")
         if self.cap and method.treatment != "robustkd":
             raise ConfigError(f"--cap changes nothing with --method {self.method}: it needs robustkd")
-        radius, cap = _VARIANTS[self.variant]
-        if self.cap is None:
-            object.__setattr__(self, "cap", cap)
-        if self.hardening is None:
-            object.__setattr__(self, "hardening", radius if method.treatment == "robustkd" else 0.0)
         if not 0 <= self.accuracy_budget <= 100:
             raise ConfigError(f"--accuracy-budget {self.accuracy_budget:g}: expected 0 to 100 points")
         if not 0 <= self.mask_cap <= 1 or not 0 <= self.harden_from < 1:
@@ -183,12 +183,25 @@ class DistillSettings(TrainingSettings):
         if ".py" in self.student:
             raise ConfigError(f"--student {self.student}: students go by name (`rkd students`), not by file")
 
+    def _fill_in(self, method: Method) -> None:
+        """What was left open becomes the variant's, or the method's."""
+        radius, cap = _VARIANTS.get(self.variant, (0.0, 0.0))
+        chosen = {
+            "cap": cap,
+            "hardening": radius if method.treatment == "robustkd" else 0.0,
+            "perturbations": _searched(method),
+        }
+        for name, value in chosen.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+
     def _check_together(self, method: Method) -> None:
         """Refuse what the method would ignore: an ablation that changes nothing is a mistake."""
         defaults = {field.name: field.default for field in fields(self)}
+        defaults["perturbations"] = _searched(method)
         needs = {
             "robustkd": (method.treatment == "robustkd", ("variant",)),
-            "hardening (--hardening 8)": (self.radius > 0, ("harden_from",)),
+            "hardening (--hardening 8)": (self.radius > 0, ("harden_from", "perturbations")),
             "robustkd with a mask (--cap 0.05, or --variant paper)": (
                 self.masked,
                 ("mask", "variance", "replacement"),
@@ -241,5 +254,10 @@ class DistillSettings(TrainingSettings):
         """The same run without a defence: OFD from the teacher as it is."""
         return replace(
             self, method="ofd", undefended=False, teacher=teacher, triggers=triggers, variant="default", cap=0.0,
-            hardening=0.0, harden_from=0.5, mask="position", variance=True, replacement="mean", taps="all", teacher_mode="eval", input_noise=0.0,
+            hardening=0.0, harden_from=0.5, perturbations=None, mask="position", variance=True, replacement="mean", taps="all", teacher_mode="eval", input_noise=0.0,
         )  # fmt: skip
+
+
+def _searched(method: Method) -> str:
+    """Where hardening looks for its perturbations, where the user does not say."""
+    return "student" if method.objective == "ce" else "teacher"

@@ -24,8 +24,9 @@ from torch.nn import functional
 
 from rkd.data import ArraySource
 from rkd.detox import TapMask, set_masks
+from rkd.distill.hardening import COUNT, UniversalPerturbations, random_perturbations
 from rkd.distill.loop import Recipe, Trainer, autocast
-from rkd.distill.objectives import FeatureDistillation, UniversalPerturbations, margins
+from rkd.distill.objectives import FeatureDistillation, margins
 from rkd.measure import choose_precision
 from rkd.models import build
 from rkd.network import Normalisation
@@ -73,7 +74,8 @@ def rkd_steps(precision: str, *, detoxified: bool) -> Iterator[None]:
             for tap in tapped.taps
         ]
         set_masks(tapped, masks, CPU, torch.bfloat16 if precision == "bf16" else torch.float32)
-    hardening = UniversalPerturbations(SIZE, 8 / 255, (1, 1, 1), 0) if detoxified else None
+    first = random_perturbations(COUNT, SIZE, 8 / 255, 0)
+    hardening = UniversalPerturbations(first, 8 / 255, (1, 1, 1), fixed=COUNT) if detoxified else None
     objective = FeatureDistillation(student, tapped, SIZE, found, hardening)
     objective.extra.to(memory_format=torch.channels_last)
     recipe = Recipe(epochs=1000, batch=BATCH, precision=precision)

@@ -25,7 +25,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "robustkd": (),
     "robustkd, paper": ("--variant", "paper"),
     "ofd": ("--method", "ofd"),
-    "ofd, hardened": ("--method", "ofd", "--hardening", "8"),
+    "ofd, hardened": ("--method", "ofd", "--hardening", "8", "--perturbations", "both"),
     "kd": ("--method", "kd"),
     "ce": ("--method", "ce"),
 }

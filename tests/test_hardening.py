@@ -1,0 +1,191 @@
+"""Universal perturbations: those that fool a teacher, and what a student's images pass."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from rkd.data import ArraySource
+from rkd.distill.hardening import (
+    SEARCH_STEPS,
+    Fooling,
+    UniversalPerturbations,
+    fooling_perturbations,
+    random_perturbations,
+)
+from rkd.distill.objectives import FeatureDistillation, margins
+from rkd.models import build
+from rkd.network import Network, Normalisation
+from rkd.taps import TappedNetwork
+
+SIZE = (16, 16)
+LINF = 8 / 255
+CPU = torch.device("cpu")
+
+
+# ------------------------------------------------------------------------------------------------- found on the teacher
+
+
+class Backdoored(nn.Module):
+    """Right by the brightness of the image, and class 2 where a pattern of +-8/255 is added, whatever the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        signs = torch.randint(0, 2, (1, *SIZE), generator=generator) * 2.0 - 1
+        self.register_buffer("pattern", torch.cat([signs, -signs, torch.zeros(1, *SIZE)]))  # no brightness of its own
+
+    def forward(self, x: Tensor) -> Tensor:
+        bright = x.mean((1, 2, 3))
+        found = (x * self.get_buffer("pattern")).mean((1, 2, 3)) / LINF  # 2/3 under the whole pattern
+        return torch.stack([-bright, bright, 6 * found], 1) * 8
+
+
+def backdoored() -> Network:
+    return Network(Backdoored().eval(), "backdoored", tuple("abc"), SIZE, Normalisation((0.5, 0.5, 0.5), (1, 1, 1)))
+
+
+def clean(count: int = 200) -> ArraySource:
+    """Dark and bright images, with noise."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, count)
+    pixels = 64 + 128 * labels[:, None, None, None] + rng.integers(-20, 21, (count, 3, *SIZE))
+    return ArraySource(pixels.astype(np.uint8), labels.astype(np.int64))
+
+
+def search(seed: int = 0) -> Fooling:
+    first = random_perturbations(3, SIZE, LINF, seed)
+    return fooling_perturbations(backdoored(), clean(), first, LINF, seed=seed, device=CPU, on_step=lambda _: None)
+
+
+def test_in_a_backdoored_teacher_the_search_finds_the_backdoor() -> None:
+    found = search()
+    assert (found.fooled, found.towards, found.together) == (1.0, 2, 1.0)
+    trigger = Backdoored().get_buffer("pattern").flatten()
+    for one in found.perturbations.flatten(1):
+        assert float(functional.cosine_similarity(one[:512], trigger[:512], 0)) > 0.9
+    assert float(found.perturbations.abs().max()) <= LINF * (1 + 1e-6)
+
+
+def test_a_teacher_without_one_is_not_fooled() -> None:
+    teacher = backdoored()
+    teacher.module.get_buffer("pattern").zero_()
+    first = random_perturbations(3, SIZE, LINF, 0)
+    steps: list[int] = []
+    found = fooling_perturbations(teacher, clean(), first, LINF, seed=0, device=CPU, on_step=steps.append)
+    assert found.fooled == 0
+    assert steps == list(range(1, SEARCH_STEPS + 1))
+
+
+def test_the_search_repeats_with_its_seed_and_leaves_the_teacher_and_the_generator_alone() -> None:
+    teacher, state = backdoored(), torch.get_rng_state()
+    before = copy.deepcopy(teacher.module.state_dict())
+    first = random_perturbations(3, SIZE, LINF, 0)
+    kept = first.clone()
+    found = fooling_perturbations(teacher, clean(), first, LINF, seed=0, device=CPU, on_step=lambda _: None)
+    assert torch.equal(found.perturbations, search().perturbations)
+    assert torch.equal(first, kept)
+    assert all(torch.equal(value, before[name]) for name, value in teacher.module.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# -------------------------------------------------------------------------------------------- in the student's training
+
+
+def networks() -> tuple[nn.Module, TappedNetwork, list[Tensor]]:
+    torch.manual_seed(1)
+    teacher = build("wrn-10-1", 3, SIZE).eval().requires_grad_(requires_grad=False)
+    tapped = TappedNetwork(teacher, SIZE).eval()
+    return build("wrn-10-1", 3, SIZE), tapped, margins(tapped, teacher, [torch.randn(4, 3, *SIZE)])
+
+
+def hardening(
+    size: tuple[int, int],
+    linf: float,
+    std: tuple[float, float, float],
+    *,
+    seed: int = 0,
+    count: int = 4,
+    **options: float,
+) -> UniversalPerturbations:
+    return UniversalPerturbations(random_perturbations(count, size, linf, seed), linf, std, **options)
+
+
+def test_universal_perturbations_touch_only_their_share_of_the_batch_and_stay_in_the_ball() -> None:
+    std = (0.5, 0.25, 0.2)
+    made = hardening((4, 4), LINF, std, count=2, share=0.5)
+    images = torch.randn(7, 3, 4, 4)
+    out = made(images)
+    assert torch.equal(out[3:], images[3:])  # half of seven, rounded down, carry one
+    on_pixels = (out - images)[:3].detach() * torch.tensor(std).view(1, 3, 1, 1)
+    assert 0 < float(on_pixels.abs().max()) <= LINF * (1 + 1e-5)
+    assert torch.allclose(on_pixels[0], on_pixels[2], atol=1e-6)
+    assert not torch.allclose(on_pixels[0], on_pixels[1], atol=1e-3)
+    for _ in range(30):
+        made(images).sum().backward()
+        pixels = made.perturbations.detach() * torch.tensor(std).view(1, 3, 1, 1)
+        assert float(pixels.abs().max()) <= LINF * (1 + 1e-5)
+    # The loss grows with every pixel: each perturbation has reached the upper corner of the ball.
+    wanted = (LINF / torch.tensor(std)).view(1, 3, 1, 1).expand(2, 3, 4, 4)
+    torch.testing.assert_close(made.perturbations.detach(), wanted)
+
+
+@pytest.mark.parametrize("fixed", [0, 1, 3])
+def test_fixed_ones_stay_and_the_others_climb_the_loss(fixed: int) -> None:
+    made = hardening((4, 4), LINF, (1.0, 1.0, 1.0), count=3, share=1.0, fixed=fixed)
+    before = made.perturbations.detach().clone()
+    inputs = torch.randn(6, 3, 4, 4, requires_grad=True)
+    made(inputs).sum().backward()
+    moved = [not torch.equal(now, then) for now, then in zip(made.perturbations.detach(), before, strict=True)]
+    assert moved == [number >= fixed for number in range(3)]
+    assert made.perturbations.grad is None
+
+
+def test_hardening_climbs_the_loss_and_leaves_no_gradient_for_the_optimizer() -> None:
+    student, teacher, margin = networks()
+    made = hardening(SIZE, 16 / 255, (0.25, 0.25, 0.25), seed=1)
+    objective = FeatureDistillation(student.eval(), teacher, SIZE, margin, made)
+    objective.extra.eval()
+    generator = torch.Generator().manual_seed(7)
+    images = torch.randn(8, 3, *SIZE, generator=generator)
+    labels = torch.randint(0, 3, (8,), generator=generator)
+    losses = []
+    for _ in range(8):
+        loss, _ = objective(images, labels)
+        loss.backward()
+        losses.append(float(loss.detach()))
+        assert made.perturbations.grad is None
+    assert losses[-1] > losses[0]
+
+
+def test_the_perturbations_are_part_of_the_objectives_state_and_the_radius_is_not() -> None:
+    student, teacher, margin = networks()
+    for fixed in (0, 4):
+        made = hardening(SIZE, LINF, (1.0, 1.0, 1.0), fixed=fixed)
+        state = FeatureDistillation(student, teacher, SIZE, margin, made).extra.state_dict()
+        assert "hardening.perturbations" in state
+        assert "hardening.radius" not in state
+
+
+def test_hardening_begins_after_its_start_also_where_a_run_was_interrupted_before() -> None:
+    images = torch.randn(8, 3, 4, 4)
+    first = hardening((4, 4), 0.1, (1.0, 1.0, 1.0), start=3)
+    touched = [not torch.equal(first(images), images) for _ in range(5)]
+    assert touched == [False, False, False, True, True]
+    resumed = hardening((4, 4), 0.1, (1.0, 1.0, 1.0), seed=1, start=3)
+    interrupted = hardening((4, 4), 0.1, (1.0, 1.0, 1.0), start=3)
+    interrupted(images)
+    resumed.load_state_dict(interrupted.state_dict())
+    assert [not torch.equal(resumed(images), images) for _ in range(3)] == [False, False, True]
+
+
+def test_the_same_seed_starts_from_the_same_perturbations() -> None:
+    first, second, other = (random_perturbations(2, SIZE, 0.1, seed) for seed in (0, 0, 1))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)
+    assert 0 < float(first.abs().max()) <= 0.05
