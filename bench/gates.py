@@ -64,13 +64,24 @@ class Gate:
             return self._verdict(None, passed=False, text=f"{self.text}: {self.figure} was not measured")
         value = ends[0] if self.operator.startswith(">") else ends[1]
         passed = self._keeps(value)
-        kind = _FIGURES[self.figure]
-        shown = f"{value / 1e6 if kind == 'bytes' else value:.4g}{_SHOWN[kind]}"
-        end = "" if ends[0] == ends[1] else f" ({'lower' if self.operator.startswith('>') else 'upper'} 95 % limit)"
-        text = f"{self.text}: {self.figure} is {shown}{end}{'' if passed else self._too_few(entry)}"
+        text = (
+            f"{self.text}: {self.figure} is {self._shown(value, ends, entry)}{'' if passed else self._too_few(entry)}"
+        )
         if spoiled := self._spoiled(entry["validity"]):
             return self._verdict(value, passed=False, text=f"{text}, but invalid: {', '.join(spoiled)}")
         return self._verdict(value, passed=passed, text=text)
+
+    def _shown(self, value: float, ends: Ends, entry: Mapping[str, Any]) -> str:
+        """What was measured, and the end of its interval that is held against the limit."""
+        kind = _FIGURES[self.figure]
+        shown = f"{value / 1e6 if kind == 'bytes' else value:.4g}{_SHOWN[kind]}"
+        if ends[0] == ends[1]:
+            return shown
+        end = "lower" if self.operator.startswith(">") else "upper"
+        share = _share_of(self.figure, self.trigger, entry)
+        if share is None:
+            return f"{shown} ({end} 95 % limit)"
+        return f"{100 * share['hits'] / share['n']:.4g} % of {share['n']:,} images, {end} 95 % limit {shown}"
 
     def _too_few(self, entry: Mapping[str, Any]) -> str:
         """Where a share keeps the limit and only its interval does not: how many images it takes to be sure."""
@@ -81,8 +92,7 @@ class Gate:
             n = round(share["n"] * growth)
             low, high = Proportion(min(n, round(share["hits"] * growth)), n).interval
             if self._keeps(low if self.operator.startswith(">") else high):
-                percent = 100 * share["hits"] / share["n"]
-                return f"; {percent:.4g} % of {share['n']:,} images keep it, to be sure takes about {n:,}"
+                return f"; to be sure takes about {n:,} images"
         return ""
 
     def _keeps(self, value: float) -> bool:

@@ -75,7 +75,7 @@ def test_a_verdict_says_what_was_seen(entry):
         "gate": "acc>=94",
         "value": share(950, 1000)["low"],
         "passed": False,
-        "text": "acc>=94: acc is 93.47 % (lower 95 % limit); 95 % of 1,000 images keep it, to be sure takes about 2,358",
+        "text": "acc>=94: acc is 95 % of 1,000 images, lower 95 % limit 93.47 %; to be sure takes about 2,358 images",
     }
     (power,) = parse_gates(["joules<=1mJ"])
     assert power.judge(entry)["text"] == "joules<=1mJ: joules was not measured"
@@ -132,8 +132,13 @@ def test_without_an_image_there_is_no_share_to_pass(entry):
 @pytest.mark.parametrize(
     ("hits", "n", "text", "said"),
     [
-        (500, 500, "agreement>=99.5", "; 100 % of 500 images keep it, to be sure takes about 805"),
-        (0, 100, "asr<=2", "; 0 % of 100 images keep it, to be sure takes about 195"),
+        (
+            500,
+            500,
+            "agreement>=99.5",
+            "100 % of 500 images, lower 95 % limit 99.24 %; to be sure takes about 805 images",
+        ),
+        (0, 100, "asr<=2", "0 % of 100 images, upper 95 % limit 3.699 %; to be sure takes about 195 images"),
         (499, 500, "agreement>=99.9", None),  # 99.8 does not keep it, however many images
         (2000, 2000, "agreement>=99.5", None),
     ],
