@@ -86,7 +86,7 @@ class Exporter:
         network: the student, on any device and in any mode; it is not changed.
         evaluation: held-out images, uint8 (N, 3, H, W), and labels, (N,), that travel with each bundle.
         triggers: what the student is tested with; they travel too.
-        on_stage: told the name of each stage as it starts: student, onnx, parity, int8, fp16, int8 or fp16 parity,
+        on_stage: told the name of each stage as it starts: torch, onnx, parity, int8, fp16, int8 or fp16 parity,
             bundle; and what is tried within it.
         calibrate: draws training images, for targets with precision int8.
 
@@ -184,7 +184,7 @@ class Exporter:
 
     def _score_student(self, seconds: dict[str, float]) -> HostRun:
         if self._student is None:
-            with self._stage("student", seconds):
+            with self._stage("torch", seconds):
                 predict = self._network.predictor(torch.device("cpu"))
                 self._student = host_run(predict, self._evaluation, self._triggers, _BATCH)
         return self._student

@@ -206,6 +206,11 @@ def cautions(models: Sequence[Model], classes: int) -> list[str]:
         found.append(
             "The student hardly beats guessing, so its ASR and RA say nothing: train longer (--epochs) or on more data."
         )
+    if models[-1].parameters > models[0].parameters:
+        found.append(
+            f"The student is larger than its teacher: {models[-1].parameters:,} parameters, the teacher has "
+            f"{models[0].parameters:,}."
+        )
     found += [
         f"The trigger {t.trigger!r} moves only {t.asr.value:.1f} % of the images in the teacher itself: a low ASR of the "
         "student is then no merit of the method."

@@ -114,7 +114,8 @@ def _print(report: ExportReport, role: str) -> None:
     tables.print_scores([(f"{role} in torch", report.student), (report.path.name, report.exported)])
     for before, after in pairs(ledger):
         flips = ledger.flips(before, after)
-        tables.say_next(f"{before.name} -> {after.name}: {len(flips)} of {ledger.decisions} decisions flip")
+        first = f"{role} in torch" if before.name == "student" else before.name
+        tables.say_next(f"{first} -> {after.name}: {len(flips)} of {ledger.decisions} decisions flip")
     if report.quantised:
         kept = ", ".join(report.quantised.kept) or "none"
         tables.say_next(

@@ -86,7 +86,7 @@ def test_bundle_reads_back_with_what_went_in(network: Network, tmp_path: Path) -
     assert Scores.from_json(scores["student"]) == Scores.from_json(scores["exported"]) == report.student
     assert report.student.acc.hits == 27
     assert scores["agreement"]["percent"] == {"clean": 100.0, "trigger a": 100.0, "trigger b": 100.0}
-    assert stages == ["student", "onnx", "parity", "bundle"] == list(report.seconds)
+    assert stages == ["torch", "onnx", "parity", "bundle"] == list(report.seconds)
     assert network.module.training
 
 
@@ -112,7 +112,7 @@ def test_targets_share_the_export_and_the_students_scores(
     reports = [shared.write(target, name="demo", chain=CHAIN, folder=tmp_path) for target in (CPU, JETSON)]
     assert exports == [20]
     assert [list(report.seconds) for report in reports] == [
-        ["student", "onnx", "parity", "bundle"],
+        ["torch", "onnx", "parity", "bundle"],
         ["fp16", "fp16 parity", "bundle"],
     ]
     fp16 = onnx.load_model_from_string(read_bundle(reports[1].path).model)
