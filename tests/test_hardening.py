@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,10 +16,13 @@ from rkd.distill.hardening import (
     SEARCH_STEPS,
     Fooling,
     UniversalPerturbations,
+    check_differentiable,
     fooling_perturbations,
+    fooling_text,
     random_perturbations,
 )
 from rkd.distill.objectives import FeatureDistillation, margins
+from rkd.errors import ArchitectureError
 from rkd.models import build
 from rkd.network import Network, Normalisation
 from rkd.taps import TappedNetwork
@@ -58,27 +62,75 @@ def clean(count: int = 200) -> ArraySource:
     return ArraySource(pixels.astype(np.uint8), labels.astype(np.int64))
 
 
-def search(seed: int = 0) -> Fooling:
-    first = random_perturbations(3, SIZE, LINF, seed)
-    return fooling_perturbations(backdoored(), clean(), first, LINF, seed=seed, device=CPU, on_step=lambda _: None)
+def search(teacher: Network | None = None, batch: int = 128) -> Fooling:
+    first = random_perturbations(3, SIZE, LINF, 0)
+    return fooling_perturbations(
+        teacher or backdoored(), clean(), first, LINF, seed=0, device=CPU, batch=batch, on_step=lambda _: None
+    )
 
 
 def test_in_a_backdoored_teacher_the_search_finds_the_backdoor() -> None:
     found = search()
-    assert (found.fooled, found.towards, found.together) == (1.0, 2, 1.0)
+    assert found.fooled.n == found.fooled.hits == found.together.n == found.together.hits > 1000
+    assert found.towards == 2
     trigger = Backdoored().get_buffer("pattern").flatten()
     for one in found.perturbations.flatten(1):
         assert float(functional.cosine_similarity(one[:512], trigger[:512], 0)) > 0.9
     assert float(found.perturbations.abs().max()) <= LINF * (1 + 1e-6)
 
 
-def test_a_teacher_without_one_is_not_fooled() -> None:
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+def test_a_teacher_does_not_escape_by_the_size_of_its_logits(scale: float) -> None:
+    teacher = backdoored()
+    plain = teacher.module.forward
+    teacher.module.forward = lambda x: scale * plain(x)  # type: ignore[method-assign]
+    assert search(teacher).fooled == search().fooled
+
+
+@pytest.mark.parametrize("batch", [1, 50, 64])
+def test_the_size_of_the_batches_changes_nothing_but_memory(batch: int) -> None:
+    found, whole = search(batch=batch), search()
+    assert found.fooled == whole.fooled
+    torch.testing.assert_close(found.perturbations, whole.perturbations, atol=2 * LINF * 0.1 + 1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("forward", "said"),
+    [
+        (lambda x: torch.stack([x.mean((1, 2, 3)).detach()] * 3, 1), "has no gradient"),
+        (lambda x: x.mean((1, 2, 3)).round()[:, None] * torch.ones(3), "gradients are all zero"),
+        (lambda x: (x - x).sqrt().mean((1, 2, 3))[:, None] * torch.arange(3.0), "gradients are not finite"),
+    ],
+)
+def test_a_teacher_without_gradients_is_refused_by_name(forward: Any, said: str) -> None:
+    teacher = backdoored()
+    teacher.module.forward = forward
+    with pytest.raises(ArchitectureError, match=f"{said}.*--perturbations student"):
+        search(teacher)
+    if said == "has no gradient":
+        with pytest.raises(ArchitectureError, match=said):
+            check_differentiable(teacher, CPU)
+
+
+def test_what_a_network_sees_wrongly_anyway_does_not_count() -> None:
+    teacher = backdoored()
+    teacher.module.forward = lambda x: torch.stack(
+        [-x.mean((1, 2, 3)), 0 * x[:, 0, 0, 0] - 9, 0 * x[:, 0, 0, 0] - 9], 1
+    )
+    found = search(teacher)  # it says class 0 whatever it sees
+    assert found.fooled.hits == 0 < found.fooled.n < 1280
+    assert fooling_text(found.to_json(teacher.classes), 8).endswith(
+        f"0 % of {found.fooled.n} training images wrongly that it sees rightly without"
+    )
+
+
+def test_a_teacher_without_a_backdoor_is_not_fooled() -> None:
     teacher = backdoored()
     teacher.module.get_buffer("pattern").zero_()
     first = random_perturbations(3, SIZE, LINF, 0)
     steps: list[int] = []
-    found = fooling_perturbations(teacher, clean(), first, LINF, seed=0, device=CPU, on_step=steps.append)
-    assert found.fooled == 0
+    found = fooling_perturbations(teacher, clean(), first, LINF, seed=0, device=CPU, batch=64, on_step=steps.append)
+    assert found.fooled.hits == 0
     assert steps == list(range(1, SEARCH_STEPS + 1))
 
 
@@ -87,7 +139,7 @@ def test_the_search_repeats_with_its_seed_and_leaves_the_teacher_and_the_generat
     before = copy.deepcopy(teacher.module.state_dict())
     first = random_perturbations(3, SIZE, LINF, 0)
     kept = first.clone()
-    found = fooling_perturbations(teacher, clean(), first, LINF, seed=0, device=CPU, on_step=lambda _: None)
+    found = fooling_perturbations(teacher, clean(), first, LINF, seed=0, device=CPU, batch=128, on_step=lambda _: None)
     assert torch.equal(found.perturbations, search().perturbations)
     assert torch.equal(first, kept)
     assert all(torch.equal(value, before[name]) for name, value in teacher.module.state_dict().items())
@@ -125,6 +177,10 @@ def test_universal_perturbations_touch_only_their_share_of_the_batch_and_stay_in
     on_pixels = (out - images)[:3].detach() * torch.tensor(std).view(1, 3, 1, 1)
     assert 0 < float(on_pixels.abs().max()) <= LINF * (1 + 1e-5)
     assert torch.allclose(on_pixels[0], on_pixels[2], atol=1e-6)
+    again = (made(images) - images)[:3].detach() * torch.tensor(std).view(1, 3, 1, 1)
+    assert torch.allclose(again[0], on_pixels[1], atol=1e-6), (
+        "three carriers of two: the next step begins with the other"
+    )
     assert not torch.allclose(on_pixels[0], on_pixels[1], atol=1e-3)
     for _ in range(30):
         made(images).sum().backward()

@@ -14,19 +14,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from rkd.data import Source
+from rkd.errors import ArchitectureError, RunError
+from rkd.files import storage_errors, write_file
+from rkd.metrics import Images, Labels, Proportion
 from rkd.network import Network
+from rkd.npz import npz_bytes, read_npz
+from rkd.progress import progress, say
+from rkd.run import PERTURBATIONS, Run
 
 COUNT = 4  # perturbations
 _SHARE = 0.3  # of a batch's images that carry one
 _STEP = 0.1  # of the radius
-SEARCH_STEPS, _BATCH = 30, 128  # of the search on the teacher
+SEARCH_STEPS = 30  # on the teacher
+_LOOK = 128  # images a step of the search
+_LIMIT_BYTES = 2**31
 
 
 @dataclass(frozen=True)
@@ -35,15 +43,38 @@ class Fooling:
 
     Attributes:
         perturbations: (K, 3, H, W), on pixels in [0, 1].
-        fooled: share of the images of the last steps that are seen wrongly under one of them.
+        fooled: of the images of the last steps that the network sees rightly, the share that it does not under one of
+            them.
         towards: the class that these are seen as most often.
-        together: share of the wrongly seen ones that are seen as it.
+        together: share of these that are seen as it.
     """
 
     perturbations: Tensor
-    fooled: float
+    fooled: Proportion
     towards: int
-    together: float
+    together: Proportion
+
+    def to_json(self, classes: tuple[str, ...]) -> dict[str, Any]:
+        """As it goes into run.json."""
+        return {
+            "fooled": self.fooled.to_json(), "towards": classes[self.towards], "together": self.together.to_json()
+        }  # fmt: skip
+
+
+def fooling_text(found: dict[str, Any], radius: float) -> str:
+    """A sentence of what `Fooling.to_json` gave.
+
+    Raises:
+        KeyError, TypeError, ValueError: it was not made by that.
+    """
+    fooled, together = (Proportion.from_json(found[name]) for name in ("fooled", "together"))
+    text = (
+        f"changes of at most {radius:g}/255, the same for all images, make the teacher see {fooled.value:.0f} % of "
+        f"{fooled.n} training images wrongly that it sees rightly without"
+    )
+    if not fooled.n:
+        return "the teacher sees no training image rightly, so nothing can fool it"
+    return f"{text}, {together.value:.0f} % of these as {found['towards']}" if fooled.hits else text
 
 
 def random_perturbations(count: int, size: tuple[int, int], linf: float, seed: int) -> Tensor:
@@ -60,9 +91,13 @@ def fooling_perturbations(
     *,
     seed: int,
     device: torch.device,
+    batch: int,
     on_step: Callable[[int], None],
 ) -> Fooling:
     """Look for the universal perturbations that do a network the most harm on clean images.
+
+    What climbs is how far another class's logit is above the true one's: unlike cross-entropy it has a gradient however
+    sure the network is, so a teacher does not escape by large logits.
 
     Args:
         teacher: the network, in eval mode.
@@ -71,33 +106,134 @@ def fooling_perturbations(
         linf: radius of the ball, on pixels in [0, 1].
         seed: which images are looked at.
         device: where to compute.
+        batch: images at once, at most.
         on_step: called with the steps done, of SEARCH_STEPS.
+
+    Raises:
+        ArchitectureError: the network has no gradient, or none that is finite.
     """
-    module, std = teacher.module, torch.tensor(teacher.normalisation.std, device=device).view(1, 3, 1, 1)
     found = first.to(device)
     rng = np.random.default_rng([seed, 0xF001])
-    wrong: list[Tensor] = []
+    right: list[Tensor] = []
+    mistakes: list[Tensor] = []
     for step in range(SEARCH_STEPS):
-        rows = np.sort(rng.permutation(len(clean))[:_BATCH])
-        images, labels = clean.batch(rows)
-        inputs = teacher.normalisation(torch.from_numpy(images).to(device)).contiguous(
-            memory_format=torch.channels_last
-        )
-        truth = torch.from_numpy(labels).to(device)
-        moving = (found / std).requires_grad_()
-        which = torch.arange(len(inputs), device=device) % len(found)
-        logits = module(inputs + moving[which]).float()
-        (gradient,) = torch.autograd.grad(functional.cross_entropy(logits, truth), moving)
-        found = (found + gradient.nan_to_num().sign() * linf * _STEP).clamp(-linf, linf)
-        said = logits.detach().argmax(1)
-        wrong.append(torch.where(said == truth, -1, said))
+        images, labels = clean.batch(np.sort(rng.permutation(len(clean))[:_LOOK]))
+        gradient = torch.zeros_like(found)
+        for start in range(0, len(images), batch):
+            which = torch.arange(start, min(start + batch, len(images)), device=device) % len(found)
+            pixels, truth = _on(device, images[start : start + batch], labels[start : start + batch])
+            part, said = _slope(teacher, pixels, truth, found, which)
+            gradient += part
+            if 3 * step >= 2 * SEARCH_STEPS:
+                with torch.no_grad():
+                    seen = teacher.module(_inputs(teacher, pixels)).argmax(1) == truth
+                right.append(seen.cpu())
+                mistakes.append(torch.where(said == truth, -1, said)[seen].cpu())
+        if not gradient.isfinite().all() or not gradient.any():
+            raise ArchitectureError(
+                f"{teacher.arch}: its gradients are {'all zero' if gradient.isfinite().all() else 'not finite'}, so what fools it "
+                "cannot be looked for; use --perturbations student"
+            )
+        found = (found + gradient.sign() * linf * _STEP).clamp(-linf, linf)
         on_step(step + 1)
-    last = torch.cat(wrong[-SEARCH_STEPS // 3 :]).cpu()
-    mistakes = last[last >= 0]
-    counts = torch.bincount(mistakes, minlength=len(teacher.classes))
+    said = torch.cat(mistakes)
+    counts = torch.bincount(said[said >= 0], minlength=len(teacher.classes))
+    wrong = int(counts.sum())
     return Fooling(
-        found.cpu(), len(mistakes) / len(last), int(counts.argmax()), float(counts.max()) / max(1, len(mistakes))
+        found.cpu(), Proportion(wrong, len(said)), int(counts.argmax()), Proportion(int(counts.max()), wrong)
     )
+
+
+def check_differentiable(teacher: Network, device: torch.device) -> None:
+    """See that what fools a teacher can be looked for, before anything is written.
+
+    Raises:
+        ArchitectureError: it is the user's own network, and has no gradient.
+    """
+    pixels = torch.full((1, 3, *teacher.size), 0.5, device=device)
+    nothing = torch.zeros(1, device=device, dtype=torch.long)
+    _slope(teacher, pixels, nothing, torch.zeros_like(pixels), nothing)
+
+
+def _on(device: torch.device, images: Images, labels: Labels) -> tuple[Tensor, Tensor]:
+    return torch.from_numpy(images).to(device).float() / 255, torch.from_numpy(labels).to(device)
+
+
+def _inputs(teacher: Network, pixels: Tensor) -> Tensor:
+    return teacher.normalisation(255 * pixels).contiguous(memory_format=torch.channels_last)
+
+
+def _slope(
+    teacher: Network, pixels: Tensor, truth: Tensor, perturbations: Tensor, which: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradient of the margin by the perturbations, and what the network says under them.
+
+    Raises:
+        ArchitectureError: the network has no gradient.
+    """
+    moving = perturbations.detach().clone().requires_grad_()
+    try:
+        logits = teacher.module(_inputs(teacher, (pixels + moving[which]).clamp(0, 1))).float()
+        true = logits.gather(1, truth[:, None]).squeeze(1)
+        other = logits.scatter(1, truth[:, None], -torch.inf).amax(1)
+        (gradient,) = torch.autograd.grad((other - true).sum(), moving)
+    except RuntimeError as error:
+        if "out of memory" in str(error) or "can't allocate memory" in str(error):
+            raise
+        reason = str(error).strip().splitlines()[0][:200]
+        raise ArchitectureError(
+            f"{teacher.arch} has no gradient ({reason}), so what fools it cannot be looked for; use --perturbations student"
+        ) from error
+    return gradient, logits.detach().argmax(1)
+
+
+def fooling_of_run(
+    run: Run,
+    teacher: Network,
+    clean: Source,
+    first: Tensor,
+    linf: float,
+    *,
+    seed: int,
+    device: torch.device,
+    batch: int,
+) -> Tensor:
+    """What fools a run's teacher: taken from the run, or looked for by `fooling_perturbations` and kept there.
+
+    Args:
+        run: where they are kept.
+        teacher: its teacher.
+        clean: its training images.
+        first: (K, 3, H, W), where the search starts.
+        linf: radius of the ball.
+        seed: which images are looked at.
+        device: where to compute.
+        batch: images at once, at most.
+
+    Raises:
+        RunError: what the run holds is not what it would have kept.
+        ArchitectureError: the teacher has no gradient.
+    """
+    path = run.path / PERTURBATIONS
+    if path.is_file():
+        try:
+            with storage_errors(path), path.open("rb") as file:
+                kept = torch.from_numpy(read_npz(file, _LIMIT_BYTES)["perturbations"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{path} does not hold perturbations: {error}") from error
+        if kept.shape != first.shape or kept.dtype != first.dtype or not kept.abs().amax() <= linf * (1 + 1e-5):
+            raise RunError(f"{path} holds other perturbations than this run's; start a new run")
+        return kept
+    with progress("look for what fools the teacher", SEARCH_STEPS) as bar:
+        found = fooling_perturbations(
+            teacher, clean, first, linf, seed=seed, device=device, batch=batch, on_step=bar.update
+        )
+    summary = found.to_json(teacher.classes)
+    run.save(fooling=summary)
+    # Last: where the file is, nothing is looked for again.
+    write_file(path, npz_bytes({"perturbations": found.perturbations.numpy()}))
+    say(f"{fooling_text(summary, 255 * linf)}; the student is hardened against them")
+    return found.perturbations
 
 
 class UniversalPerturbations(nn.Module):
@@ -137,8 +273,9 @@ class UniversalPerturbations(nn.Module):
         self.step += 1
         if self.step <= self.start:
             return images
-        carriers = int(self.share * len(images))
-        which = torch.arange(carriers, device=images.device) % len(self.perturbations)
+        carriers = max(1, int(self.share * len(images)))
+        # In turn: a small batch does not carry the same ones every time.
+        which = (torch.arange(carriers, device=images.device) + self.step * carriers) % len(self.perturbations)
         return torch.cat([images[:carriers] + self.perturbations[which], images[carriers:]]).contiguous(
             memory_format=torch.channels_last
         )

@@ -22,10 +22,9 @@ from rkd.distill.attention import AttentionTransfer
 from rkd.distill.batches import steps_per_epoch
 from rkd.distill.hardening import (
     COUNT,
-    SEARCH_STEPS,
-    Fooling,
     UniversalPerturbations,
-    fooling_perturbations,
+    check_differentiable,
+    fooling_of_run,
     random_perturbations,
 )
 from rkd.distill.labels import RelabelledSource, answers
@@ -57,7 +56,6 @@ from rkd.run import (
     EXAMPLES,
     LABELS,
     MASKS,
-    PERTURBATIONS,
     PURIFIED,
     STUDENT,
     TEACHER,
@@ -78,7 +76,6 @@ _EVALUATION_BATCH = 256
 _EXAMPLES = 8
 _HELD_OUT = 1000  # training images at most that the mask is not learned on, nor the teacher purified with
 _LABELS_LIMIT_BYTES = 2**31
-_PERTURBATIONS_LIMIT_BYTES = 2**28
 
 
 def start(
@@ -127,12 +124,15 @@ def _check_teacher(settings: DistillSettings, work: Inputs) -> None:
 
     Raises:
         ConfigError: fewer taps than were asked for.
-        ArchitectureError: channels that cannot be pruned one by one.
+        ArchitectureError: channels that cannot be pruned one by one, or no gradient.
     """
     if settings.chosen_taps is not None:
         TappedNetwork(work.teacher.module, work.data.size, only=settings.chosen_taps)
     if Method.parse(settings.method).treatment == "prune":
         channel_writers(work.teacher.module, work.data.size)
+    if settings.perturbations in ("teacher", "both"):
+        module: nn.Module = work.teacher.module.to(work.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        check_differentiable(replace(work.teacher, module=module.eval()), work.device)
 
 
 def _resolved(
@@ -499,48 +499,15 @@ def _on_the_students_images(run: Run, settings: DistillSettings, work: Inputs) -
         fixed = {"student": 0, "both": COUNT // 2, "teacher": COUNT}[settings.perturbations or ""]
         first = random_perturbations(COUNT, work.data.size, linf, settings.seed)
         if fixed:
-            first[:fixed] = _fooling(run, settings, work, first[:fixed])
+            first[:fixed] = fooling_of_run(
+                run, work.teacher, work.train, first[:fixed], linf,
+                seed=settings.seed, device=work.device, batch=work.recipe.batch,
+            )  # fmt: skip
         steps = steps_per_epoch(len(work.train), work.recipe.batch) * settings.epochs
         passed.append(UniversalPerturbations(first, linf, std, fixed=fixed, start=int(settings.harden_from * steps)))
     if settings.input_noise:
         passed.append(InputNoise(settings.input_noise / 255, std))
     return None if not passed else passed[0] if len(passed) == 1 else nn.Sequential(*passed)
-
-
-def _fooling(run: Run, settings: DistillSettings, work: Inputs, first: torch.Tensor) -> torch.Tensor:
-    """The perturbations that fool the teacher: taken from the run, or looked for."""
-    path = run.path / PERTURBATIONS
-    if path.is_file():
-        try:
-            with storage_errors(path), path.open("rb") as file:
-                found = torch.from_numpy(read_npz(file, _PERTURBATIONS_LIMIT_BYTES)["perturbations"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise RunError(f"{path} does not hold perturbations: {error}") from error
-        if found.shape != first.shape or found.dtype != first.dtype or not found.abs().amax() <= 1:
-            raise RunError(f"{path} holds other perturbations than this run's; start a new run")
-        return found
-    with progress("look for what fools the teacher", SEARCH_STEPS) as bar:
-        fooling = fooling_perturbations(
-            work.teacher, work.train, first, settings.radius / 255, seed=settings.seed, device=work.device, on_step=bar.update
-        )  # fmt: skip
-    run.save(fooling=_fooling_summary(fooling, work.teacher.classes))
-    write_file(
-        path, npz_bytes({"perturbations": fooling.perturbations.numpy()})
-    )  # last: where it is, it is not searched again
-    said = run.summary["fooling"]
-    say(
-        f"the teacher is fooled by changes of {settings.radius:g}/255 that are the same for all images: {said['fooled']:.0f} % are seen "
-        f"wrongly, {said['together']:.0f} % of these as {said['towards']}; the student is hardened against them"
-    )
-    return fooling.perturbations
-
-
-def _fooling_summary(fooling: Fooling, classes: tuple[str, ...]) -> dict[str, Any]:
-    return {
-        "fooled": round(100 * fooling.fooled, 2),
-        "towards": classes[fooling.towards],
-        "together": round(100 * fooling.together, 2),
-    }
 
 
 def _masks(run: Run, settings: DistillSettings, work: Inputs, tapped: TappedNetwork) -> tuple[TapMask, ...]:

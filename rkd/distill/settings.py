@@ -114,7 +114,7 @@ class DistillSettings(TrainingSettings):
             None for the variant's with robustkd and 0 with other methods.
         harden_from: share of the steps after which hardening begins.
         perturbations: where they are looked for: on the `teacher` before, on the `student` in training, or half of them
-            on `both`; None for the teacher, and for the student where the method has no teacher.
+            on `both`; None for the teacher, for the student where the method has no teacher, and without hardening.
         mask: `position` or `channel`: what has a mask value of its own.
         variance: whether the mask lowers the features' variance (the ablation leaves only cross-entropy).
         replacement: where the replacement starts: `mean`, `zero` or `random`.
@@ -159,7 +159,7 @@ class DistillSettings(TrainingSettings):
         object.__setattr__(self, "method", str(method))
         self._fill_in(method)
         for name, known in _CHOICES.items():
-            if getattr(self, name) not in known:
+            if getattr(self, name) not in (*known, *((None,) if name == "perturbations" else ())):
                 option = name.replace("_", "-")
                 raise ConfigError(f"--{option} {getattr(self, name)!r}: expected {' or '.join(known)}")
         if self.cap and method.treatment != "robustkd":
@@ -192,13 +192,13 @@ class DistillSettings(TrainingSettings):
             "perturbations": _searched(method),
         }
         for name, value in chosen.items():
-            if getattr(self, name) is None:
+            if getattr(self, name) is None and (name != "perturbations" or self.radius):
                 object.__setattr__(self, name, value)
 
     def _check_together(self, method: Method) -> None:
         """Refuse what the method would ignore: an ablation that changes nothing is a mistake."""
         defaults = {field.name: field.default for field in fields(self)}
-        defaults["perturbations"] = _searched(method)
+        defaults["perturbations"] = _searched(method) if self.radius else None
         needs = {
             "robustkd": (method.treatment == "robustkd", ("variant",)),
             "hardening (--hardening 8)": (self.radius > 0, ("harden_from", "perturbations")),
@@ -215,6 +215,8 @@ class DistillSettings(TrainingSettings):
             if changed and not fits:
                 given = "--no-variance" if changed[0] == "variance" else f"--{changed[0].replace('_', '-')}"
                 raise ConfigError(f"{given} changes nothing with --method {self.method}: it needs {wanted}")
+        if method.objective == "ce" and self.perturbations in ("teacher", "both"):
+            raise ConfigError(f"--perturbations {self.perturbations}: --method ce has no teacher; it takes student")
         if method.treatment == "robustkd" and not (self.radius or self.mask_cap):
             raise ConfigError(
                 f"--method {self.method} without hardening and without a mask defends nothing: give --variant paper for "
