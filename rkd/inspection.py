@@ -62,7 +62,7 @@ def _describe_run(run: Run) -> dict[str, Any]:
         for name, setting in summary["settings"].items()
         if isinstance(setting, dict) and {"value", "origin"} <= set(setting)
     }
-    for part in ("data", "teacher", "detox", "student", "timings", "versions"):
+    for part in ("data", "teacher", "detox", "fooling", "student", "timings", "versions"):
         if isinstance(summary.get(part), dict):
             found[part] = {key: value for key, value in summary[part].items() if key != "history"}
     recorded = summary.get("student", {}).get("sha256")

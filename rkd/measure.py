@@ -59,7 +59,7 @@ def use_threads(threads: int) -> None:
 
     Subnormal numbers are flushed to zero: they are noise here, and computing with them is many times slower.
     """
-    wanted = os.environ.get("OMP_NUM_THREADS", "")
-    default = int(wanted) if wanted.isdecimal() and int(wanted) else len(os.sched_getaffinity(0))
+    cores, wanted = len(os.sched_getaffinity(0)), os.environ.get("OMP_NUM_THREADS", "")
+    default = min(int(wanted), cores) if wanted.isdecimal() and len(wanted) < 10 and int(wanted) else cores
     torch.set_num_threads(threads or default)
     torch.set_flush_denormal(True)

@@ -25,8 +25,6 @@ Labels = NDArray[np.int64]  # (N,)
 Predict = Callable[[Images], NDArray[Any]]  # images -> logits (N, classes)
 
 _Z95 = 1.959963984540054  # 97.5 % quantile of the standard normal
-
-
 _WORKS = 50.0  # percent: an attack that works on its teacher moves most of the images
 
 

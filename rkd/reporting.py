@@ -12,11 +12,11 @@ import numpy as np
 from rkd.bench import result as bench_result
 from rkd.bench.report import Curve, MaskPanel, ModelRow, RunReport, TriggerPanel, result_page, run_page
 from rkd.bench.report.scores import difference
-from rkd.errors import ConfigError, RkdError, TriggerError
+from rkd.errors import ConfigError, RkdError, RunError, TriggerError
 from rkd.files import storage_errors, write_file
 from rkd.metrics import Scores
 from rkd.npz import read_npz
-from rkd.run import DISTIL, EXAMPLES, MASKS, REPORT, TRIGGERS, Model, Run, models_of
+from rkd.run import DISTIL, EXAMPLES, MASKS, REPORT, SUMMARY, TRIGGERS, Model, Run, fooling_text, models_of
 from rkd.triggers import Trigger
 
 _EXAMPLES_LIMIT_BYTES = 2**28
@@ -77,7 +77,7 @@ def _control_of(run: Run, controls: Sequence[Run]) -> Run:
     )  # fmt: skip
     differing: list[str] = []
     for control in controls:
-        other = [name for name in names if control.setting(name) != run.setting(name)]
+        other = [name for name in names if _value(control, name) != _value(run, name)]
         other += ["data"] if control.summary["data"]["digest"] != run.summary["data"]["digest"] else []
         if not other:
             return control
@@ -86,6 +86,11 @@ def _control_of(run: Run, controls: Sequence[Run]) -> Run:
         f"no control for {run.path}: a control has the same settings and another teacher, the one given differs in "
         f"{', '.join(differing)}"
     )
+
+
+def _value(run: Run, name: str) -> object:
+    """A setting; None where the run was made before there was such a setting, as `rkd suite` has it."""
+    return run.setting(name) if name in run.summary["settings"] else None
 
 
 def write_run_report(
@@ -113,7 +118,7 @@ def write_run_report(
         *others, student = models_of(run)
         several = len(runs) > 1
         named = [(_role_among(other, run, runs) if several else other.role, other) for other in others]
-        for role, model in [*named, (roles.get(str(run.path), student.role), student)]:
+        for role, model in [*named, (_name(run, roles), student)]:
             rows[role] = ModelRow(
                 role,
                 model.arch,
@@ -132,17 +137,29 @@ def write_run_report(
         created=str(shown.summary.get("created", "")),
         command=_command(shown),
         models=ordered,
-        curves=[curve for run in runs for curve in _curves(run, roles.get(str(run.path), _last(run).role))],
+        curves=[curve for run in runs for curve in _curves(run, _name(run, roles))],
         triggers=_trigger_panels(shown),
         masks=masks,
         detox_history=history,
         settings=[(name, _plain(s["value"]), str(s["origin"])) for name, s in shown.summary["settings"].items()],
         provenance=_provenance(shown),
-        notes=[*dict.fromkeys(caution for run in runs for caution in _cautions(run))]
+        notes=_cautions_of_all([run for run in runs if _name(run, roles) not in controls.values()], roles)
         + _fooling(shown)
         + [str(note) for part in ("data", "teacher") for note in shown.summary.get(part, {}).get("notes", [])],
     )
     write_file(out, run_page(report).encode())
+
+
+def _name(run: Run, roles: Mapping[str, str]) -> str:
+    """What a run's student is called."""
+    return roles.get(str(run.path), _last(run).role)
+
+
+def _cautions_of_all(runs: Sequence[Run], roles: Mapping[str, str]) -> list[str]:
+    """What every run's figures do not say; with its name where there are several."""
+    return [
+        f"{_name(run, roles)}: {caution}" if len(runs) > 1 else caution for run in runs for caution in _cautions(run)
+    ]
 
 
 def _plain(value: object) -> str:
@@ -212,28 +229,31 @@ def cautions(models: Sequence[Model], classes: int) -> list[str]:
             f"{models[0].parameters:,}."
         )
     found += [
-        f"The trigger {t.trigger!r} moves only {t.asr.value:.1f} % of the images in the teacher itself: a low ASR of the "
-        "student is then no merit of the method."
+        f"The trigger {t.trigger!r} moves only {t.asr.value:.1f} % of the images in the teacher itself: unless the attack "
+        "is meant to sleep there, a low ASR of the student is no merit of the method."
         for t in models[0].scores.asleep()
     ]
     return found
 
 
 def _cautions(run: Run) -> list[str]:
-    return cautions(models_of(run), len(run.summary["data"]["classes"]))
+    try:
+        classes = len(run.summary["data"]["classes"])
+    except (KeyError, TypeError) as error:
+        raise RunError(f"{run.path / SUMMARY} is damaged: it does not name the data's classes") from error
+    return cautions(models_of(run), classes)
 
 
 def _fooling(run: Run) -> list[str]:
     """What hardening has found on the teacher, as a note."""
     found = run.summary.get("fooling")
-    if not isinstance(found, dict):
+    if found is None:
         return []
-    text = (
-        f"Changes of at most {run.setting('hardening'):g}/255, the same for all images, make the teacher see "
-        f"{found['fooled']:.0f} % of them wrongly, {found['together']:.0f} % of these as {found['towards']}; the student was "
-        "hardened against them."
-    )
-    return [text]
+    try:
+        text = fooling_text(found, float(run.setting("hardening")))
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{run.path / SUMMARY} is damaged: fooling: {type(error).__name__}: {error}") from error
+    return [f"{text[:1].upper()}{text[1:]}; the student was hardened against them."]
 
 
 def _command(run: Run) -> str:

@@ -4,6 +4,7 @@
     metrics.jsonl         one line a step group and an epoch
     teacher.safetensors   the teacher as it was converted at intake
     masks.npz             what RobustKD learned
+    perturbations.npz     what fools the teacher, which the student is hardened against
     purified.safetensors  the purified teacher, where the method purifies it
     labels.npz            the teacher's answers, where they stand in for labels
     triggers/*.npz        what the student was tested with
@@ -45,7 +46,7 @@ from rkd.files import (
     write_directory,
     write_file,
 )
-from rkd.metrics import Scores
+from rkd.metrics import Proportion, Scores
 
 SCHEMA = 1
 DISTIL = "distil"  # how the stage of metrics.jsonl begins that trains the student
@@ -358,6 +359,22 @@ class Model:
             str(value["role"]), str(value["arch"]), Scores.from_json(value["scores"]),
             int(value["parameters"]), int(value["macs"]), int(value["size_bytes"]),
         )  # fmt: skip
+
+
+def fooling_text(found: dict[str, Any], radius: float) -> str:
+    """A sentence of what `Fooling.to_json` gave.
+
+    Raises:
+        KeyError, TypeError, ValueError: it was not made by that.
+    """
+    fooled, together = (Proportion.from_json(found[name]) for name in ("fooled", "together"))
+    text = (
+        f"changes of at most {radius:g}/255, the same for all images, make the teacher see {fooled.value:.0f} % of "
+        f"{fooled.n} training images wrongly that it sees rightly without"
+    )
+    if not fooled.n:
+        return "the teacher sees no training image rightly, so nothing can fool it"
+    return f"{text}, {together.value:.0f} % of these as {found['towards']}" if fooled.hits else text
 
 
 def models_of(run: Run) -> list[Model]:

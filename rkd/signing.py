@@ -9,6 +9,7 @@ The manifest holds the digest of every other member, so its signature covers the
 from __future__ import annotations
 
 import hashlib
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -49,7 +50,8 @@ def make_keys(private: Path, public: Path) -> str:
         write_file(public, public_pem)
     except BaseException:  # half a pair would be in the way of the next try
         for path in (private, public):
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
         raise
     return fingerprint(_raw(key.public_key()))
 

@@ -18,13 +18,13 @@ from rkd.distill.hardening import (
     UniversalPerturbations,
     check_differentiable,
     fooling_perturbations,
-    fooling_text,
     random_perturbations,
 )
 from rkd.distill.objectives import FeatureDistillation, margins
 from rkd.errors import ArchitectureError
 from rkd.models import build
 from rkd.network import Network, Normalisation
+from rkd.run import fooling_text
 from rkd.taps import TappedNetwork
 
 SIZE = (16, 16)

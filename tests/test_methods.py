@@ -75,6 +75,7 @@ def test_robustkd_is_hardened_and_the_papers_form_and_the_baselines_are_not() ->
         ({"variant": "paper"}, "at"),
         ({"taps": "last"}, "kd"),
         ({"harden_from": 0.2}, "kd"),
+        ({"perturbations": "student"}, "kd"),
         ({"taps": "1"}, "finetune+kd"),
         ({"teacher_mode": "train"}, "ce"),
     ],
@@ -89,6 +90,19 @@ def test_a_switch_that_the_method_would_ignore_is_refused(change: dict[str, obje
 def test_a_switch_of_the_mask_is_refused_where_there_is_none(change: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match="it needs robustkd with a mask"):
         settings(**change)
+
+
+def test_perturbations_are_the_teachers_where_there_is_hardening_and_a_teacher() -> None:
+    assert settings().perturbations == "teacher"
+    assert settings(method="ofd", hardening=8.0).perturbations == "teacher"
+    assert settings(method="ce", hardening=8.0).perturbations == "student"
+    assert settings(method="ofd").perturbations is None, "runs without hardening are what they were before there was it"
+    assert settings(variant="paper").perturbations is None
+    for wrong in ("teacher", "both"):
+        with pytest.raises(ConfigError, match=f"--perturbations {wrong}: --method ce has no teacher"):
+            settings(method="ce", hardening=8.0, perturbations=wrong)
+    with pytest.raises(ConfigError, match="--perturbations 'twin': expected teacher or student or both"):
+        settings(perturbations="twin")
 
 
 def test_robustkd_without_hardening_and_without_a_mask_is_refused() -> None:

@@ -27,7 +27,7 @@ from rkd.metrics import Images, Labels, Proportion
 from rkd.network import Network
 from rkd.npz import npz_bytes, read_npz
 from rkd.progress import progress, say
-from rkd.run import PERTURBATIONS, Run
+from rkd.run import PERTURBATIONS, Run, fooling_text
 
 COUNT = 4  # perturbations
 _SHARE = 0.3  # of a batch's images that carry one
@@ -59,22 +59,6 @@ class Fooling:
         return {
             "fooled": self.fooled.to_json(), "towards": classes[self.towards], "together": self.together.to_json()
         }  # fmt: skip
-
-
-def fooling_text(found: dict[str, Any], radius: float) -> str:
-    """A sentence of what `Fooling.to_json` gave.
-
-    Raises:
-        KeyError, TypeError, ValueError: it was not made by that.
-    """
-    fooled, together = (Proportion.from_json(found[name]) for name in ("fooled", "together"))
-    text = (
-        f"changes of at most {radius:g}/255, the same for all images, make the teacher see {fooled.value:.0f} % of "
-        f"{fooled.n} training images wrongly that it sees rightly without"
-    )
-    if not fooled.n:
-        return "the teacher sees no training image rightly, so nothing can fool it"
-    return f"{text}, {together.value:.0f} % of these as {found['towards']}" if fooled.hits else text
 
 
 def random_perturbations(count: int, size: tuple[int, int], linf: float, seed: int) -> Tensor:

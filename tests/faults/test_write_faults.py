@@ -29,7 +29,7 @@ from rkd.run import Run
 EXACT = ("--threads", "1", "--precision", "fp32", "--device", "cpu", "--checkpoint-every", "1")
 COMMAND = ("distill", "teacher.pt", "--student", "wrn-10-1", "--epochs", "1", "--batch", "45", "--cap", "0.05", "--out",
            "run", *EXACT)  # fmt: skip
-RESULTS = ("student.safetensors", "masks.npz", "metrics.jsonl")
+RESULTS = ("student.safetensors", "masks.npz", "perturbations.npz", "metrics.jsonl")
 
 
 @pytest.fixture(autouse=True)
