@@ -259,6 +259,39 @@ def test_each_part_of_robustkd_can_be_switched_off_and_then_makes_another_studen
     assert all(np.array_equal(a, b) for a, b in zip(masks["noise"], default, strict=True)), "noise is the student's"
 
 
+@pytest.mark.parametrize(
+    ("given", "searched"),
+    [
+        (("--method", "finetune", "--purify-steps", 4, "--hardening", 8), True),
+        (("--method", "ce", "--hardening", 8), False),
+        (("--no-labels",), True),
+    ],
+)
+def test_hardening_goes_with_purified_teachers_without_a_teacher_and_without_labels(
+    here: Path, given: tuple[object, ...], searched: bool
+) -> None:
+    result = done("distill", "teacher.pt", *SHORT, "--epochs", 1, *given, "--out", "out")
+    assert ("make the teacher see" in result.stderr) == searched
+    assert (here / "out" / "perturbations.npz").exists() == searched == ("fooling" in summary("out"))
+    assert ("the student was hardened against them" in (here / "out" / "report.html").read_text()) == searched
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "auto"])
+@pytest.mark.parametrize(
+    "method", [("--cap", 0.05, "--perturbations", "both"), ("--method", "ofd"), ("--method", "nad+ofd")]
+)
+def test_distillation_on_a_gpu(here: Path, precision: str, method: tuple[object, ...]) -> None:
+    done(
+        "distill", "teacher.pt", "--device", "cuda", "--precision", precision, "--student", "wrn-10-1", "--epochs", 3,
+        "--batch", 15, "--purify-steps", 4, *method, "--out", "out",
+    )  # fmt: skip
+    run = summary("out")
+    assert run["state"] == "finished"
+    assert run["models"][-1]["scores"]["acc"]["percent"] > 50
+    done("export", "out", "--target", "ort-cpu")
+
+
 def load_masks(run: Path) -> list[np.ndarray]:
     with np.load(run / "masks.npz") as arrays:
         return [arrays[name] for name in sorted(arrays.files) if name.endswith(".mask")]
