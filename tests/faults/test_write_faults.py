@@ -233,7 +233,7 @@ def test_stopped_at_any_stage_an_export_leaves_whole_bundles_only(
         monkeypatch.setattr(export_module, "say", say)
         stopped = rkd(Disk(), *EXPORT, "--overwrite", "--out", "other")
         assert stopped.exit_code == code, (stop_at, stopped.output)
-        assert stopped.stderr.splitlines()[-1].startswith("rkd: stopped; bundles that were finished are kept"), stop_at
+        assert stopped.stderr.splitlines()[-1].startswith("rkd: stopped; the same command makes the bundles"), stop_at
         assert bundles(to_export / "other").items() <= wanted.items(), stop_at
         assert not list(to_export.rglob(".rkd-tmp-*")), stop_at
 
