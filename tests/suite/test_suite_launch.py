@@ -86,6 +86,7 @@ def wait_for(process: subprocess.Popen[str], reached: Callable[[], bool]) -> Non
         raise AssertionError(process.communicate())
 
 
+@pytest.mark.promise
 def test_killed_stopped_and_out_of_memory_a_suite_goes_on_and_loses_nothing(folder: Path, base: str) -> None:
     """One suite: kill -9 in the first student, SIGTERM in its second attempt, then to the end beside a cell that is too large."""
     (folder / "my.toml").write_text(base + SUITE)
