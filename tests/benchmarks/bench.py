@@ -12,6 +12,7 @@ help        seconds of `rkd bench --help` in a fresh process.
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -183,7 +184,8 @@ def planted(bundle: Bundle) -> None:
             identity = runner.identity
 
             def infer(self, x: np.ndarray) -> np.ndarray:
-                kept.append(np.ones(50_000, np.uint8))
+                kept.append(mmap.mmap(-1, 50_000))  # not from memory that this process has freed before
+                kept[-1].write(b"x" * 50_000)
                 return runner.infer(x)
 
         done, _, sizes = run_for_memory(Leaking(), images, 400, 30)  # type: ignore[arg-type]
