@@ -23,7 +23,7 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 
-from rkd.errors import ExportError
+from rkd.errors import ExportError, first_line
 from rkd.export.onnx_model import INPUT, OUTPUT
 from rkd.ledger import Step, shown
 from rkd.metrics import Images, Labels, Predict, Proportion, Scores, allowed, evaluate
@@ -102,9 +102,8 @@ def session_of(model: bytes, *, optimise: bool = True, integer: bool = True) -> 
     try:
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        why = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise ExportError(
-            f"ONNX Runtime cannot load the exported file ({why}); try another opset or student"
+            f"ONNX Runtime cannot load the exported file ({first_line(error)}); try another opset or student"
         ) from error
 
 

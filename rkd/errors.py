@@ -115,6 +115,16 @@ class StoppedError(RkdError):
         self.exit_code = 128 + signal_number
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, cut to 200 characters; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def ran_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch raised it because memory ran out, for which it has no type of its own on a CPU."""
+    return "out of memory" in str(error) or "can't allocate memory" in str(error)
+
+
 def shortened(text: str, most: int) -> str:
     """`text` without what is not printable, cut to `most` characters, as one line of a result."""
     return "".join(c for c in text if c.isprintable())[:most]

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from rkd.errors import BundleError, MissingExtraError, SigningError
+from rkd.errors import BundleError, MissingExtraError, SigningError, first_line
 from rkd.files import storage_errors, write_file
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def read_private(path: Path) -> Ed25519PrivateKey:
     try:
         key: Any = serialization.load_pem_private_key(data, password=None)
     except Exception as error:  # ValueError, TypeError (encrypted), UnsupportedAlgorithm
-        why = "it is encrypted" if isinstance(error, TypeError) else _line(error)
+        why = "it is encrypted" if isinstance(error, TypeError) else first_line(error)
         raise SigningError(
             f"{path} is not a private key that rkd can read ({why}); make one with: rkd keygen"
         ) from error
@@ -91,7 +91,7 @@ def read_public(path: Path) -> Ed25519PublicKey:
     try:
         key: Any = serialization.load_pem_public_key(data)
     except Exception as error:
-        hint = "this is a private key, give the .pub file" if b"PRIVATE KEY" in data else _line(error)
+        hint = "this is a private key, give the .pub file" if b"PRIVATE KEY" in data else first_line(error)
         raise SigningError(f"{path} is not a public key ({hint})") from error
     if not isinstance(key, ed25519.Ed25519PublicKey):
         raise SigningError(f"{path} holds another kind of key than Ed25519; rkd signs with Ed25519 only")
@@ -161,7 +161,3 @@ def _library() -> tuple[Any, Any, Any]:
     except ImportError as error:
         raise MissingExtraError("cryptography", "sign") from error
     return exceptions, ed25519, serialization
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

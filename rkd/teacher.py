@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch._C import PyTorchFileReader
 
 from rkd.data import Source
-from rkd.errors import ArchitectureError, CheckpointError, ConfigError
+from rkd.errors import ArchitectureError, CheckpointError, ConfigError, first_line
 from rkd.files import sha256, storage_errors, write_file
 from rkd.metrics import Images, Labels, Proportion
 from rkd.models import build
@@ -300,7 +300,7 @@ def _load_safetensors(data: bytes, path: Path) -> dict[str, Tensor]:
     try:
         return dict(load_safetensors(data))
     except Exception as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file: {_first_line(error)}") from error
+        raise CheckpointError(f"{path} is not a readable safetensors file: {first_line(error)}") from error
 
 
 def _plain(header: dict[Any, Any], path: Path) -> dict[str, Any]:
@@ -321,7 +321,7 @@ def _plain(header: dict[Any, Any], path: Path) -> dict[str, Any]:
     try:
         plain: dict[str, Any] = json.loads(json.dumps(header, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: its rkd header is not plain data: {_first_line(error)}") from error
+        raise CheckpointError(f"{path}: its rkd header is not plain data: {first_line(error)}") from error
     return plain
 
 
@@ -347,7 +347,7 @@ def _load_pickle(data: bytes, path: Path) -> object:
             ) from error
         reason = re.search(r"WeightsUnpickler error: (.{1,200})", str(error))
         raise CheckpointError(
-            f"{path} is not a checkpoint that can be read safely: {reason[1].strip() if reason else _first_line(error)}; "
+            f"{path} is not a checkpoint that can be read safely: {reason[1].strip() if reason else first_line(error)}; "
             "ask its author for the bare state_dict or .safetensors"
         ) from error
     except Exception as error:  # torch leaks RuntimeError, EOFError, AttributeError and more
@@ -369,12 +369,7 @@ def _pickles(data: bytes, path: Path) -> Iterator[io.BytesIO]:
 
 def _reason(error: Exception) -> str:
     """`: what went wrong`; nothing for a KeyError, which is a byte that is no pickle's."""
-    return "" if isinstance(error, KeyError) else f": {_first_line(error)}"
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+    return "" if isinstance(error, KeyError) else f": {first_line(error)}"
 
 
 def _check_archive(data: bytes, path: Path) -> None:
@@ -387,9 +382,7 @@ def _check_archive(data: bytes, path: Path) -> None:
             entries = archive.infolist()
         check_end(data)
     except Exception as error:
-        raise CheckpointError(
-            f"{path} is damaged or was cut short ({_first_line(error)}); download it again"
-        ) from error
+        raise CheckpointError(f"{path} is damaged or was cut short ({first_line(error)}); download it again") from error
     if any(entry.filename.endswith("constants.pkl") or "/code/" in f"/{entry.filename}" for entry in entries):
         raise CheckpointError(
             f"{path} is a TorchScript archive: it holds code, which rkd does not run; "

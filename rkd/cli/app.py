@@ -12,7 +12,7 @@ from typing import Annotated, Any, ParamSpec, TypeVar, get_type_hints
 import typer
 
 from rkd import __version__
-from rkd.errors import ConfigError, MissingExtraError, RkdError, printable
+from rkd.errors import ConfigError, MissingExtraError, RkdError, printable, ran_out_of_memory
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -119,7 +119,7 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
         except typer.Exit:
             raise
         except RuntimeError as error:
-            if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+            if not ran_out_of_memory(error):
                 internal(error)
             fail(RkdError("out of memory; use a smaller --batch, a smaller data set or another --device"))
         except Exception as error:  # noqa: BLE001  (the last border: whatever it is, the user gets one line)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from rkd.data import Source
-from rkd.errors import ArchitectureError, RunError
+from rkd.errors import ArchitectureError, RunError, first_line, ran_out_of_memory
 from rkd.files import storage_errors, write_file
 from rkd.metrics import Images, Labels, Proportion
 from rkd.network import Network
@@ -98,7 +98,6 @@ def fooling_perturbations(
     """
     found = first.to(device)
     rng = np.random.default_rng([seed, 0xF001])
-    right: list[Tensor] = []
     mistakes: list[Tensor] = []
     for step in range(SEARCH_STEPS):
         images, labels = clean.batch(np.sort(rng.permutation(len(clean))[:_LOOK]))
@@ -111,7 +110,6 @@ def fooling_perturbations(
             if 3 * step >= 2 * SEARCH_STEPS:
                 with torch.no_grad():
                     seen = teacher.module(_inputs(teacher, pixels)).argmax(1) == truth
-                right.append(seen.cpu())
                 mistakes.append(torch.where(said == truth, -1, said)[seen].cpu())
         if not gradient.isfinite().all() or not gradient.any():
             raise ArchitectureError(
@@ -162,11 +160,10 @@ def _slope(
         other = logits.scatter(1, truth[:, None], -torch.inf).amax(1)
         (gradient,) = torch.autograd.grad((other - true).sum(), moving)
     except RuntimeError as error:
-        if "out of memory" in str(error) or "can't allocate memory" in str(error):
+        if ran_out_of_memory(error):
             raise
-        reason = str(error).strip().splitlines()[0][:200]
         raise ArchitectureError(
-            f"{teacher.arch} has no gradient ({reason}), so what fools it cannot be looked for; use --perturbations student"
+            f"{teacher.arch} has no gradient ({first_line(error)}), so what fools it cannot be looked for; use --perturbations student"
         ) from error
     return gradient, logits.detach().argmax(1)
 

@@ -131,8 +131,14 @@ def _check_teacher(settings: DistillSettings, work: Inputs) -> None:
     if Method.parse(settings.method).treatment == "prune":
         channel_writers(work.teacher.module, work.data.size)
     if settings.perturbations in ("teacher", "both"):
-        module: nn.Module = work.teacher.module.to(work.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        check_differentiable(replace(work.teacher, module=module.eval()), work.device)
+        _placed(work.teacher.module, work.device)
+        check_differentiable(work.teacher, work.device)
+
+
+def _placed(module: nn.Module, device: torch.device) -> nn.Module:
+    """The teacher's module itself, in eval mode, where and as it is computed with."""
+    placed: nn.Module = module.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    return placed
 
 
 def _resolved(
@@ -450,7 +456,7 @@ def _purified(run: Run, settings: DistillSettings, work: Inputs, stop: StopReque
 def _objective(run: Run, settings: DistillSettings, work: Inputs, student: Network) -> Objective:
     """The objective of the method; for RobustKD the mask is learned first, or taken from the run."""
     method = Method.parse(settings.method)
-    module: nn.Module = work.teacher.module.to(work.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    module = _placed(work.teacher.module, work.device)
     module.requires_grad_(requires_grad=False)
     hardening = _on_the_students_images(run, settings, work)  # before the teacher is tapped or masked
     if method.objective == "ce" or (method.objective == "kd" and method.treatment != "robustkd"):

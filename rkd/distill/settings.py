@@ -186,14 +186,12 @@ class DistillSettings(TrainingSettings):
     def _fill_in(self, method: Method) -> None:
         """What was left open becomes the variant's, or the method's."""
         radius, cap = _VARIANTS.get(self.variant, (0.0, 0.0))
-        chosen = {
-            "cap": cap,
-            "hardening": radius if method.treatment == "robustkd" else 0.0,
-            "perturbations": _searched(method),
-        }
-        for name, value in chosen.items():
-            if getattr(self, name) is None and (name != "perturbations" or self.radius):
-                object.__setattr__(self, name, value)
+        if self.cap is None:
+            object.__setattr__(self, "cap", cap)
+        if self.hardening is None:
+            object.__setattr__(self, "hardening", radius if method.treatment == "robustkd" else 0.0)
+        if self.perturbations is None and self.radius:
+            object.__setattr__(self, "perturbations", _searched(method))
 
     def _check_together(self, method: Method) -> None:
         """Refuse what the method would ignore: an ablation that changes nothing is a mistake."""
