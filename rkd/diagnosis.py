@@ -54,6 +54,7 @@ def diagnose(machine: Machine | None = None) -> list[Finding]:
     machine = machine or Machine()
     machine = replace(machine, probe=_once(machine.probe))
     cores = len(os.sched_getaffinity(0))
+    gpu = _gpu(machine)
     found = [
         Finding(
             "python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}", "everything"
@@ -62,7 +63,7 @@ def diagnose(machine: Machine | None = None) -> list[Finding]:
         _memory(),
         _disk(),
         _sensors(),
-        _gpu(machine),
+        gpu,
     ]
     train = install_hint("train")
     found += [
@@ -83,7 +84,7 @@ def diagnose(machine: Machine | None = None) -> list[Finding]:
         _package("ray", "suite --launcher ray", install_hint("ray")),
         _package("timm", "teachers named timm:NAME", "pip install timm"),
     ]
-    return found + [_target(target, machine) for target in builtin_targets().values()]
+    return found + [_target(target, machine, gpu) for target in builtin_targets().values()]
 
 
 def _package(
@@ -166,11 +167,13 @@ def _once(ask: Callable[[], Gpu]) -> Callable[[], Gpu]:
     return answer
 
 
-def _target(target: Target, machine: Machine) -> Finding:
+def _target(target: Target, machine: Machine, gpu: Finding) -> Finding:
     try:
         lacks = _lacks_provider(target) if target.runtime == "onnxruntime" else _lacks_tensorrt(target, machine)
     except Exception as error:  # noqa: BLE001  (as in _package)
         lacks = str(error)
+    if lacks == gpu.detail:
+        lacks = "no usable GPU, see gpu"
     if lacks:
         return Finding(f"target {target.name}", "note", f"cannot run here: {lacks}", "bench", target.needs)
     return Finding(f"target {target.name}", "ok", "can run here", "bench")

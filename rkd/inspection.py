@@ -126,7 +126,7 @@ def _trigger(path: Path) -> dict[str, Any]:
         "additive change": f"at most {255 * float(abs(trigger.additive).max()):.1f} / 255"
         if trigger.additive.any()
         else "none",
-        "warps": trigger.grid is not None,
+        "moves pixels": "yes, it warps" if trigger.grid is not None else "no",
         "sha256": sha256(path.read_bytes()),
     }
 

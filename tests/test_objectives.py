@@ -269,4 +269,4 @@ def test_the_report_of_taps_has_one_line_a_pair() -> None:
     student, teacher, _ = networks()
     lines = tap_report(teacher.taps, TappedNetwork(student, SIZE).taps)
     assert len(lines) == 3
-    assert all(line.startswith("teacher ") and " -> student " in line for line in lines)
+    assert all(line.startswith("features: the student's ") and " learns the teacher's " in line for line in lines)

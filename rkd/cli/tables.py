@@ -109,8 +109,9 @@ def print_tree(title: str, value: Mapping[str, Any]) -> None:
 
 
 def _branch(out: Console, value: Mapping[str, Any], indent: str) -> None:
-    width = max((len(str(key)) for key in value if not isinstance(value[key], Mapping)), default=0)
-    for key, item in value.items():
+    said = {key: item for key, item in value.items() if item not in (None, "", [], {})}
+    width = max((len(str(key)) for key in said if not isinstance(said[key], Mapping)), default=0)
+    for key, item in said.items():
         if isinstance(item, Mapping):
             out.print(f"{indent}{key}", markup=False, soft_wrap=True)
             _branch(out, item, indent + "  ")
@@ -122,9 +123,11 @@ def _branch(out: Console, value: Mapping[str, Any], indent: str) -> None:
 
 
 def print_findings(findings: Sequence[Finding]) -> None:
-    """What `rkd doctor` found."""
+    """What `rkd doctor` found; things of which the same is said share a row."""
     table = folding_table("", "what", "seen", "needed for", "what to do")
+    rows: dict[tuple[str, str, str, str], list[str]] = {}
     for finding in findings:
-        cells = (finding.state, finding.what, finding.detail, finding.needed_for, finding.remedy)
-        table.add_row(*map(escape, cells))
+        rows.setdefault((finding.state, finding.detail, finding.needed_for, finding.remedy), []).append(finding.what)
+    for (state, *said), whats in rows.items():
+        table.add_row(*map(escape, (state, "\n".join(whats), *said)))
     console().print(table)

@@ -230,4 +230,7 @@ def _measured_margins(teacher: TappedNetwork, batches: Sequence[Tensor]) -> list
 
 def tap_report(teacher: Sequence[Tap], student: Sequence[Tap]) -> list[str]:
     """One line a pair, for people."""
-    return [f"teacher {teacher[t]} -> student {student[s]}" for t, s in pair_taps(teacher, student)]
+    return [
+        f"features: the student's {student[s]} learns the teacher's {teacher[t]}"
+        for t, s in pair_taps(teacher, student)
+    ]
