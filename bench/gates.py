@@ -148,10 +148,16 @@ def _ends(figure: str, trigger: str, entry: Mapping[str, Any]) -> Ends | None:
     if figure == "throughput":
         return _exactly(latency["images_per_second"] if latency else None)
     if figure == "memory":
-        return _exactly(memory["peak_bytes"] if memory else None)
+        return _exactly(_held_bytes(memory) if memory else None)
     if figure in ("watts", "joules"):
         return _exactly(power[figure] if power else None)
     return _share_ends(_share_of(figure, trigger, entry))
+
+
+def _held_bytes(memory: Mapping[str, Any]) -> int | None:
+    """The process's peak, and what the model holds on a GPU beside it, which the process's own figures do not count."""
+    peak: int | None = memory["peak_bytes"]
+    return None if peak is None else peak + (memory["device_bytes"] or 0)
 
 
 def _share_of(figure: str, trigger: str, entry: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -93,7 +93,7 @@ def test_a_board_names_its_gpu_driver_and_tensorrt_and_what_can_run() -> None:
         ("", ORIN, "tensorrt is not installed"),
         ("8.6.2", ORIN, "tensorrt 8.6.2 is here, the target wants 10.3 or newer and below 12"),
         ("12.0", ORIN, "tensorrt 12.0 is here"),
-        ("10.3.0", None, "no CUDA device"),
+        ("10.3.0", None, "no usable GPU, see gpu"),
         ("10.3.0", Gpu("RTX 4090", "8.9", 12060, 2**34, integrated=False), "8.9, it is for 8.7, 11.0"),
     ],
 )

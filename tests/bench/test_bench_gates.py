@@ -18,7 +18,7 @@ def entry():
     quantile = {"ms": 4.0, "low": 3.8, "high": 5.2}
     return {
         "latency": {**dict.fromkeys(("p50", "p90", "p99"), quantile), "p999": None, "images_per_second": 250.0},
-        "memory": {"peak_bytes": 150_000_000},
+        "memory": {"peak_bytes": 150_000_000, "device_bytes": None},
         "power": None,
         "scores": {
             "acc": share(950, 1000),
@@ -67,6 +67,12 @@ def verdict(text, entry):
 )
 def test_a_limit_is_held_against_the_bad_end(entry, text, passed):
     assert verdict(text, entry) is passed
+
+
+def test_a_memory_gate_counts_what_the_model_holds_on_a_gpu(entry):
+    entry["memory"]["device_bytes"] = 60_000_000
+    assert verdict("memory<=210MB", entry) is True
+    assert verdict("memory<=209MB", entry) is False
 
 
 def test_a_verdict_says_what_was_seen(entry):
