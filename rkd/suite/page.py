@@ -111,10 +111,12 @@ def _transfers(table: Table) -> Markup:
     rows = []
     for case in attacked:
         one = table.of(case)[0]
-        says = "unknown" if case in table.untested else "transfers" if case in table.transferring else "does not"
+        says = (
+            "unknown" if case in table.untested else "transfers" if case in table.transferring else "does not transfer"
+        )
         excess = [_points(excess_of(table, case, defence)) for defence in table.undefended]
         rows.append((_title(case), decimal(one.teacher_acc.mean), decimal(one.teacher_asr.mean), *excess, says))
-    heads = ("Case", "Teacher ACC %", "Teacher ASR %", *(f"Excess ASR, {d}" for d in table.undefended), "")
+    heads = ("Case", "Teacher ACC %", "Teacher ASR %", *(f"Excess ASR, {d}" for d in table.undefended), "Outcome")
     lead = f"A case transfers from {TRANSFERS:g} points of excess ASR of an undefended student on."
     return section("Which cases transfer", lead, plain_table("Which cases transfer", heads, rows))
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = importlib.util.find_spec("playwright"), importlib.util.find_spec("axe_playwright_python")
 pytestmark = [
@@ -32,7 +34,22 @@ def pages():
     return module.PAGES
 
 
+def suite_page_of_the_repository(folder):
+    """The page that `rkd suite --table-only` makes of the committed result files."""
+    results = folder / "results"
+    shutil.copytree(ROOT / "results", results)
+    command = [sys.executable, "-m", "rkd", "suite", str(ROOT / "suites" / "cpu.toml"), "--table-only", "--results"]
+    subprocess.run([*command, str(results)], check=True, capture_output=True, timeout=120)
+    return (results / "cpu" / "report.html").read_text(encoding="utf-8")
+
+
 PAGES = pages()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """All pages by name."""
+    return PAGES | {"suite": suite_page_of_the_repository(tmp_path_factory.mktemp("suite"))}
 
 
 @pytest.fixture(scope="module")
@@ -65,26 +82,26 @@ class Visit:
 
 
 @pytest.fixture
-def visit(browser, tmp_path):
+def visit(browser, made, tmp_path):
     def open_page(name, **options):
         path = tmp_path / f"{name}.html"
-        path.write_text(PAGES[name], encoding="utf-8")
+        path.write_text(made[name], encoding="utf-8")
         return Visit(browser, path, **options)
 
     return open_page
 
 
-@pytest.mark.parametrize("name", ["run", "run-hostile", "result", "result-hostile", "result-none"])
-def test_a_page_renders_says_nothing_and_asks_for_nothing(visit, name):
+@pytest.mark.parametrize("name", ["run", "run-hostile", "result", "result-hostile", "result-none", "suite"])
+def test_a_page_renders_says_nothing_and_asks_for_nothing(visit, made, name):
     with visit(name, viewport=DESK) as seen:
         assert seen.page.locator("h1").is_visible()
-        assert seen.page.locator("svg").count() == PAGES[name].count("<svg")
+        assert seen.page.locator("svg").count() == made[name].count("<svg")
         assert all(seen.page.evaluate("[...document.images].map(i => i.complete && i.naturalWidth > 0)"))
     assert seen.said == []
     assert [url for url in seen.asked if not url.startswith(("file:", "data:"))] == []
 
 
-@pytest.mark.parametrize("name", ["run", "result", "result-hostile"])
+@pytest.mark.parametrize("name", ["run", "result", "result-hostile", "suite"])
 @pytest.mark.parametrize("viewport", [PHONE, DESK], ids=["phone", "desk"])
 def test_a_page_is_as_wide_as_its_window(visit, name, viewport):
     """Wide tables scroll inside of their own box; nothing widens the page."""
@@ -93,11 +110,12 @@ def test_a_page_is_as_wide_as_its_window(visit, name, viewport):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("name", ["run", "result"])
-def test_axe_finds_no_violation(visit, name, scheme):
+@pytest.mark.parametrize("viewport", [PHONE, DESK], ids=["phone", "desk"])
+@pytest.mark.parametrize("name", ["run", "result", "suite"])
+def test_axe_finds_no_violation(visit, name, viewport, scheme):
     from axe_playwright_python.sync_playwright import Axe
 
-    with visit(name, viewport=DESK, color_scheme=scheme, bypass_csp=True) as seen:
+    with visit(name, viewport=viewport, color_scheme=scheme, bypass_csp=True) as seen:
         found = Axe().run(seen.page).response["violations"]
     assert [(rule["id"], [node["html"][:120] for node in rule["nodes"][:3]]) for rule in found] == []
 
