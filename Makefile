@@ -56,8 +56,9 @@ bench: $(STAMP)
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
+	@echo 'setting up $(VENV), once: PyTorch with its CUDA libraries and the tools take 5 to 7 GB and some minutes'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,ort,sign,rtx,dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[train,ort,sign,rtx,dev]'
 	touch $@
 
 clean:
