@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +18,33 @@ from rkd.bench.examples import unpack
 from rkd.bench.latency import STAGES
 from rkd.bench.tensorrt_layers import MOST_LAYERS, MOST_NAME
 from rkd.bench.validity import CODES, FINDINGS
+from rkd.checks import (
+    LARGEST,
+    by_name,
+    digest,
+    flag,
+    list_of,
+    matching,
+    number,
+    object_of,
+    one_of,
+    or_null,
+    proportion,
+    scores_of,
+    signed,
+    text,
+    whole,
+)
 from rkd.errors import RkdError
 from rkd.files import storage_errors, to_json, write_file
-from rkd.metrics import Proportion
 
 SCHEMA = 3
 MOST_FORCED = 100  # lines of what was wrong with a bundle
-SHA256 = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,200}")
 _STARTED = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", re.ASCII)
 _LIMIT_BYTES = 64 * 2**20
-_MAX_TEXT = 2000
-_MAX_NUMBER = 2**63
 _MAX_PIXELS = 4 * 96 * 96 + 4  # characters of base64
 _MAX_BINS = 1000
-
-Check = Callable[[Any], str | None]  # what is wrong, or None
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
@@ -83,103 +93,19 @@ def verify(value: Any, origin: str) -> dict[str, Any]:
     return checked
 
 
-def _object(fields: dict[str, Check], optional: Collection[str] = ()) -> Check:
-    """Exactly these keys; those that are optional may be absent."""
-
-    def check(value: Any) -> str | None:
-        if not isinstance(value, dict):
-            return " is not an object"
-        if odd := sorted((set(value) ^ set(fields)) - (set(optional) - set(value))):
-            return f": {odd[0][:80]!r} is {'unknown' if odd[0] in value else 'missing'}"
-        for key, one in value.items():
-            if (problem := fields[key](one)) is not None:
-                return f".{key}{problem}"
-        return None
-
-    return check
-
-
-def _list(inner: Check, least: int = 0, most: int = _MAX_NUMBER) -> Check:
-    def check(value: Any) -> str | None:
-        if not isinstance(value, list) or not least <= len(value) <= most:
-            return f" is not a list of at least {least}" + (f" and at most {most}" if most < _MAX_NUMBER else "")
-        for i, one in enumerate(value):
-            if (problem := inner(one)) is not None:
-                return f"[{i}]{problem}"
-        return None
-
-    return check
-
-
-def _by_name(inner: Check) -> Check:
-    def check(value: Any) -> str | None:
-        if not isinstance(value, dict):
-            return " is not an object"
-        for key, one in value.items():
-            if (problem := _text(key) or inner(one)) is not None:
-                return f".{key[:80]!r}{problem}"
-        return None
-
-    return check
-
-
-def _optional(inner: Check) -> Check:
-    return lambda value: None if value is None else inner(value)
-
-
-def _whole(low: int = 0) -> Check:
-    return lambda v: None if type(v) is int and low <= v < _MAX_NUMBER else f" is not a whole number from {low}"
-
-
-def _number(value: Any) -> str | None:
-    good = type(value) in (int, float) and 0 <= value < _MAX_NUMBER  # false for NaN
-    return None if good else " is not a number from 0"
-
-
-def _signed(value: Any) -> str | None:
-    good = type(value) in (int, float) and abs(value) < _MAX_NUMBER
-    return None if good else " is not a number"
-
-
-def _one_of(*values: str) -> Check:
-    return lambda v: None if v in values else f" is none of {', '.join(values)}"
-
-
-def _flag(value: Any) -> str | None:
-    return None if isinstance(value, bool) else " is neither true nor false"
-
-
-def _text(value: Any) -> str | None:
-    good = isinstance(value, str) and len(value) <= _MAX_TEXT and value.isprintable()
-    return None if good else " is not one line of text"
-
-
 def _name(value: Any) -> str | None:
-    return _text(value) or (f" is longer than {MOST_NAME} characters" if len(value) > MOST_NAME else None)
-
-
-def _matching(pattern: re.Pattern[str], what: str) -> Check:
-    return lambda v: None if isinstance(v, str) and pattern.fullmatch(v) else f" is not {what}"
-
-
-def _proportion(value: Any) -> str | None:
-    fields = _object({"hits": _whole(), "n": _whole(), "percent": _optional(_number), "low": _number, "high": _number})
-    if (problem := fields(value)) is not None:
-        return problem
-    if value["hits"] > value["n"] or Proportion.from_json(value).to_json() != value:
-        return ": percent, low and high do not follow from hits and n"
-    return None
+    return text(value) or (f" is longer than {MOST_NAME} characters" if len(value) > MOST_NAME else None)
 
 
 def _quantile(value: Any) -> str | None:
-    if (problem := _object({"ms": _number, "low": _number, "high": _number})(value)) is not None:
+    if (problem := object_of({"ms": number, "low": number, "high": number})(value)) is not None:
         return problem
     return None if value["low"] <= value["ms"] <= value["high"] else ": ms is not between low and high"
 
 
 def _validity(value: Any) -> str | None:
-    reason = _object({"code": _one_of(*CODES), "affects": _one_of("all", "timing", "scores"), "text": _text})
-    fields = _object({"valid": _flag, "timing": _flag, "scores": _flag, "reasons": _list(reason)})
+    reason = object_of({"code": one_of(*CODES), "affects": one_of("all", "timing", "scores"), "text": text})
+    fields = object_of({"valid": flag, "timing": flag, "scores": flag, "reasons": list_of(reason)})
     if (problem := fields(value)) is not None:
         return problem
     spoiled = {reason["affects"] for reason in value["reasons"]}
@@ -189,7 +115,7 @@ def _validity(value: Any) -> str | None:
 
 
 def _pixels(value: Any) -> str | None:
-    fields = _object({"height": _whole(1), "width": _whole(1), "rgb": _base64})
+    fields = object_of({"height": whole(1), "width": whole(1), "rgb": _base64})
     if (problem := fields(value)) is not None:
         return problem
     try:
@@ -205,200 +131,194 @@ def _base64(value: Any) -> str | None:
 
 
 def _histogram(value: Any) -> str | None:
-    fields = _object({"low_ms": _number, "high_ms": _number, "counts": _list(_whole(), 1)})
+    fields = object_of({"low_ms": number, "high_ms": number, "counts": list_of(whole(), 1)})
     if (problem := fields(value)) is not None:
         return problem
     good = value["low_ms"] <= value["high_ms"] and len(value["counts"]) <= _MAX_BINS
     return None if good else ": its bins are none"
 
 
-_digest = _matching(SHA256, "a SHA-256")
-_scores = _object(
+_scores = scores_of(text)
+_bundle = object_of(
     {
-        "acc": _proportion,
-        "triggers": _list(_object({"name": _text, "target": _whole(), "asr": _proportion, "ra": _proportion})),
-    }
-)
-_bundle = _object(
-    {
-        "name": _matching(_NAME, "a name"),
-        "sha256": _digest,
-        "model_sha256": _digest,
-        "student_sha256": _optional(_digest),
-        "target": _text,
-        "runtime": _text,
-        "precision": _text,
-        "forced": _list(_text, most=MOST_FORCED),
-        "role": _one_of("student", "teacher"),
+        "name": matching(_NAME, "a name"),
+        "sha256": digest,
+        "model_sha256": digest,
+        "student_sha256": or_null(digest),
+        "target": text,
+        "runtime": text,
+        "precision": text,
+        "forced": list_of(text, most=MOST_FORCED),
+        "role": one_of("student", "teacher"),
     },
     optional=["role"],
 )
-_device = _object(
+_device = object_of(
     {
-        "model": _optional(_text),
-        "cpu": _optional(_text),
-        "architecture": _text,
-        "cores": _whole(1),
-        "physical_cores": _whole(1),
-        "memory_bytes": _optional(_whole(1)),
-        "os": _optional(_text),
-        "kernel": _text,
-        "python": _text,
-        "governor": _optional(_text),
-        "power_mode": _optional(_text),
-        "max_frequency_hz": _optional(_whole()),
-        "container": _optional(_text),
-        "emulator": _optional(_text),
+        "model": or_null(text),
+        "cpu": or_null(text),
+        "architecture": text,
+        "cores": whole(1),
+        "physical_cores": whole(1),
+        "memory_bytes": or_null(whole(1)),
+        "os": or_null(text),
+        "kernel": text,
+        "python": text,
+        "governor": or_null(text),
+        "power_mode": or_null(text),
+        "max_frequency_hz": or_null(whole()),
+        "container": or_null(text),
+        "emulator": or_null(text),
     }
 )
-_software = _object(
+_software = object_of(
     {
-        "rkd": _text,
-        "python": _text,
-        "numpy": _text,
-        "runtime": _text,
-        "runtime_version": _optional(_text),
-        "providers": _list(_text),
-        "threads": _whole(1),
-        "details": _by_name(_text),
+        "rkd": text,
+        "python": text,
+        "numpy": text,
+        "runtime": text,
+        "runtime_version": or_null(text),
+        "providers": list_of(text),
+        "threads": whole(1),
+        "details": by_name(text),
     }
 )
-_settings = _object(
+_settings = object_of(
     {
-        "mode": _one_of("quick", "default", "mlperf"),
-        "batch": _whole(1),
-        "sweep": _list(_whole(1)),
-        "threads": _optional(_whole(1)),
-        "seconds": _number,
-        "min_samples": _whole(1),
-        "cap_seconds": _number,
-        "warm_up_cap_seconds": _number,
-        "rounds": _whole(1),
-        "seed": _whole(),
-        "latency": _flag,
-        "memory": _flag,
-        "accuracy": _flag,
-        "sensors": _flag,
-        "lock_clocks": _flag,
-        "clocks_locked_by": _optional(_text),
+        "mode": one_of("quick", "default", "mlperf"),
+        "batch": whole(1),
+        "sweep": list_of(whole(1)),
+        "threads": or_null(whole(1)),
+        "seconds": number,
+        "min_samples": whole(1),
+        "cap_seconds": number,
+        "warm_up_cap_seconds": number,
+        "rounds": whole(1),
+        "seed": whole(),
+        "latency": flag,
+        "memory": flag,
+        "accuracy": flag,
+        "sensors": flag,
+        "lock_clocks": flag,
+        "clocks_locked_by": or_null(text),
     }
 )
-_latency = _object(
+_latency = object_of(
     {
         "p50": _quantile,
         "p90": _quantile,
         "p99": _quantile,
-        "p999": _optional(_quantile),
-        "mean_ms": _number,
-        "n": _whole(1),
-        "batch": _whole(1),
-        "images_per_second": _number,
-        "warm_up": _whole(),
-        "stationary": _flag,
-        "first_third_ms": _optional(_number),
-        "last_third_ms": _optional(_number),
+        "p999": or_null(_quantile),
+        "mean_ms": number,
+        "n": whole(1),
+        "batch": whole(1),
+        "images_per_second": number,
+        "warm_up": whole(),
+        "stationary": flag,
+        "first_third_ms": or_null(number),
+        "last_third_ms": or_null(number),
         "histogram": _histogram,
-        "rounds": _list(_object({"at_s": _number, "p50_ms": _number, "n": _whole(1)})),
-        "stages": _optional(_object(dict.fromkeys(STAGES, _quantile))),
+        "rounds": list_of(object_of({"at_s": number, "p50_ms": number, "n": whole(1)})),
+        "stages": or_null(object_of(dict.fromkeys(STAGES, _quantile))),
     }
 )
-_memory = _object(
+_memory = object_of(
     {
-        "peak_bytes": _optional(_whole()),
-        "steady_bytes": _optional(_whole()),
-        "growth_bytes": _optional(_whole(-_MAX_NUMBER)),
-        "leak": _optional(_flag),
-        "before_bytes": _optional(_whole()),
-        "loaded_bytes": _optional(_whole()),
-        "arena_bytes": _optional(_whole()),
-        "device_bytes": _optional(_whole()),
-        "system_bytes": _optional(_whole()),
-        "inferences": _whole(),
-        "reason": _optional(_text),
+        "peak_bytes": or_null(whole()),
+        "steady_bytes": or_null(whole()),
+        "growth_bytes": or_null(whole(-LARGEST)),
+        "leak": or_null(flag),
+        "before_bytes": or_null(whole()),
+        "loaded_bytes": or_null(whole()),
+        "arena_bytes": or_null(whole()),
+        "device_bytes": or_null(whole()),
+        "system_bytes": or_null(whole()),
+        "inferences": whole(),
+        "reason": or_null(text),
     }
 )
-_power = _object(
+_power = object_of(
     {
-        "rails": _by_name(_signed),
-        "total": _list(_text),
-        "watts": _optional(_signed),
-        "idle_watts": _optional(_signed),
-        "joules": _optional(_signed),
-        "samples": _whole(),
+        "rails": by_name(signed),
+        "total": list_of(text),
+        "watts": or_null(signed),
+        "idle_watts": or_null(signed),
+        "joules": or_null(signed),
+        "samples": whole(),
     }
 )
-_span = {"before": _optional(_signed), "during": _optional(_signed), "after": _optional(_signed)}
-_conditions = _object(
+_span = {"before": or_null(signed), "during": or_null(signed), "after": or_null(signed)}
+_conditions = object_of(
     {
-        "samples": _whole(),
-        "interval_s": _number,
-        "clocks_hz": _by_name(_object({**_span, "first_third": _optional(_number), "last_third": _optional(_number)})),
-        "celsius": _by_name(_object(_span)),
-        "throttle": _by_name(_object(_span)),
-        "others": _optional(
-            _object(
+        "samples": whole(),
+        "interval_s": number,
+        "clocks_hz": by_name(object_of({**_span, "first_third": or_null(number), "last_third": or_null(number)})),
+        "celsius": by_name(object_of(_span)),
+        "throttle": by_name(object_of(_span)),
+        "others": or_null(
+            object_of(
                 {
-                    "mean_cores": _number,
-                    "highest_cores": _number,
-                    "busy_seconds": _whole(),
-                    "seconds": _whole(),
-                    "limit_cores": _number,
+                    "mean_cores": number,
+                    "highest_cores": number,
+                    "busy_seconds": whole(),
+                    "seconds": whole(),
+                    "limit_cores": number,
                 }
             )
         ),
-        "reason": _optional(_text),
+        "reason": or_null(text),
     }
 )
-_example = _object(
+_example = object_of(
     {
-        "trigger": _text,
-        "target": _whole(),
-        "images": _list(
-            _object({"before": _pixels, "after": _pixels, "truth": _text, "clean": _text, "triggered": _text})
+        "trigger": text,
+        "target": whole(),
+        "images": list_of(
+            object_of({"before": _pixels, "after": _pixels, "truth": text, "clean": text, "triggered": text})
         ),
     }
 )
-_flip = _object({"image": _whole(), "trigger": _text, "truth": _whole(), "host": _whole(), "here": _whole()})
-_gate = _object({"gate": _text, "value": _optional(_signed), "passed": _flag, "text": _text})
-_entry = _object(
+_flip = object_of({"image": whole(), "trigger": text, "truth": whole(), "host": whole(), "here": whole()})
+_gate = object_of({"gate": text, "value": or_null(signed), "passed": flag, "text": text})
+_entry = object_of(
     {
         "bundle": _bundle,
-        "host": _optional(_text),
-        "started": _matching(_STARTED, "a UTC time"),
+        "host": or_null(text),
+        "started": matching(_STARTED, "a UTC time"),
         "device": _device,
-        "load": _object({"busy_cores": _optional(_number), "average": _optional(_number)}),
+        "load": object_of({"busy_cores": or_null(number), "average": or_null(number)}),
         "software": _software,
-        "layers": _optional(_list(_object({"name": _name, "kind": _name, "precision": _text}), most=MOST_LAYERS)),
+        "layers": or_null(list_of(object_of({"name": _name, "kind": _name, "precision": text}), most=MOST_LAYERS)),
         "settings": _settings,
-        "latency": _optional(_latency),
-        "sweep": _list(_latency),
-        "memory": _optional(_memory),
-        "power": _optional(_power),
-        "conditions": _optional(_conditions),
-        "scores": _optional(_scores),
-        "classes": _optional(_list(_object({"name": _text, "acc": _proportion}))),
-        "evaluated": _object({"source": _text, "images": _whole(), "of": _whole()}),
-        "labels": _optional(_object({"clean": _digest, "triggers": _by_name(_digest)})),
-        "agreement": _optional(_object({"share": _proportion, "flips": _list(_flip)})),
-        "examples": _list(_example),
+        "latency": or_null(_latency),
+        "sweep": list_of(_latency),
+        "memory": or_null(_memory),
+        "power": or_null(_power),
+        "conditions": or_null(_conditions),
+        "scores": or_null(_scores),
+        "classes": or_null(list_of(object_of({"name": text, "acc": proportion}))),
+        "evaluated": object_of({"source": text, "images": whole(), "of": whole()}),
+        "labels": or_null(object_of({"clean": digest, "triggers": by_name(digest)})),
+        "agreement": or_null(object_of({"share": proportion, "flips": list_of(_flip)})),
+        "examples": list_of(_example),
         "exported_scores": _scores,
-        "differences": _optional(
-            _list(_object({"figure": _text, "here": _optional(_proportion), "host": _optional(_proportion)}))
+        "differences": or_null(
+            list_of(object_of({"figure": text, "here": or_null(proportion), "host": or_null(proportion)}))
         ),
-        "gates": _list(_gate),
-        "findings": _list(_object({"code": _one_of(*FINDINGS), "text": _text})),
+        "gates": list_of(_gate),
+        "findings": list_of(object_of({"code": one_of(*FINDINGS), "text": text})),
         "validity": _validity,
     }
 )
-_comparison = _object(
+_comparison = object_of(
     {
-        "first": _whole(),
-        "second": _whole(),
-        "batch": _whole(1),
-        "ratio": _number,
-        "low": _number,
-        "high": _number,
-        "rounds": _whole(1),
+        "first": whole(),
+        "second": whole(),
+        "batch": whole(1),
+        "ratio": number,
+        "low": number,
+        "high": number,
+        "rounds": whole(1),
     }
 )
 
@@ -410,8 +330,8 @@ def _known_entries(value: Any) -> str | None:
     return None if good else ".comparisons: there is no such entry"
 
 
-_FIELDS = _object(
-    {"schema": _whole(1), "interrupted": _flag, "comparisons": _list(_comparison), "entries": _list(_entry, 1)}
+_FIELDS = object_of(
+    {"schema": whole(1), "interrupted": flag, "comparisons": list_of(_comparison), "entries": list_of(_entry, 1)}
 )
 
 

@@ -27,7 +27,7 @@ from rkd.bench.examples import Examples
 from rkd.bench.latency import Latency, Series, measure, summarise
 from rkd.bench.memory import INFERENCES, SECONDS, TIMEOUT_SECONDS, Memory, measure_memory
 from rkd.bench.options import BenchOptions
-from rkd.bench.result import MOST_FORCED, SCHEMA, SHA256
+from rkd.bench.result import MOST_FORCED, SCHEMA
 from rkd.bench.runner import Choice, Identity, Runner, choose_runner, open_runner, stages_of
 from rkd.bench.sensors.clocks import locked_clocks
 from rkd.bench.sensors.monitor import Monitor
@@ -35,6 +35,7 @@ from rkd.bench.sensors.trace import Conditions, Trace, conditions, power
 from rkd.bench.tensorrt_layers import layers_to_json
 from rkd.bench.validity import busy_limit, findings, judge
 from rkd.bundle import Bundle
+from rkd.checks import digest
 from rkd.errors import BundleError, ConfigError, shortened
 from rkd.files import sha256
 from rkd.metrics import Flip, Images, Labels, Predictions, Proportion, Scores, class_accuracies, evaluate, flips
@@ -420,7 +421,7 @@ def _bundle(bundle: Bundle) -> dict[str, Any]:
         "role": bundle.role,
         "sha256": bundle.digest,
         "model_sha256": sha256(bundle.model),
-        "student_sha256": student if isinstance(student, str) and SHA256.fullmatch(student) else None,
+        "student_sha256": student if digest(student) is None else None,
         "target": bundle.target.name,
         "runtime": bundle.target.runtime,
         "precision": bundle.target.precision,

@@ -7,7 +7,7 @@ from typing import Any
 
 from rkd.bench import result as bench_result
 from rkd.bundle import read_bundle
-from rkd.errors import BundleError, RkdError, RunError, StorageError, TriggerError
+from rkd.errors import BundleError, RkdError, StorageError, TriggerError
 from rkd.files import sha256
 from rkd.metrics import Scores
 from rkd.run import STUDENT, SUMMARY, Run
@@ -43,14 +43,7 @@ def _run(path: Path) -> dict[str, Any]:
     if not (path / SUMMARY).is_file():
         raise RkdError(f"{path} is a folder without a {SUMMARY}: not a run of rkd (a data folder is given with --data)")
     run = Run.open(path)
-    try:
-        return _describe_run(run)
-    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
-        raise RunError(f"{path / SUMMARY} is damaged ({type(error).__name__}: {error})") from error
-
-
-def _describe_run(run: Run) -> dict[str, Any]:
-    path, summary = run.path, run.summary
+    summary = run.summary
     found: dict[str, Any] = {
         "kind": f"run ({summary.get('kind')})",
         "state": summary["state"],
@@ -58,9 +51,7 @@ def _describe_run(run: Run) -> dict[str, Any]:
     }
     found["command"] = " ".join(map(str, summary.get("command", [])))
     found["settings"] = {
-        name: f"{setting['value']!r}  ({setting['origin']})"
-        for name, setting in summary["settings"].items()
-        if isinstance(setting, dict) and {"value", "origin"} <= set(setting)
+        name: f"{setting['value']!r}  ({setting['origin']})" for name, setting in summary["settings"].items()
     }
     for part in ("data", "teacher", "detox", "fooling", "student", "timings", "versions"):
         if isinstance(summary.get(part), dict):

@@ -12,7 +12,7 @@ import numpy as np
 from rkd.bench import result as bench_result
 from rkd.bench.report import Curve, MaskPanel, ModelRow, RunReport, TriggerPanel, result_page, run_page
 from rkd.bench.report.scores import difference
-from rkd.errors import ConfigError, RkdError, RunError, TriggerError
+from rkd.errors import ConfigError, RkdError, RunError, TriggerError, first_line
 from rkd.files import storage_errors, write_file
 from rkd.metrics import Scores
 from rkd.npz import read_npz
@@ -237,11 +237,7 @@ def cautions(models: Sequence[Model], classes: int) -> list[str]:
 
 
 def _cautions(run: Run) -> list[str]:
-    try:
-        classes = len(run.summary["data"]["classes"])
-    except (KeyError, TypeError) as error:
-        raise RunError(f"{run.path / SUMMARY} is damaged: it does not name the data's classes") from error
-    return cautions(models_of(run), classes)
+    return cautions(models_of(run), len(run.summary["data"]["classes"]))
 
 
 def _fooling(run: Run) -> list[str]:
@@ -252,7 +248,9 @@ def _fooling(run: Run) -> list[str]:
     try:
         text = fooling_text(found, float(run.setting("hardening")))
     except (KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{run.path / SUMMARY} is damaged: fooling: {type(error).__name__}: {error}") from error
+        raise RunError(
+            f"{run.path / SUMMARY} is damaged: fooling: {type(error).__name__}: {first_line(error)}"
+        ) from error
     return [f"{text[:1].upper()}{text[1:]}; the student was hardened against them."]
 
 
@@ -262,18 +260,23 @@ def _command(run: Run) -> str:
 
 def _curves(run: Run, name: str) -> list[Curve]:
     """Loss and accuracy over epochs, from the run's log."""
-    lines = [line for line in run.metrics() if str(line.get("stage", "")).startswith(DISTIL)]
+    lines = [line for line in run.metrics() if line["stage"].startswith(DISTIL)]
     epochs = [line for line in lines if line.get("ends_epoch")]
     per_epoch: dict[int, list[dict[str, Any]]] = {}
     for line in lines:
         if "loss" in line:
-            per_epoch.setdefault(int(line["epoch"]), []).append(line)
+            per_epoch.setdefault(line["epoch"], []).append(line)
     x = [epoch + 1 for epoch in per_epoch]
     loss = [float(np.mean([line["loss"] for line in group])) for group in per_epoch.values()]
-    accuracy = [float(line["ACC"]) for line in epochs if "ACC" in line]
+    tested = [line for line in epochs if "ACC" in line]
     return [
         Curve(name, "loss on the training images", x, loss),
-        Curve(name, "accuracy on up to 1,000 test images (%)", [int(line["epoch"]) + 1 for line in epochs], accuracy),
+        Curve(
+            name,
+            "accuracy on up to 1,000 test images (%)",
+            [line["epoch"] + 1 for line in tested],
+            [line["ACC"] for line in tested],
+        ),
     ]
 
 

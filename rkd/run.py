@@ -34,7 +34,20 @@ from pathlib import Path
 from typing import Any
 
 from rkd import __version__
-from rkd.errors import RkdError, RunError, StorageError
+from rkd.checks import (
+    by_name,
+    flag,
+    list_of,
+    number,
+    object_of,
+    one_of,
+    plain,
+    scores_of,
+    signed,
+    string,
+    whole,
+)
+from rkd.errors import RkdError, RunError, StorageError, first_line
 from rkd.files import (
     append_line,
     fill_directory,
@@ -56,6 +69,60 @@ SUMMARY, METRICS, STUDENT, TEACHER, MASKS, PERTURBATIONS, PURIFIED, LABELS, EXAM
 )  # fmt: skip
 _DIGESTS = "digests.json"
 _KEEP = 2  # checkpoints; the newest may be damaged
+
+
+_NAMES = list_of(string)
+_DATA = object_of({"name": string, "digest": string, "classes": _NAMES, "notes": _NAMES}, others=True)
+_MODEL = object_of(
+    {
+        "role": string, "arch": string, "scores": scores_of(string),
+        "parameters": whole(), "macs": whole(), "size_bytes": whole(),
+    }
+)  # fmt: skip
+
+
+def _models(value: Any) -> str | None:
+    """The teacher's row, the student's, and between them that of a student that trusts it; all under the same triggers."""
+    if (problem := list_of(_MODEL, 2)(value)) is not None:
+        return problem
+    triggers = [[trigger["name"] for trigger in model["scores"]["triggers"]] for model in value]
+    return None if all(names == triggers[0] for names in triggers) else ": they are not of the same triggers"
+
+
+_FIELDS = {
+    "schema": whole(),
+    "kind": one_of("distill", "teacher"),
+    "rkd": string,
+    "state": one_of("running", "finished"),
+    "created": string,
+    "finished": string,
+    "command": _NAMES,
+    "settings": by_name(object_of({"value": plain, "origin": string})),
+    "versions": by_name(string),
+    "data": _DATA,
+    "teacher": object_of({"sha256": string, "file": string, "arch": string, "notes": _NAMES}, others=True),
+    "detox": object_of({"history": list_of(list_of(signed, 4, 4))}, optional=["history"], others=True),
+    "fooling": object_of({}, others=True),
+    "timings": by_name(object_of({"seconds": number}, others=True)),
+    "student": object_of({"sha256": string, "arch": string}, others=True),
+    "models": _models,
+    "out": string,
+}  # fmt: skip
+_LINE = object_of(
+    {"stage": string, "step": whole(), "epoch": whole(), "loss": signed, "ACC": number, "ends_epoch": flag},
+    optional={"loss", "ACC", "ends_epoch"},
+    others=True,
+)  # of metrics.jsonl
+_ALWAYS = {"schema", "kind", "state", "settings"}
+_FINISHED = {"distill": {"data", "teacher", "student", "models"}, "teacher": {"data"}}
+
+
+def _problem(summary: Any) -> str | None:
+    """What of run.json is damaged."""
+    known = object_of(_FIELDS, optional=set(_FIELDS) - _ALWAYS, others=True)
+    if (problem := known(summary)) is not None or summary["state"] != "finished":
+        return problem
+    return object_of(_FIELDS, optional=set(_FIELDS) - _ALWAYS - _FINISHED[summary["kind"]], others=True)(summary)
 
 
 @dataclass(frozen=True)
@@ -137,12 +204,12 @@ class Run:
         try:
             summary = read_json(path / SUMMARY)
         except ValueError as error:
-            raise RunError(f"{path / SUMMARY} is damaged: {error}") from error
+            raise RunError(f"{path / SUMMARY} is damaged: {first_line(error)}") from error
         if not isinstance(summary, dict) or summary.get("schema") != SCHEMA:
             seen = summary.get("schema") if isinstance(summary, dict) else None
             raise RunError(f"{path / SUMMARY} has schema {seen!r}, this rkd reads {SCHEMA}")
-        if not isinstance(summary.get("settings"), dict) or not isinstance(summary.get("state"), str):
-            raise RunError(f"{path / SUMMARY} is damaged: settings or state are missing")
+        if (problem := _problem(summary)) is not None:
+            raise RunError(f"{path / SUMMARY} is damaged: run.json{problem}")
         return cls(path, summary)
 
     @classmethod
@@ -248,22 +315,31 @@ class Run:
         append_line(self.path / METRICS, json.dumps(line, allow_nan=False))
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl; a last line that a crash cut short is left out."""
-        try:
-            with storage_errors(self.path):
-                text = (self.path / METRICS).read_text(errors="replace") if (self.path / METRICS).exists() else ""
-            lines = [json.loads(line) for line in text.split("\n")[:-1]]
-        except ValueError as error:
-            raise RunError(f"{self.path / METRICS} is damaged: {error}") from error
-        return [line for line in lines if isinstance(line, dict)]
+        """The lines of metrics.jsonl; a last line that a crash cut short is left out.
+
+        Raises:
+            RunError: a line is not one that `log` writes.
+            StorageError: it cannot be read.
+        """
+        path = self.path / METRICS
+        if not path.exists():
+            return []
+        with storage_errors(path):
+            written = path.read_text(errors="replace").split("\n")[:-1]
+        lines = []
+        for place, line in enumerate(written, 1):
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise RunError(f"{path} is damaged: line {place}: {first_line(error)}") from error
+            if (problem := _LINE(value)) is not None:
+                raise RunError(f"{path} is damaged: line {place}{problem}")
+            lines.append(value)
+        return lines
 
     def cut_metrics(self, stage: str, step: int) -> None:
         """Forget what was logged of `stage` after `step`: it will be logged again."""
-        lines = self.metrics()
-        try:
-            kept = [line for line in lines if line.get("stage") != stage or int(line.get("step", 0)) <= step]
-        except (TypeError, ValueError, OverflowError) as error:
-            raise RunError(f"{self.path / METRICS} is damaged: {error}") from error
+        kept = [line for line in self.metrics() if line["stage"] != stage or line["step"] <= step]
         write_file(self.path / METRICS, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
     def save_checkpoint(self, step: int, members: Mapping[str, bytes]) -> None:
@@ -378,14 +454,11 @@ def fooling_text(found: dict[str, Any], radius: float) -> str:
 
 
 def models_of(run: Run) -> list[Model]:
-    """The rows of a finished run.
+    """The rows of a finished run: the teacher's first, the student's last.
 
     Raises:
-        RunError: run.json does not hold them.
+        RunError: it is not finished.
     """
-    try:
-        if not run.finished:
-            raise RunError(f"{run.path} is not finished; go on with: rkd distill --resume {run.path}")
-        return [Model.from_json(row) for row in run.summary["models"]]
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise RunError(f"{run.path}: its results are missing or damaged: {error}") from error
+    if not run.finished:
+        raise RunError(f"{run.path} is not finished; go on with: rkd distill --resume {run.path}")
+    return [Model.from_json(row) for row in run.summary["models"]]

@@ -25,6 +25,16 @@ def run(tmp_path: Path) -> Run:
     return Run.create(tmp_path / "runs" / "a", "distill", {"seed": Setting(7, "command line")})
 
 
+SCORES = Scores(Proportion(9, 10), (TriggerScore("t", 1, Proportion(1, 9), Proportion(8, 9)),))
+MODEL = Model("student", "wrn-10-1", SCORES, 77_850, 12_000_000, 320_000)
+FACTS: dict[str, Any] = {
+    "data": {"name": "x", "digest": "d" * 64, "classes": ["a", "b"], "notes": []},
+    "teacher": {"sha256": "0" * 64, "file": "t.pt", "arch": "wrn-10-2", "notes": []},
+    "student": {"sha256": "1" * 64, "arch": "wrn-10-1"},
+    "models": [MODEL.to_json(), MODEL.to_json()],
+}  # what a finished distillation has
+
+
 def members(step: int) -> dict[str, bytes]:
     return {"state.safetensors": b"state %d" % step, "place.json": b"{}"}
 
@@ -33,12 +43,12 @@ def members(step: int) -> dict[str, bytes]:
 
 
 def test_a_run_is_opened_as_it_was_left(run: Run) -> None:
-    run.save(data={"name": "x"})
+    run.save(data=FACTS["data"])
     again = Run.open(run.path)
     assert again.summary == run.summary
     assert again.setting("seed") == 7
     assert not again.finished
-    again.finish(student={"sha256": "0"})
+    again.finish(**FACTS)
     assert Run.open(run.path).finished
     with pytest.raises(RunError, match="lacks the setting 'epochs'"):
         again.setting("epochs")
@@ -56,7 +66,8 @@ def test_an_existing_folder_is_taken_only_when_it_is_empty(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "content",
     [b"", b"{", b"[]", b"3", b'"x"', b"{}", b'{"schema": 2}', b'{"schema": 1}', b'{"schema": 1, "settings": [], "state": "x"}',
-     b'{"schema": 1, "settings": {}, "state": 5}', b"\xff\xfe", b"[" * 100_000],
+     b'{"schema": 1, "settings": {}, "state": 5}', b'{"schema": 1, "kind": "distill", "settings": {}, "state": "finished"}',
+     b'{"schema": 1, "kind": "distill", "settings": {"seed": 3}, "state": "running"}', b"\xff\xfe", b"[" * 100_000],
 )  # fmt: skip
 def test_a_damaged_summary_is_refused_by_name(run: Run, content: bytes) -> None:
     (run.path / SUMMARY).write_bytes(content)
@@ -70,19 +81,19 @@ def test_a_folder_without_a_summary_is_no_run(tmp_path: Path) -> None:
 
 
 def test_results_survive_the_summary(run: Run) -> None:
-    scores = Scores(Proportion(9, 10), (TriggerScore("t", 1, Proportion(1, 9), Proportion(8, 9)),))
-    model = Model("student", "wrn-10-1", scores, 77_850, 12_000_000, 320_000)
-    run.finish(models=[model.to_json()])
-    assert models_of(Run.open(run.path)) == [model]
-    for damage in ([{}], 3, [3], None):
-        run.save(models=damage)
-        with pytest.raises(RunError, match="results"):
-            models_of(run)
-    run.save(models=[model.to_json()])
-    path = run.path / SUMMARY
-    path.write_bytes(path.read_bytes().replace(b"77850", b"1e999"))
-    with pytest.raises(RunError, match="results"):
-        models_of(Run.open(run.path))
+    with pytest.raises(RunError, match="not finished"):
+        models_of(run)
+    run.finish(**FACTS)
+    assert models_of(Run.open(run.path)) == [MODEL, MODEL]
+
+
+@pytest.mark.parametrize(
+    "models", [[{}, {}], 3, [3], None, [MODEL.to_json()], [MODEL.to_json(), MODEL.to_json() | {"macs": 1e300}]]
+)
+def test_a_finished_run_whose_results_are_damaged_is_refused(run: Run, models: Any) -> None:
+    run.finish(**FACTS | {"models": models})
+    with pytest.raises(RunError, match=r"run\.json is damaged: run\.json\.models"):
+        Run.open(run.path)
 
 
 def test_a_step_without_end_in_the_log_is_damage(run: Run) -> None:
@@ -192,31 +203,32 @@ def test_a_finished_run_keeps_no_checkpoints(run: Run) -> None:
 
 
 def test_what_was_logged_after_a_checkpoint_is_forgotten_in_its_stage_only(run: Run) -> None:
-    run.log(stage="a", step=30, loss=1.0)
+    run.log(stage="a", step=30, epoch=0, loss=1.0)
     for step in (10, 20, 30):
-        run.log(stage="b", step=step, loss=0.5)
+        run.log(stage="b", step=step, epoch=0, loss=0.5)
     run.cut_metrics("b", 20)
     assert [(line["stage"], line["step"]) for line in run.metrics()] == [("a", 30), ("b", 10), ("b", 20)]
     run.cut_metrics("b", 0)
     assert [line["stage"] for line in run.metrics()] == ["a"]
-    run.log(stage="b", step=10)
-    assert run.metrics()[-1] == {"stage": "b", "step": 10}
+    run.log(stage="b", step=10, epoch=0)
+    assert run.metrics()[-1] == {"stage": "b", "step": 10, "epoch": 0}
 
 
 def test_a_last_line_that_a_kill_cut_short_is_left_out_and_cut_away(run: Run) -> None:
-    run.log(stage="a", step=1)
+    run.log(stage="a", step=1, epoch=0)
     with (run.path / METRICS).open("a") as file:
         file.write('{"stage": "a", "st')
-    assert run.metrics() == [{"stage": "a", "step": 1}]
+    assert run.metrics() == [{"stage": "a", "step": 1, "epoch": 0}]
     run.cut_metrics("a", 5)
-    run.log(stage="a", step=6)
+    run.log(stage="a", step=6, epoch=0)
     assert [line["step"] for line in run.metrics()] == [1, 6]
 
 
-def test_a_run_without_metrics_has_none_and_damaged_ones_are_refused(run: Run) -> None:
+@pytest.mark.parametrize("second", [b'{"ste', b"[]", b"3", b'{"stage": "a", "step": "1", "epoch": 0}', b"[" * 100_000])
+def test_a_run_without_metrics_has_none_and_damaged_ones_are_refused(run: Run, second: bytes) -> None:
     assert run.metrics() == []
-    (run.path / METRICS).write_bytes(b'{"step": 1}\n{"ste\n{"step": 3}\n')
-    with pytest.raises(RunError, match=r"metrics\.jsonl is damaged"):
+    (run.path / METRICS).write_bytes(b'{"stage": "a", "step": 1, "epoch": 0}\n' + second + b"\n")
+    with pytest.raises(RunError, match=r"metrics\.jsonl is damaged: line 2"):
         run.metrics()
 
 
@@ -225,7 +237,7 @@ def test_a_run_without_metrics_has_none_and_damaged_ones_are_refused(run: Run) -
 
 def finished(path: Path, kind: str, when: str) -> Run:
     run = Run.create(path, kind, {})
-    run.save(state="finished", finished=when)
+    run.save(**FACTS, state="finished", finished=when)
     return run
 
 

@@ -90,6 +90,9 @@ def all_commands() -> list[Command]:
         reads("private-key", "export", "--sign", "mine.key"),
         reads("public-key", "verify", "x.ort-cpu.rkd", "--pubkey", "mine.pub", beside=_bundle),
         reads("result", "report", "result.json"),
+        reads("run", "report", "."),
+        reads("run", "inspect", "."),
+        reads("run-log", "report", ".", beside=lambda: {"run.json": parsers.run_summary()}),
         *(reads(parser, "inspect", known[parser].file) for parser in inspected),
     ]
 
@@ -98,7 +101,7 @@ def warm_up(commands: list[Command]) -> None:
     """Run each command in this process on what is no file of its kind, so that children find imported what it needs."""
     for command in commands:
         with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
-            _write(Path(folder), command.lay_out(b"x"))
+            _write(Path(folder), command.lay_out(b"x\n"))
             os.chdir(folder)
             done = typer.testing.CliRunner().invoke(rkd.cli.app, list(command.arguments))
             os.chdir("..")

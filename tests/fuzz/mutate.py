@@ -13,6 +13,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 Mutation = Callable[[bytes, random.Random], bytes]
@@ -201,10 +202,11 @@ def inside_pem(data: bytes, rng: random.Random) -> bytes:
 def inside_json(data: bytes, rng: random.Random) -> bytes:
     """Change one to three values anywhere in JSON."""
     value = json.loads(data)
+    places = list(_places(value))  # before the changes: what is put in stays as it is
     for _ in range(rng.choice((1, 1, 2, 3))):
-        places = list(_places(value))
         holder, key = rng.choice(places)
-        _change_entry(holder, key, rng)
+        with suppress(KeyError, IndexError):  # it was removed
+            _change_entry(holder, key, rng)
     return json.dumps(value).encode()
 
 

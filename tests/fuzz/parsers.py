@@ -9,7 +9,7 @@ import signal
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -40,12 +40,14 @@ from rkd.bundle import EVALUATION, LEDGER, MANIFEST, MODEL, _container, evaluati
 from rkd.cli.app import command_options
 from rkd.config import command_defaults
 from rkd.data import FolderSource, open_dataset
+from rkd.distill.settings import DistillSettings
 from rkd.errors import DataError, RkdError
 from rkd.files import sha256, to_json
 from rkd.inspection import inspect_path
 from rkd.ledger import Ledger, Step
-from rkd.metrics import Predictions
+from rkd.metrics import Predictions, Proportion
 from rkd.npz import npz_bytes
+from rkd.reporting import report_command
 from rkd.signing import read_private, read_public, sign
 from rkd.suite.file import read_suite
 from rkd.suite.plan import make_plan
@@ -430,6 +432,73 @@ def _result() -> Parser:
     return Parser("result", "result.json", seeds, (m.bytewise(m.JSON, seeds), m.inside_json), read)
 
 
+def _proportion(hits: int, n: int) -> dict[str, float]:
+    return Proportion(hits, n).to_json()
+
+
+def run_summary() -> bytes:
+    """A finished distillation's run.json, of every field that is read again."""
+    chosen = DistillSettings(data="digits", teacher="t.pt", student="wrn-10-1", triggers=("patch.npz",))
+    settings = {name: {"value": value, "origin": "default"} for name, value in asdict(chosen).items()}
+    triggers = [{"name": "patch", "target": 1, "asr": _proportion(3, 9), "ra": _proportion(5, 9)}]
+    network = {
+        "arch": "wrn-10-1",
+        "scores": {"acc": _proportion(9, 12), "triggers": triggers},
+        "parameters": 77850,
+        "macs": 3125888,
+        "size_bytes": 317840,
+    }
+    return to_json({
+        "schema": 1, "kind": "distill", "rkd": "0.1.0", "state": "finished", "created": "2026-01-02T03:04:05+00:00",
+        "finished": "2026-01-02T03:14:05+00:00", "command": ["rkd", "distill", "t.pt"], "settings": settings, "versions": {"rkd": "0.1.0"},
+        "data": {"name": "digits", "digest": "ab" * 32, "classes": ["a", "b"], "notes": ["one"], "clean_images": 12, "removed_as_in_test": 0},
+        "teacher": {"sha256": "ab" * 32, "converted_sha256": "cd" * 32, "file": "t.pt", "arch": "wrn-10-2", "normalize": "none", "notes": ["two"]},
+        "detox": {"teacher_accuracy": 99.0, "accuracy": 98.0, "variance": 0.5, "weight": 2.0, "held_out": 9, "taps": ["bn1"], "history": [[1, 0.5, 2.0, 99.0]]},
+        "fooling": {"fooled": _proportion(4, 9), "towards": "a", "together": _proportion(3, 4)},
+        "timings": {"distil (robustkd)": {"seconds": 2.5, "images_per_s": 90.5}},
+        "models": [{"role": "teacher", **network}, {"role": "RobustKD student", **network}], "student": {"sha256": "ab" * 32, "arch": "wrn-10-1"},
+    })  # fmt: skip
+
+
+def _run() -> Parser:
+    seeds = (run_summary(),)
+
+    def read(path: Path) -> None:
+        inspect_path(path.parent)
+        page = path.parent / "report.html"
+        try:
+            report_command([path.parent], page)
+        finally:
+            page.unlink(missing_ok=True)
+
+    return Parser("run", "run.json", seeds, (m.bytewise(m.JSON, seeds), m.inside_json), read)
+
+
+def _run_log() -> Parser:
+    lines = [
+        {"stage": "distil (robustkd)", "step": 10, "epoch": 0, "loss": 1.5, "accuracy": 50.0, "lr": 0.1},
+        {"stage": "distil (robustkd)", "step": 20, "epoch": 0, "ends_epoch": True, "ACC": 60.0},
+    ]
+    seed = "".join(json.dumps(line) + "\n" for line in lines).encode()
+
+    def one_line(data: bytes, rng: random.Random) -> bytes:
+        changed = data.splitlines(keepends=True)
+        place = rng.randrange(len(changed))
+        changed[place] = m.inside_json(changed[place], rng) + b"\n"
+        return b"".join(changed)
+
+    def read(path: Path) -> None:
+        (path.parent / "run.json").write_bytes(run_summary())
+        page = path.parent / "report.html"
+        try:
+            report_command([path.parent], page)
+        finally:
+            page.unlink(missing_ok=True)
+            (path.parent / "run.json").unlink()
+
+    return Parser("run-log", "metrics.jsonl", (seed,), (m.bytewise(m.JSON, (seed,)), one_line), read)
+
+
 def _ignore(read: Callable[[Path], object]) -> Callable[[Path], None]:
     return lambda path: (read(path), None)[1]
 
@@ -439,7 +508,7 @@ def all_parsers() -> dict[str, Parser]:
     """By name."""
     made = (
         _checkpoint(), _safetensors(), _onnx(), _bundle(), _settings(), _target(), _suite(), _trigger_parser(), _data(), _image(),
-        _private_key(), _public_key(), _result(),
+        _private_key(), _public_key(), _result(), _run(), _run_log(),
     )  # fmt: skip
     return {parser.name: parser for parser in made}
 

@@ -15,7 +15,9 @@ FUZZER = Path(__file__).with_name("fuzz.py")
 # Mutants of each that are promised; those that reliability.md names have 20,000. `make test` makes a few.
 PROMISED = {
     **dict.fromkeys(("pt", "safetensors", "onnx", "rkd", "settings", "target"), 20_000),
-    **dict.fromkeys(("suite", "trigger", "data", "image", "private-key", "public-key", "result"), 4_000),
+    **dict.fromkeys(
+        ("suite", "trigger", "data", "image", "private-key", "public-key", "result", "run", "run-log"), 4_000
+    ),
 }
 FEW = dict.fromkeys(PROMISED, 300)
 AMOUNTS = [pytest.param(FEW, id="few"), pytest.param(PROMISED, id="promised", marks=pytest.mark.promise)]
