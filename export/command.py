@@ -13,6 +13,7 @@ from rkd.export import Exporter, ExportReport, choose_calibration, choose_evalua
 from rkd.files import sha256, storage_errors
 from rkd.network import Network, check_code
 from rkd.progress import say
+from rkd.reporting import cautions_of
 from rkd.run import STUDENT, TEACHER, TRIGGERS, Run
 from rkd.signing import read_private
 from rkd.target import load_target
@@ -63,6 +64,8 @@ def export_command(
         raise RunError(f"{run.path} is not finished; go on with it by: rkd distill --resume {run.path}")
     if run.summary.get("kind") != "distill":
         raise RunError(f"{run.path} made a teacher, not a student; distil it first")
+    for caution in [] if teacher else cautions_of(run):
+        say(caution)
     network, digest = _teacher(run, arch) if teacher else _student(run)
     dataset = _data(run, data, network)
     evaluation = choose_evaluation(dataset.test, run.setting("seed"), limit_images=eval_images)

@@ -106,7 +106,8 @@ def _trigger(path: Path) -> dict[str, Any]:
     try:
         trigger = Trigger.load(path)
     except TriggerError as error:
-        raise TriggerError(f"{error} (a data .npz is given with --data)") from error
+        hint = " (a data .npz is given with --data)" if "is not a trigger" in str(error) else ""
+        raise TriggerError(f"{error}{hint}") from error
     height, width = trigger.size
     return {
         "kind": "trigger",

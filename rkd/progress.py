@@ -17,16 +17,24 @@ console = Console(stderr=True, highlight=False)
 
 _PLAIN_EVERY_S = 10.0
 _DRAW_EVERY_S = 0.1
+_LEAST_S = 0.05  # a rate is told from
 _RATE_OVER_S = 30.0  # what is left is told by the present rate: a slow start or a busy machine passes
 
 
 class Bar:
-    """One piece of long work."""
+    """One piece of long work.
 
-    def __init__(self, name: str, total: int, live: Progress | None) -> None:
-        self._name, self._total, self._live = name, total, live
+    Args:
+        name: what it is called.
+        total: steps of it.
+        live: the display of a terminal; None for plain lines.
+        done: steps that were done before, which do not count for the rate.
+    """
+
+    def __init__(self, name: str, total: int, live: Progress | None, done: int = 0) -> None:
+        self._name, self._total, self._live, self._first = name, total, live, done
         self._started = self._printed = time.monotonic()
-        self._seen: deque[tuple[float, int]] = deque()  # when, done; a window for the rate
+        self._seen = deque([(self._started, done)])  # when, done; a window for the rate
         self._task = live.add_task(name, total=total, extra="") if live is not None else None
 
     def update(self, done: int, *, unit_per_step: int = 1, unit: str = "", **figures: float | str) -> None:
@@ -44,7 +52,9 @@ class Bar:
             f"{name.replace('_', ' ')} {v:.4g}" if isinstance(v, float) else f"{name.replace('_', ' ')} {v}"
             for name, v in figures.items()
         ]
-        if unit:
+        if done >= self._total:  # the last word is about all of it
+            rate = self._rate_since(self._started, self._first, now, done)
+        if unit and rate:
             parts.append(f"{rate * unit_per_step:,.0f} {unit}/s")
         if self._live is not None and self._task is not None:
             self._live.update(self._task, completed=done, extra=", ".join(parts))
@@ -57,30 +67,33 @@ class Bar:
             console.print(f"{self._name}: {done}/{self._total}, {', '.join(parts)}", markup=False, soft_wrap=True)
 
     def _rate(self, now: float, done: int) -> float:
-        """Steps a second, over the last half minute; the first step of all is taken to have begun with the bar."""
+        """Steps a second, over the last half minute."""
         seen = self._seen
-        if not seen:
-            seen.append((self._started, done - 1))
         while len(seen) > 1 and seen[1][0] <= now - _RATE_OVER_S:
             seen.popleft()
         since, first = seen[0]
         if now - seen[-1][0] >= 1:
             seen.append((now, done))
-        return (done - first) / max(now - since, 1e-9)
+        return self._rate_since(since, first, now, done)
+
+    @staticmethod
+    def _rate_since(since: float, first: int, now: float, done: int) -> float:
+        """Steps a second; 0 where there was hardly any time to tell."""
+        return (done - first) / (now - since) if now - since >= _LEAST_S else 0.0
 
 
 @contextmanager
-def progress(name: str, total: int) -> Iterator[Bar]:
-    """Show the progress of `total` steps of work called `name`."""
+def progress(name: str, total: int, done: int = 0) -> Iterator[Bar]:
+    """Show the progress of `total` steps of work called `name`, of which some may have been `done` before."""
     if not console.is_terminal:
-        yield Bar(name, total, None)
+        yield Bar(name, total, None, done)
         return
     columns = (
         TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), MofNCompleteColumn(),
         TimeRemainingColumn(compact=True), TextColumn("{task.fields[extra]}", markup=False),
     )  # fmt: skip
     with Progress(*columns, console=console) as live:
-        yield Bar(name, total, live)
+        yield Bar(name, total, live, done)
 
 
 @contextmanager

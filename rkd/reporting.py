@@ -133,7 +133,7 @@ def write_run_report(
     masks, history = _masks(shown)
     report = RunReport(
         title=title or f"{shown.setting('student')} from {shown.summary['teacher']['file']}",
-        verdict=verdict or " ".join([*_cautions(shown), _verdict(models_of(shown))]),
+        verdict=verdict or " ".join([*cautions_of(shown), _verdict(models_of(shown))]),
         created=str(shown.summary.get("created", "")),
         command=_command(shown),
         models=ordered,
@@ -158,7 +158,7 @@ def _name(run: Run, roles: Mapping[str, str]) -> str:
 def _cautions_of_all(runs: Sequence[Run], roles: Mapping[str, str]) -> list[str]:
     """What every run's figures do not say; with its name where there are several."""
     return [
-        f"{_name(run, roles)}: {caution}" if len(runs) > 1 else caution for run in runs for caution in _cautions(run)
+        f"{_name(run, roles)}: {caution}" if len(runs) > 1 else caution for run in runs for caution in cautions_of(run)
     ]
 
 
@@ -221,7 +221,8 @@ def cautions(models: Sequence[Model], classes: int) -> list[str]:
     found = []
     if models[-1].scores.hardly_above_chance(classes):
         found.append(
-            "The student hardly beats guessing, so its ASR and RA say nothing: train longer (--epochs) or on more data."
+            f"The student hardly beats guessing{', so its ASR and RA say nothing' if models[-1].scores.triggers else ''}: "
+            "train longer (--epochs) or on more data."
         )
     if models[-1].parameters > models[0].parameters:
         found.append(
@@ -236,7 +237,8 @@ def cautions(models: Sequence[Model], classes: int) -> list[str]:
     return found
 
 
-def _cautions(run: Run) -> list[str]:
+def cautions_of(run: Run) -> list[str]:
+    """`cautions` of a finished run."""
     return cautions(models_of(run), len(run.summary["data"]["classes"]))
 
 

@@ -71,7 +71,7 @@ def search(teacher: Network | None = None, batch: int = 128) -> Fooling:
 
 def test_in_a_backdoored_teacher_the_search_finds_the_backdoor() -> None:
     found = search()
-    assert found.fooled.n == found.fooled.hits == found.together.n == found.together.hits > 1000
+    assert found.fooled.n == found.fooled.hits == found.together.n == found.together.hits > 100
     assert found.towards == 2
     trigger = Backdoored().get_buffer("pattern").flatten()
     for one in found.perturbations.flatten(1):

@@ -48,7 +48,7 @@ def test_the_time_left_follows_the_present_rate_not_a_slow_start(
 
 
 def test_a_resumed_bar_does_not_count_what_was_done_before(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
-    bar = Bar("work", 1000, None)
+    bar = Bar("work", 1000, None, 500)
     for step in range(501, 513):
         clock.now += 1
         bar.update(step, unit="img")
@@ -61,6 +61,20 @@ def test_the_last_line_says_how_long_all_of_it_took(clock: Clock, capsys: pytest
         clock.now += 2
         bar.update(step)
     assert lines(capsys) == ["work: 3/3, 0m06s in all"]
+
+
+def test_work_that_is_done_in_one_piece_has_the_rate_of_all_of_it(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bar = Bar("work", 120, None)
+    clock.now += 2
+    bar.update(120, unit="img")
+    assert lines(capsys) == ["work: 120/120, 60 img/s, 0m02s in all"]
+
+
+def test_no_rate_is_told_of_no_time(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    Bar("work", 120, None, 120).update(120, unit="img")
+    assert lines(capsys) == ["work: 120/120, 0m00s in all"]
 
 
 def test_without_a_terminal_a_stage_is_a_line_and_a_long_one_a_line_every_ten_seconds(

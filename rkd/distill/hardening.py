@@ -43,8 +43,8 @@ class Fooling:
 
     Attributes:
         perturbations: (K, 3, H, W), on pixels in [0, 1].
-        fooled: of the images of the last steps that the network sees rightly, the share that it does not under one of
-            them.
+        fooled: of the different images of the last steps that the network sees rightly, the share that it does not
+            under one of them, when they were looked at last.
         towards: the class that these are seen as most often.
         together: share of these that are seen as it.
     """
@@ -98,9 +98,10 @@ def fooling_perturbations(
     """
     found = first.to(device)
     rng = np.random.default_rng([seed, 0xF001])
-    mistakes: list[Tensor] = []
+    mistakes: dict[int, int] = {}  # by image: what it is wrongly seen as, or -1
     for step in range(SEARCH_STEPS):
-        images, labels = clean.batch(np.sort(rng.permutation(len(clean))[:_LOOK]))
+        chosen = np.sort(rng.permutation(len(clean))[:_LOOK])
+        images, labels = clean.batch(chosen)
         gradient = torch.zeros_like(found)
         for start in range(0, len(images), batch):
             which = torch.arange(start, min(start + batch, len(images)), device=device) % len(found)
@@ -110,7 +111,8 @@ def fooling_perturbations(
             if 3 * step >= 2 * SEARCH_STEPS:
                 with torch.no_grad():
                     seen = teacher.module(_inputs(teacher, pixels)).argmax(1) == truth
-                mistakes.append(torch.where(said == truth, -1, said)[seen].cpu())
+                wrong = torch.where(said == truth, -1, said)[seen].tolist()
+                mistakes |= zip(chosen[start : start + batch][seen.cpu().numpy()].tolist(), wrong, strict=True)
         if not gradient.isfinite().all() or not gradient.any():
             raise ArchitectureError(
                 f"{teacher.arch}: its gradients are {'all zero' if gradient.isfinite().all() else 'not finite'}, so what fools it "
@@ -118,11 +120,10 @@ def fooling_perturbations(
             )
         found = (found + gradient.sign() * linf * _STEP).clamp(-linf, linf)
         on_step(step + 1)
-    said = torch.cat(mistakes)
-    counts = torch.bincount(said[said >= 0], minlength=len(teacher.classes))
-    wrong = int(counts.sum())
+    counts = np.bincount([one for one in mistakes.values() if one >= 0], minlength=len(teacher.classes))
+    fooled = int(counts.sum())
     return Fooling(
-        found.cpu(), Proportion(wrong, len(said)), int(counts.argmax()), Proportion(int(counts.max()), wrong)
+        found.cpu(), Proportion(fooled, len(mistakes)), int(counts.argmax()), Proportion(int(counts.max()), fooled)
     )
 
 

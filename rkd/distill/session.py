@@ -236,6 +236,7 @@ def distill(run: Run, stop: StopRequest, work: Inputs | None = None) -> list[Mod
 def _undefended(run: Run, settings: DistillSettings, stop: StopRequest, work: Inputs) -> list[Model]:
     """The undefended student's own run inside this one: made, gone on with, or done already."""
     path = run.path / UNDEFENDED
+    say("first the undefended student, which trusts its teacher: the same network, images and steps, by ofd")
     if (path / "run.json").is_file():
         made = Run.open(path)
         if made.setting("arch") != settings.arch:  # which may be code that the user has allowed by name
@@ -330,7 +331,7 @@ def open_with_progress(spec: str, size: int | tuple[int, int] | None, seed: int)
 
         def show(done: int, total: int) -> None:
             if not bars:
-                bars.append(stack.enter_context(progress("read the images", total)))
+                bars.append(stack.enter_context(progress("read the images", total, done)))
             bars[0].update(done, unit="img")
 
         return open_dataset(spec, size=size, seed=seed, progress=show)

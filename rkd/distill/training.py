@@ -80,7 +80,7 @@ def train(
     group = _restore(trainer, run, stage)
     started, first = time.monotonic(), trainer.done
     shown: dict[str, float] = {}
-    with stop.finishing_steps(), progress(stage, trainer.total_steps) as bar:
+    with stop.finishing_steps(), progress(stage, trainer.total_steps, first) as bar:
         for step in trainer.steps():
             group.add(step)
             if not math.isfinite(group.loss):
