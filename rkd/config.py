@@ -53,6 +53,7 @@ def command_defaults(path: Path, options: Mapping[str, Mapping[str, Any]]) -> di
     defaults: dict[str, dict[str, Any]] = {command: {} for command in options}
     everywhere = {name for types in options.values() for name in types}
     content = read_toml(path)
+    _check_once(content, str(path))
     for key, value in content.items():
         if not isinstance(value, dict):
             if key in options and key not in everywhere:
@@ -66,11 +67,24 @@ def command_defaults(path: Path, options: Mapping[str, Mapping[str, Any]]) -> di
             continue
         if command not in options:
             raise ConfigError(f"{path}: {unknown_key(command, options)} (tables are commands)")
+        where = f"{path} in [{command}]"
+        _check_once(table, where)
         for key, value in table.items():
-            where = f"{path} in [{command}]"
             name = _option(key, value, options[command], where)
             defaults[command][name] = _value(key, value, options[command][name], where)
     return defaults
+
+
+def _check_once(table: Mapping[str, Any], where: str) -> None:
+    """See that no option stands there in both of its spellings.
+
+    Raises:
+        ConfigError: one does.
+    """
+    for key in table:
+        other = key.replace("-", "_")
+        if other != key and other in table:
+            raise ConfigError(f"{where}: {key} and {other} are the same option; keep one of them")
 
 
 def _value(key: str, value: object, annotation: Any, where: str) -> object:

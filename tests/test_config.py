@@ -103,6 +103,7 @@ def test_a_key_at_the_top_goes_only_where_it_means_the_same() -> None:
         ('cap = "x"', "cap = 'x', expected a number"),
         ("student = true", "student = True, expected a text"),
         ("trigger = [true]", r"trigger = \[True\], expected a text"),
+        ('clean-budget = "5%"\nclean_budget = "9%"', "clean-budget and clean_budget are the same option"),
     ],
 )
 def test_a_value_of_another_type_is_the_files_fault(line: str, said: str) -> None:
