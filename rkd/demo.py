@@ -27,6 +27,7 @@ from rkd.run import Run, models_of
 _EPOCHS = 15
 _REPORT = "report.html"
 _TRANSFERS = 30.0  # points of excess ASR
+_SIGN_OF_LIFE_S = 15.0
 _MARKER, _MARKED = ".rkd-demo", "made by rkd demo, which may remove this folder\n"
 _STUDENTS = {  # folder: teacher, method, what it is called
     "control-ofd": ("teacher.clean.pt", "ofd", "control (OFD)"),
@@ -34,6 +35,7 @@ _STUDENTS = {  # folder: teacher, method, what it is called
     "control-robustkd": ("teacher.clean.pt", "robustkd", "control (RobustKD)"),
     "robustkd": ("teacher.pt", "robustkd", "RobustKD"),
 }
+_STEPS = ("teacher", *_STUDENTS, "export-robustkd", "export-undefended", "bench", "report")
 _CONTROL_OF = {"undefended": "control-ofd", "robustkd": "control-robustkd"}
 
 
@@ -105,21 +107,32 @@ def run_demo(out: Path, *, seed: int, jobs: int, overwrite: bool) -> DemoResult:
 
 
 def _step(out: Path, name: str, arguments: Sequence[str]) -> str:
-    """Run one `rkd` command in `out`; what it prints goes to NAME.log as it comes, and is returned."""
-    say(f"$ rkd {shlex.join(arguments)}")
+    """Run one `rkd` command in `out`; what it prints goes to NAME.log as it comes, and is returned.
+
+    Its last line is shown now and then: a step may take minutes on a busy machine.
+    """
+    say(f"[{_STEPS.index(name) + 1} of {len(_STEPS)}] $ rkd {shlex.join(arguments)}")
     started = time.monotonic()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
-    with storage_errors(out), (out / f"{name}.log").open("wb") as log:
+    path = out / f"{name}.log"
+    with storage_errors(out), path.open("wb") as log:
         command = [sys.executable, "-m", "rkd", *arguments]
-        process = subprocess.run(command, cwd=out, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False)  # noqa: S603
-    text = (out / f"{name}.log").read_text(errors="replace")
+        with subprocess.Popen(command, cwd=out, env=environment, stdout=log, stderr=subprocess.STDOUT) as process:  # noqa: S603
+            while process.poll() is None:
+                try:
+                    process.wait(_SIGN_OF_LIFE_S)
+                except subprocess.TimeoutExpired:
+                    say(f"  {name}: {_last_line(path)}")
     if process.returncode:
-        last = text.strip().splitlines()[-1:] or ["it printed nothing"]
         raise RkdError(
-            f"`rkd {arguments[0]}` failed with exit code {process.returncode}: {last[0]} (see {out / name}.log)"
+            f"`rkd {arguments[0]}` failed with exit code {process.returncode}: {_last_line(path)} (see {path})"
         )
     say(f"  done in {time.monotonic() - started:.0f} s: {name}")
-    return text
+    return path.read_text(errors="replace")
+
+
+def _last_line(log: Path) -> str:
+    return (log.read_text(errors="replace").strip().splitlines() or ["nothing printed yet"])[-1]
 
 
 def _summary(out: Path) -> tuple[tuple[tuple[str, Scores], ...], str]:

@@ -64,7 +64,9 @@ def _run(path: Path) -> dict[str, Any]:
         found[row["role"]] = describe_scores(Scores.from_json(row["scores"]))
     checkpoint = run.latest_checkpoint()
     if not run.finished:
-        found["checkpoint"] = f"step {checkpoint[0]}" if checkpoint else "none yet"
+        found["checkpoint"] = (
+            f"step {checkpoint[0]}" if checkpoint else "none yet of this student; what was finished before it is kept"
+        )
         found["go on with"] = f"rkd {summary.get('kind')} --resume {path}"
     return found
 
@@ -162,7 +164,7 @@ def _checkpoint(path: Path) -> dict[str, Any]:
         "written by": "rkd" if checkpoint.header is not None else "somebody else",
         "network": " or ".join(archs) if archs else "unknown: name it with --arch",
         "outputs": output_count(shapes),
-        "numbers": f"{numbers:,} in {len(shapes)} tensors, all finite",
+        "numbers": f"{numbers:,} in {len(shapes)} tensors (parameters and BatchNorm's statistics), all finite",
         "input scaling": f"mean {header['mean']}, std {header['std']}" if "mean" in header and "std" in header
         else "not in the file: give --normalize",
         "provenance": header.get("provenance", {}),

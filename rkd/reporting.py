@@ -145,7 +145,7 @@ def write_run_report(
         provenance=_provenance(shown),
         notes=_cautions_of_all([run for run in runs if _name(run, roles) not in controls.values()], roles)
         + _fooling(shown)
-        + [str(note) for part in ("data", "teacher") for note in shown.summary.get(part, {}).get("notes", [])],
+        + shown.summary["data"]["notes"],
     )
     write_file(out, run_page(report).encode())
 
@@ -324,6 +324,7 @@ def _provenance(run: Run) -> list[tuple[str, str]]:
     pairs = [
         ("teacher file", str(summary["teacher"]["file"])),
         ("teacher SHA-256", str(summary["teacher"]["sha256"])),
+        *(("teacher at intake", str(note)) for note in summary["teacher"]["notes"]),
         ("data", str(summary["data"]["name"])),
         ("data SHA-256", str(summary["data"]["digest"])),
         ("student SHA-256", str(summary.get("student", {}).get("sha256", "-"))),

@@ -30,7 +30,9 @@ def demo(
     from rkd.demo import run_demo
 
     result = run_demo(out, seed=seed, jobs=jobs, overwrite=overwrite)
+    tables.say_next("what rkd bench says here, with --quick, which looks at 256 of the 500 test images:")
     tables.say_next(result.bench)
+    tables.say_next("all 500 test images:")
     tables.print_scores(result.rows)
     tables.say_next(result.verdict)
     pages = " and ".join(map(str, result.pages))

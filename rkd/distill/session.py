@@ -74,6 +74,7 @@ from rkd.triggers import Trigger
 UNDEFENDED = "undefended"  # the sub-folder of the undefended student's own run
 _EVALUATION_BATCH = 256
 _EXAMPLES = 8
+_TRIED = 64  # test images on which a trigger must change something
 _HELD_OUT = 1000  # training images at most that the mask is not learned on, nor the teacher purified with
 _LABELS_LIMIT_BYTES = 2**31
 
@@ -396,7 +397,11 @@ def _check_triggers(triggers: Sequence[Trigger], data: Dataset) -> None:
             raise ConfigError(
                 f"trigger {trigger.name} aims at class {trigger.target}, the data has {len(data.classes)} classes"
             )
-        trigger.apply(np.zeros((1, 3, *data.size), dtype=np.uint8))
+        images, _ = data.test.batch(np.arange(min(len(data.test), _TRIED)))
+        if np.array_equal(trigger.apply(images), images):
+            raise ConfigError(
+                f"trigger {trigger.name} changes none of the first {len(images)} test images; check its arrays m, p and d"
+            )
 
 
 def _fresh_student(run: Run, settings: DistillSettings, work: Inputs) -> Network:

@@ -194,6 +194,8 @@ def test_a_trigger_that_is_none_or_aims_too_high(place: Place) -> None:
     Trigger("high", 3, zeros, zeros, zeros).save(place / "high.npz")
     assert "class 3, the data has 3 classes" in distill(place, "--trigger", "high.npz")
     assert "no such file" in distill(place, "--trigger", "none.npz")
+    Trigger("inert", 1, zeros, zeros, zeros).save(place / "inert.npz")
+    assert "inert changes none of the first" in distill(place, "--trigger", "inert.npz")
 
 
 # ------------------------------------------------------------------------------------------------ names and settings
