@@ -15,8 +15,9 @@ import shutil
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from rkd.errors import ConfigError, StorageError
 
@@ -37,7 +38,7 @@ def to_json(value: object) -> bytes:
     return (json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode()
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """Open a file from outside for reading; a pipe or a device, at which a reader may wait for ever, is refused.
 
     Raises:
