@@ -154,17 +154,14 @@ def _save(measured: dict[str, Any], request: Request) -> None:
 
 
 def _require(measured: dict[str, Any], request: Request) -> None:
-    broken = [
-        f"{entry['bundle']['name']}: {gate['text']}"
-        for entry in measured["entries"]
-        for gate in entry["gates"]
-        if not gate["passed"]
-    ]
+    named = list(zip(table.labels(measured["entries"]), measured["entries"], strict=True))
+    said = "text" if request.json_output else "gate"  # the table has told the rest
+    broken = [f"{name}: {gate[said]}" for name, entry in named for gate in entry["gates"] if not gate["passed"]]
     if broken:
         raise GateError(f"{len(broken)} gate{'s' if len(broken) > 1 else ''} failed: {'; '.join(broken)}")
     invalid = [
-        f"{entry['bundle']['name']}: {reason['code']}: {reason['text']}"
-        for entry in measured["entries"]
+        f"{name}: {reason['code']}: {reason['text']}"
+        for name, entry in named
         for reason in (
             *entry["validity"]["reasons"],
             *(finding for finding in entry["findings"] if finding["code"] in BUDGETS),
