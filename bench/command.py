@@ -18,8 +18,17 @@ from rkd.bench.remote import bench_hosts
 from rkd.bench.session import run
 from rkd.bench.validity import BUDGETS
 from rkd.bundle import Bundle, read_bundle
-from rkd.errors import BundleError, ConfigError, GateError, RemoteError, StoppedError, StorageError
-from rkd.files import check_writable
+from rkd.errors import (
+    BundleError,
+    ConfigError,
+    GateError,
+    PartialError,
+    RemoteError,
+    RkdError,
+    StoppedError,
+    StorageError,
+)
+from rkd.files import check_output, check_writable
 from rkd.progress import stage_lines
 from rkd.signals import stop_requests
 
@@ -56,28 +65,37 @@ def bench_command(request: Request) -> dict[str, Any]:
 
     Raises:
         BundleError: no bundle, or one that does not verify.
-        ConfigError: a gate that cannot be read, or options that contradict each other.
+        ConfigError: a gate that cannot be read, options that contradict each other, or `out` is an input.
+        RkdError: after the partial result was written: what made the measurement fail half-way.
         GateError: after the result was written: a limit is broken, or the result is invalid or beyond its budgets where it must not be.
         RemoteError: a board cannot be reached or cannot measure; the others' results were written.
         StoppedError: Ctrl-C, after the partial result was written.
         StorageError: the result cannot be written; it is on standard output.
     """
     gates = parse_gates(request.gates)
-    bundles = [read_bundle(path) for path in request.bundles or [newest_bundle(Path())]]
+    paths = request.bundles or (newest_bundle(Path()),)
+    check_output(request.out, [*paths, *filter(None, [request.options.data])])
+    bundles = [read_bundle(path) for path in paths]
     check_writable(request.out)
     failed: list[str] = []
+    failure: BaseException | None = None
     with stop_requests() as stop:
         if request.hosts:
             measured, failed = _on_boards(bundles, request)
         else:
-            with stage_lines() as tell:
-                measured = run(bundles, request.options, tell, per_class=request.per_class)
+            try:
+                with stage_lines() as tell:
+                    measured = run(bundles, request.options, tell, per_class=request.per_class)
+            except PartialError as partial:
+                measured, failure = partial.measured, partial.__cause__
     for entry in measured["entries"]:
         entry["gates"] = [gate.judge(entry) for gate in gates]
     try:
         _show(measured, request)
     finally:  # standard output may be full or closed
         _save(measured, request)
+    if failure:
+        _fail(failure, request.out)
     if measured["interrupted"]:
         raise StoppedError(
             f"interrupted; what was measured is in {request.out}, marked invalid", stop.signal_number or signal.SIGINT
@@ -108,6 +126,13 @@ def _on_boards(bundles: list[Bundle], request: Request) -> tuple[dict[str, Any],
     return bench_hosts(bundles, request.options, request.hosts, command=request.remote_rkd, per_class=request.per_class)
 
 
+def _fail(failure: BaseException, out: Path) -> None:
+    """Raise what ended a measurement, after its partial result was written."""
+    if not isinstance(failure, RkdError):
+        raise failure
+    raise RkdError(f"{failure}; what was measured before is in {out}, marked invalid") from failure
+
+
 def _show(measured: dict[str, Any], request: Request) -> None:
     if request.json_output:
         print(json.dumps(measured, indent=2))  # noqa: T201
@@ -129,17 +154,14 @@ def _save(measured: dict[str, Any], request: Request) -> None:
 
 
 def _require(measured: dict[str, Any], request: Request) -> None:
-    broken = [
-        f"{entry['bundle']['name']}: {gate['text']}"
-        for entry in measured["entries"]
-        for gate in entry["gates"]
-        if not gate["passed"]
-    ]
+    named = list(zip(table.labels(measured["entries"]), measured["entries"], strict=True))
+    said = "text" if request.json_output else "gate"  # the table has told the rest
+    broken = [f"{name}: {gate[said]}" for name, entry in named for gate in entry["gates"] if not gate["passed"]]
     if broken:
         raise GateError(f"{len(broken)} gate{'s' if len(broken) > 1 else ''} failed: {'; '.join(broken)}")
     invalid = [
-        f"{entry['bundle']['name']}: {reason['code']}: {reason['text']}"
-        for entry in measured["entries"]
+        f"{name}: {reason['code']}: {reason['text']}"
+        for name, entry in named
         for reason in (
             *entry["validity"]["reasons"],
             *(finding for finding in entry["findings"] if finding["code"] in BUDGETS),

@@ -16,7 +16,7 @@ import numpy as np
 from rkd.bench.validity import BUDGETS
 from rkd.bundle import Bundle
 from rkd.errors import DataError, shortened
-from rkd.files import storage_errors
+from rkd.files import open_regular, storage_errors
 from rkd.ledger import Ledger, Step
 from rkd.metrics import Images, Labels, Predictions
 
@@ -68,20 +68,6 @@ class _Held:
         for start in range(0, len(self.rows), size):
             part = self.rows[start : start + size]
             yield self.images[part], self.labels[part]
-
-
-@dataclass(frozen=True)
-class _Folder:
-    root: Path
-    paths: tuple[str, ...]
-    labels: Labels
-    size: tuple[int, int]
-    rows: Labels
-
-    def __call__(self, size: int) -> Iterator[tuple[Images, Labels]]:
-        from rkd.data import FolderSource
-
-        yield from FolderSource(self.root, self.paths, self.labels, self.size, rows=self.rows).batches(size)
 
 
 def evaluation_set(bundle: Bundle, data: Path | None, *, quick: bool) -> EvaluationSet:
@@ -160,7 +146,7 @@ def _npz(bundle: Bundle, path: Path, *, quick: bool) -> EvaluationSet:
 
     limit_bytes = 2**31
     try:
-        with storage_errors(path), path.open("rb") as file:
+        with storage_errors(path), open_regular(path) as file:
             arrays = read_npz(file, limit_bytes)
     except ValueError as error:
         raise DataError(f"{path} is not an evaluation set: {error}") from error
@@ -171,7 +157,9 @@ def _npz(bundle: Bundle, path: Path, *, quick: bool) -> EvaluationSet:
         raise DataError(
             f"{path}: expected x uint8 (N, {height}, {width}, 3) and y (N,), or x_test and y_test, as {bundle.name} has"
         )
-    if not len(x) or y.dtype.kind not in "iu" or int(y.min()) < 0 or int(y.max()) >= len(bundle.classes):
+    if not len(x):
+        raise DataError(f"{path} holds no image; expected at least one")
+    if y.dtype.kind not in "iu" or int(y.min()) < 0 or int(y.max()) >= len(bundle.classes):
         raise DataError(f"{path}: labels must be 0 to {len(bundle.classes) - 1}, the classes of {bundle.name}")
     images, labels = x.transpose(0, 3, 1, 2), y.astype(np.int64)
     rows = _part(len(labels), quick=quick)
@@ -180,6 +168,7 @@ def _npz(bundle: Bundle, path: Path, *, quick: bool) -> EvaluationSet:
 
 def _folder(bundle: Bundle, root: Path, *, quick: bool) -> EvaluationSet:
     from rkd import _images
+    from rkd.data import FolderSource
 
     _images.require_pillow()
     with storage_errors(root):
@@ -200,7 +189,7 @@ def _folder(bundle: Bundle, root: Path, *, quick: bool) -> EvaluationSet:
         raise DataError(f"{place} holds no image; expected one folder a class with images in it")
     labels = np.array([label for _, label in paths], dtype=np.int64)
     rows = _part(len(paths), quick=quick)
-    batches = _Folder(place, tuple(path for path, _ in paths), labels, _size(bundle), rows)
+    batches = FolderSource(place, [path for path, _ in paths], labels, _size(bundle), rows=rows).batches
     absent = [name for name in bundle.classes if name not in folders]
     notes = (f"no images of class {', '.join(absent[:8])}{', ...' if len(absent) > 8 else ''}",) if absent else ()
     return EvaluationSet(root.resolve().name or str(root), labels[rows], rows, len(paths), batches, notes)

@@ -19,7 +19,8 @@ from rkd.metrics import Proportion
 
 _GATE = re.compile(
     r"\s*(?P<figure>[a-z_][a-z0-9_]*)(?::(?P<trigger>[a-z0-9][a-z0-9-]*))?\s*(?P<operator>>=|<=|>|<)\s*"
-    r"(?P<value>\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)\s*(?P<unit>%|[a-zA-Z/]*)\s*"
+    r"(?P<value>\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)\s*(?P<unit>%|[a-zA-Z/]*)\s*",
+    re.ASCII,
 )
 _UNITS = {
     "percent": {"": 1.0, "%": 1.0},
@@ -113,9 +114,9 @@ def parse_gates(texts: Sequence[str]) -> tuple[Gate, ...]:
     """Read gates; each text may hold several, separated by commas.
 
     Raises:
-        ConfigError: a gate that cannot be read, naming it and what is known.
+        ConfigError: a gate that cannot be read, naming it and what is known; an empty one is none.
     """
-    return tuple(_parse(part) for text in texts for part in text.split(",") if part.strip())
+    return tuple(_parse(part) for text in texts for part in text.split(","))
 
 
 def _parse(text: str) -> Gate:

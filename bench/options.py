@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rkd.bench.latency import Plan
-from rkd.errors import ConfigError
+from rkd.errors import ConfigError, shortened
 
 Mode = Literal["quick", "default", "mlperf"]
 
@@ -118,9 +118,11 @@ def parse_batches(text: str) -> tuple[int, ...]:
     """Batch sizes from `1` or `1,4,16`.
 
     Raises:
-        ConfigError: that is not a list of whole numbers.
+        ConfigError: that is not a list of whole numbers below 10^9.
     """
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise ConfigError(f"{text!r} is not a batch size, expected a number, or several as in 1,4,16") from error
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdecimal() and len(part) < 10 for part in parts):
+        raise ConfigError(
+            f"--batch {shortened(text, 80)!r} is not a batch size, expected a number, or several as in 1,4,16"
+        )
+    return tuple(map(int, parts))

@@ -74,8 +74,9 @@ def bench_hosts(
     for host in hosts:
         if not _HOST.fullmatch(host):
             raise ConfigError(f"--host {printable(host)!r}: expected user@board or a name from ~/.ssh/config")
-    if len(set(hosts)) < len(hosts):
-        raise ConfigError("--host: a board is there twice; it would disturb itself")
+    boards_named = [host.rpartition("@")[2].lower() for host in hosts]
+    if twice := [host for host, name in zip(hosts, boards_named, strict=True) if boards_named.count(name) > 1]:
+        raise ConfigError(f"--host: {' and '.join(twice)} are one board, which would disturb itself; name it once")
     if shutil.which("ssh") is None:
         raise RemoteError("there is no ssh on this machine; install OpenSSH's client, or run rkd bench on the board")
     with (
@@ -246,7 +247,7 @@ class _Board:
         except RkdError as error:
             raise RemoteError(f"{error}; install the same rkd there as here") from error
         for entry in result["entries"]:
-            entry["host"] = self.host.rpartition("@")[2]
+            entry["host"] = self.host
         return result
 
     def _command(self, *more: str) -> list[str]:

@@ -3,8 +3,8 @@
     write(path, result); read(path) == result
 
 A result comes from someone else's board, so it is read as a stranger's file: every key and no other, every value of its
-type and in its range, text without control characters, percentages that follow from their hits. Reports read these
-files and nothing else.
+type and in its range, text without control characters, percentages that follow from their hits, percentiles in order,
+verdicts of gates that follow from the figures. Reports read these files and nothing else.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rkd.bench.examples import unpack
+from rkd.bench.gates import parse_gates
 from rkd.bench.latency import STAGES
 from rkd.bench.tensorrt_layers import MOST_LAYERS, MOST_NAME
 from rkd.bench.validity import CODES, FINDINGS
@@ -35,8 +36,8 @@ from rkd.checks import (
     text,
     whole,
 )
-from rkd.errors import RkdError
-from rkd.files import storage_errors, to_json, write_file
+from rkd.errors import ConfigError, RkdError
+from rkd.files import open_regular, storage_errors, to_json, write_file
 
 SCHEMA = 3
 MOST_FORCED = 100  # lines of what was wrong with a bundle
@@ -65,7 +66,7 @@ def read(path: Path) -> dict[str, Any]:
         RkdError: it is not a result of this schema.
         StorageError: it cannot be read.
     """
-    with storage_errors(path), path.open("rb") as file:
+    with storage_errors(path), open_regular(path) as file:
         data = file.read(_LIMIT_BYTES + 1)
     if len(data) > _LIMIT_BYTES:
         raise RkdError(f"{path}: larger than {_LIMIT_BYTES:,} bytes; this is not a result of rkd bench")
@@ -88,7 +89,7 @@ def verify(value: Any, origin: str) -> dict[str, Any]:
         raise RkdError(f"{origin}: schema {shown}, this rkd reads {SCHEMA}; bench again with it")
     problem = _result(value)
     if problem:
-        raise RkdError(f"{origin} is not a result of rkd bench: {problem}; bench again")
+        raise RkdError(f"{origin} is not a result of rkd bench: {problem.removeprefix(': ')}; bench again")
     checked: dict[str, Any] = value
     return checked
 
@@ -136,6 +137,31 @@ def _histogram(value: Any) -> str | None:
         return problem
     good = value["low_ms"] <= value["high_ms"] and len(value["counts"]) <= _MAX_BINS
     return None if good else ": its bins are none"
+
+
+def _consistent_latency(value: Any) -> str | None:
+    if (problem := _latency_fields(value)) is not None:
+        return problem
+    ms = [value[key]["ms"] for key in ("p50", "p90", "p99", "p999") if value[key]]
+    if ms != sorted(ms):
+        return ": a higher percentile is below a lower one"
+    counts = (sum(value["histogram"]["counts"]), sum(one["n"] for one in value["rounds"]))
+    return None if counts == (value["n"],) * 2 else ": the histogram or the rounds do not hold n samples"
+
+
+def _measured_entry(value: Any) -> str | None:
+    """Gates are judged again: whoever reads a verdict need not believe it."""
+    if (problem := _entry_fields(value)) is not None:
+        return problem
+    for i, said in enumerate(value["gates"]):
+        try:
+            (gate,) = parse_gates([said["gate"]])
+        except (ValueError, ConfigError):
+            return f".gates[{i}].gate is no gate"
+        found = gate.judge(value)
+        if (found["value"], found["passed"]) != (said["value"], said["passed"]):
+            return f".gates[{i}]: its value and verdict do not follow from the figures"
+    return None
 
 
 _scores = scores_of(text)
@@ -203,7 +229,7 @@ _settings = object_of(
         "clocks_locked_by": or_null(text),
     }
 )
-_latency = object_of(
+_latency_fields = object_of(
     {
         "p50": _quantile,
         "p90": _quantile,
@@ -218,7 +244,7 @@ _latency = object_of(
         "first_third_ms": or_null(number),
         "last_third_ms": or_null(number),
         "histogram": _histogram,
-        "rounds": list_of(object_of({"at_s": number, "p50_ms": number, "n": whole(1)})),
+        "rounds": list_of(object_of({"at_s": number, "p50_ms": number, "n": whole(1)}), 1),
         "stages": or_null(object_of(dict.fromkeys(STAGES, _quantile))),
     }
 )
@@ -280,7 +306,7 @@ _example = object_of(
 )
 _flip = object_of({"image": whole(), "trigger": text, "truth": whole(), "host": whole(), "here": whole()})
 _gate = object_of({"gate": text, "value": or_null(signed), "passed": flag, "text": text})
-_entry = object_of(
+_entry_fields = object_of(
     {
         "bundle": _bundle,
         "host": or_null(text),
@@ -290,8 +316,8 @@ _entry = object_of(
         "software": _software,
         "layers": or_null(list_of(object_of({"name": _name, "kind": _name, "precision": text}), most=MOST_LAYERS)),
         "settings": _settings,
-        "latency": or_null(_latency),
-        "sweep": list_of(_latency),
+        "latency": or_null(_consistent_latency),
+        "sweep": list_of(_consistent_latency),
         "memory": or_null(_memory),
         "power": or_null(_power),
         "conditions": or_null(_conditions),
@@ -331,7 +357,12 @@ def _known_entries(value: Any) -> str | None:
 
 
 _FIELDS = object_of(
-    {"schema": whole(1), "interrupted": flag, "comparisons": list_of(_comparison), "entries": list_of(_entry, 1)}
+    {
+        "schema": whole(1),
+        "interrupted": flag,
+        "comparisons": list_of(_comparison),
+        "entries": list_of(_measured_entry, 1),
+    }
 )
 
 

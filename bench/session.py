@@ -36,7 +36,7 @@ from rkd.bench.tensorrt_layers import layers_to_json
 from rkd.bench.validity import busy_limit, findings, judge
 from rkd.bundle import Bundle
 from rkd.checks import digest
-from rkd.errors import BundleError, ConfigError, shortened
+from rkd.errors import BundleError, ConfigError, DataError, PartialError, shortened
 from rkd.files import sha256
 from rkd.metrics import Flip, Images, Labels, Predictions, Proportion, Scores, class_accuracies, evaluate, flips
 
@@ -126,10 +126,11 @@ def run(
         BundleError: a bundle's model cannot be loaded or is not what its manifest says.
         DataError: the user's data does not fit a bundle.
         MissingExtraError, RuntimeUnavailableError: this machine lacks a runtime, or does not let its clocks be fixed.
+        PartialError: from whatever failed once something had been measured; it holds that, marked as after Ctrl-C.
     """
     tell = on_stage or _silent
     jobs = _jobs(bundles, options)
-    stage, interrupted = "start", None
+    stage, interrupted, failure = "start", None, None
     started = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
     device = identify()
     with ExitStack() as outer:
@@ -139,6 +140,8 @@ def run(
         try:
             with ExitStack() as stack:
                 runners = [_activate(job, options, stack, tell) for job in jobs]
+                if options.accuracy:
+                    _try_accuracy(jobs, runners, options)
                 budget = _Budget(options.quick, clock, clock())
                 stage = "latency"
                 if options.latency:
@@ -152,15 +155,22 @@ def run(
                 _memory(jobs, options, tell, budget)
         except KeyboardInterrupt:
             interrupted = stage
+        except Exception as error:
+            if not any(job.latencies or job.scores for job in jobs):
+                raise
+            interrupted, failure = stage, error
         if monitor:
             machine.trace = monitor.stop()
     seen = _conditions(jobs, machine)
-    return {
+    measured = {
         "schema": SCHEMA,
         "interrupted": interrupted is not None,
         "comparisons": _comparisons(jobs),
         "entries": [_entry(job, options, machine, seen, interrupted, per_class=per_class) for job in jobs],
     }
+    if failure:
+        raise PartialError(str(failure), measured) from failure
+    return measured
 
 
 def _silent(name: str, done: int, total: int) -> None:
@@ -201,12 +211,32 @@ def _activate(job: _Job, options: BenchOptions, stack: ExitStack, on_stage: OnSt
     images, _ = job.bundle.evaluation()
     for size in options.batches:
         batch = np.ascontiguousarray(np.resize(images, (size, *images.shape[1:])))
-        logits = runner.infer(batch)
-        expected = (size, len(job.bundle.classes))
-        if logits.dtype != np.float32 or logits.shape != expected:
-            raise BundleError(f"{origin}: the model gives {logits.dtype}{logits.shape}, expected float32{expected}")
+        _try(job, runner, batch)
         job.series.append(Series(runner.infer, batch, stages=stages_of(runner)))
     return runner
+
+
+def _try_accuracy(jobs: Sequence[_Job], runners: Sequence[Runner], options: BenchOptions) -> None:
+    """The first batch of what ACC is measured on: minutes of timing are not to be lost to images that are none."""
+    for job, runner in zip(jobs, runners, strict=True):
+        batches = job.images.batches(_accuracy_batch(job, quick=options.quick))
+        first = next(batches, None)
+        if first is None:
+            raise DataError(f"{job.images.source}: none of its {job.images.available:,} images can be decoded")
+        _try(job, runner, np.ascontiguousarray(first[0]))
+
+
+def _accuracy_batch(job: _Job, *, quick: bool) -> int:
+    """At most so many images at once."""
+    return min(_QUICK_BATCH, job.bundle.target.max_batch) if quick else job.bundle.target.max_batch
+
+
+def _try(job: _Job, runner: Runner, images: Images) -> None:
+    logits, expected = runner.infer(images), (len(images), len(job.bundle.classes))
+    if logits.dtype != np.float32 or logits.shape != expected:
+        raise BundleError(
+            f"{job.bundle.path}: the model gives {logits.dtype}{logits.shape}, expected float32{expected}"
+        )
 
 
 def _latency(
@@ -239,11 +269,10 @@ def _accuracy(jobs: Sequence[_Job], runners: Sequence[Runner], on_stage: OnStage
     """On all images, or on as many as the budget allows, one batch at least."""
     before, total = 0, sum(len(job.images.rows) for job in jobs)
     on_stage("accuracy", 0, total)
-    most = _QUICK_BATCH if budget.quick else max(job.bundle.target.max_batch for job in jobs)
 
     def batches(job: _Job, examples: Examples, seconds: float) -> Iterator[tuple[Images, Labels]]:
         at, end = 0, budget.clock() + seconds
-        for images, labels in job.images.batches(min(most, job.bundle.target.max_batch)):
+        for images, labels in job.images.batches(_accuracy_batch(job, quick=budget.quick)):
             examples.add(at, images, labels)
             yield images, labels
             at += len(labels)

@@ -5,33 +5,78 @@ A serial console without colour loses nothing: what colour says is also said in 
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich import box
-from rich.console import Group
+from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
+
+from rkd.bench.report.entries import letters
 
 NOT_REPORTED = "-"
 _MOST_FLIPS = 5
 
 
+@dataclass(frozen=True)
+class _Name:
+    """A name that breaks behind its dots, else behind its dashes, and inside a word only where that has no room."""
+
+    name: str
+    marks: tuple[str, ...] = ()
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        least = max(map(len, (*_words(self.name, 0), *self.marks)), default=0)
+        return Measurement(least, max(map(len, (self.name, *self.marks))))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        lines = [""]
+        for word in _words(self.name, options.max_width):
+            if len(lines[-1]) + len(word.rstrip()) > options.max_width:
+                lines.append("")
+            lines[-1] += word
+        yield Text("\n".join(line.rstrip() for line in lines if line), overflow="fold")
+        for mark in self.marks:
+            yield Text(mark, style="bold red")
+
+
+def _words(name: str, width: int) -> list[str]:
+    """A name's parts, those longer than `width` parted once more."""
+    parts = re.findall(r"[^. ]*[. ]|[^. ]+", name)
+    return [one for part in parts for one in ([part] if len(part) <= width else re.findall(r"[^-_]*[-_]|[^-_]+", part))]
+
+
+def labels(entries: Sequence[dict[str, Any]]) -> list[str]:
+    """What to call each entry: its bundle and board; behind the letter that it has on the page where two are alike."""
+    names = [f"{e['bundle']['name']}{' on ' + e['host'] if e['host'] else ''}" for e in entries]
+    alike = len(set(names)) < len(names)
+    return [f"{letters(index)}: {name}" if alike else name for index, name in enumerate(names)]
+
+
 def render(result: dict[str, Any]) -> Group:
     """The comparison of a verified result (`rkd.bench.result.verify`), for a rich console of 80 columns or more."""
-    entries = result["entries"]
+    entries = [{**e, "label": label} for e, label in zip(result["entries"], labels(result["entries"]), strict=True)]
     several_triggers = any(len(entry["scores"]["triggers"]) > 1 for entry in entries if entry["scores"])
     parts: list[Table | Text] = [_figures(entries)]
+    unknown: list[str] = []
     if any(entry["latency"] for entry in entries):
         parts.append(_latencies(entries))
     if any(latency["stages"] or entry["sweep"] for entry, latency in _measured(entries)):
-        parts.append(_stages(entries))
+        parts += _stages(entries, unknown)
     if any(entry["memory"] or entry["power"] for entry in entries):
-        parts.append(_costs(entries))
+        parts += _costs(entries, unknown)
     if several_triggers:
         parts.append(_triggers(entries))
     parts += [_classes(entry) for entry in entries if entry["classes"]]
-    parts += [Text(line) for line in _ratios(result)]
+    if unknown:
+        parts.append(Text(f"Not reported: {', '.join(unknown)}."))
+    parts += [Text(line) for line in _ratios(result["comparisons"], entries)]
     parts += [Text(line) for line in _legend(entries)]
+    parts += [Text(line) for line in _software(entries)]
     parts += [Text(line) for line in _machine(entries)]
     parts += [Text(line, style="yellow") for line in _by_remark(entries)]
     return Group(*parts)
@@ -63,20 +108,19 @@ def _latencies(entries: list[dict[str, Any]]) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for entry, latency in _measured(entries):
         intervals = (_interval(latency[key]) for key in ("p50", "p90", "p99", "p999"))
-        table.add_row(Text(_name(entry)), f"{latency['batch']:,}", *intervals, f"{latency['n']:,}")
+        table.add_row(_Name(_name(entry)), f"{latency['batch']:,}", *intervals, f"{latency['n']:,}")
     return table
 
 
-def _stages(entries: list[dict[str, Any]]) -> Table:
+def _stages(entries: list[dict[str, Any]], unknown: list[str]) -> list[Table]:
     """Each batch size: the device's share of the time."""
-    table = _table("bundle")
-    for name in ("batch", "img/s", "h2d", "comp", "d2h"):
-        table.add_column(name, justify="right", no_wrap=True)
+    rows = []
     for entry, latency in _measured(entries):
         stages = latency["stages"]
         times = (_short(stages[key]["ms"]) if stages else NOT_REPORTED for key in ("h2d", "compute", "d2h"))
-        table.add_row(Text(_name(entry)), f"{latency['batch']:,}", _short(latency["images_per_second"]), *times)
-    return table
+        figures = (f"{latency['batch']:,}", _short(latency["images_per_second"]), *times)
+        rows.append((_name(entry), figures))
+    return _reported(("batch", "img/s", "h2d", "comp", "d2h"), rows, unknown)
 
 
 def _measured(entries: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
@@ -84,21 +128,31 @@ def _measured(entries: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[
     return [(entry, one) for entry in entries if entry["latency"] for one in (entry["latency"], *entry["sweep"])]
 
 
-def _costs(entries: list[dict[str, Any]]) -> Table:
+def _costs(entries: list[dict[str, Any]], unknown: list[str]) -> list[Table]:
     """Memory in detail, and power."""
-    table = _table("bundle")
-    for name in ("peak MB", "steady", "arena", "device", "grew", "W", "idle W", "mJ"):
-        table.add_column(name, justify="right", no_wrap=True)
+    rows = []
     for entry in entries:
         memory, power = entry["memory"], entry["power"]
-        table.add_row(
-            Text(_name(entry)),
+        figures = (
             *(_megabytes(memory, f"{key}_bytes") for key in ("peak", "steady", "arena", "device", "growth")),
             _optional(power["watts"] if power else None),
             _optional(power["idle_watts"] if power else None),
             _optional(1e3 * power["joules"] if power and power["joules"] is not None else None),
         )
-    return table
+        rows.append((_name(entry), figures))
+    return _reported(("peak MB", "steady", "arena", "device", "grew", "W", "idle W", "mJ"), rows, unknown)
+
+
+def _reported(heads: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], unknown: list[str]) -> list[Table]:
+    """The columns in which any bundle has a figure; the heads of the others go to `unknown`."""
+    known = [i for i in range(len(heads)) if any(figures[i] != NOT_REPORTED for _, figures in rows)]
+    unknown += [head for i, head in enumerate(heads) if i not in known]
+    table = _table("bundle")
+    for i in known:
+        table.add_column(heads[i], justify="right", no_wrap=True)
+    for name, figures in rows:
+        table.add_row(_Name(name), *(figures[i] for i in known))
+    return [table] if known else []
 
 
 def _triggers(entries: list[dict[str, Any]]) -> Table:
@@ -108,7 +162,7 @@ def _triggers(entries: list[dict[str, Any]]) -> Table:
     for entry in entries:
         for trigger in entry["scores"]["triggers"] if entry["scores"] else ():
             table.add_row(
-                Text(_name(entry)),
+                _Name(_name(entry)),
                 Text(trigger["name"]),
                 _proportion(trigger["asr"]),
                 _proportion(trigger["ra"]),
@@ -134,27 +188,21 @@ def _table(*headings: str) -> Table:
     return table
 
 
-def _title(entry: dict[str, Any]) -> Text:
-    title = Text(_name(entry))
+def _title(entry: dict[str, Any]) -> _Name:
     validity = entry["validity"]
-    if not validity["valid"]:
-        spoiled = [word for word in ("timing", "scores") if not validity[word]]
-        title.append("\nINVALID" + (f" {spoiled[0]}" if len(spoiled) == 1 else ""), style="bold red")
-    if entry["bundle"]["forced"]:
-        title.append("\nFORCED", style="bold red")
-    return title
+    spoiled = [word for word in ("timing", "scores") if not validity[word]]
+    marks = [] if validity["valid"] else ["INVALID" + (f" {spoiled[0]}" if len(spoiled) == 1 else "")]
+    return _Name(_name(entry), (*marks, *(["FORCED"] if entry["bundle"]["forced"] else [])))
 
 
 def _name(entry: dict[str, Any]) -> str:
-    host = entry["host"]
-    return f"{entry['bundle']['name']}{f' on {host}' if host else ''}"
+    return str(entry["label"])
 
 
-def _ratios(result: dict[str, Any]) -> list[str]:
+def _ratios(comparisons: list[dict[str, Any]], entries: list[dict[str, Any]]) -> list[str]:
     """Pairs of bundles at the main batch size, from their interleaved rounds."""
-    entries = result["entries"]
     lines = []
-    for pair in result["comparisons"]:
+    for pair in comparisons:
         first, second = entries[pair["first"]], entries[pair["second"]]
         if pair["batch"] == first["settings"]["batch"]:
             lines.append(
@@ -185,8 +233,6 @@ def _legend(entries: list[dict[str, Any]]) -> list[str]:
         )
     if any(entry["power"] for entry in entries):
         lines.append("W: mean power while the bundle was timed; mJ: that times its mean latency, idle power included.")
-    elif measured and entries[0]["conditions"]:
-        lines.append("Power is not reported by this machine.")
     return lines + _score_legend([entry["scores"] for entry in entries if entry["scores"]])
 
 
@@ -204,6 +250,25 @@ def _score_legend(scored: list[dict[str, Any]]) -> list[str]:
     if any(len(scores["triggers"]) > 1 for scores in scored):
         lines.append("Of several triggers, the first table shows the one with the highest ASR.")
     return lines
+
+
+def _software(entries: list[dict[str, Any]]) -> list[str]:
+    """What ran the bundles, once for all that it ran."""
+    found: dict[str, list[str]] = {}
+    for entry in entries:
+        software, device = entry["software"], entry["device"]
+        runtime = f"{software['runtime']} {software['runtime_version'] or '(version not reported)'}"
+        where = device["model"] or device["cpu"] or device["architecture"]
+        providers = ", ".join(filter(None, software["providers"])) or "provider not reported"
+        line = f"{runtime}, {providers}, threads {software['threads']}, on {where}"
+        found.setdefault(line, []).append(_name(entry))
+    return [
+        f"Ran {f'{_all(names, entries)} ' if len(entries) > 1 else ''}with {line}." for line, names in found.items()
+    ]
+
+
+def _all(names: list[str], entries: list[dict[str, Any]]) -> str:
+    return "every bundle" if len(names) == len(entries) > 1 else ", ".join(names)
 
 
 def _machine(entries: list[dict[str, Any]]) -> list[str]:
@@ -242,10 +307,7 @@ def _by_remark(entries: list[dict[str, Any]]) -> list[str]:
     for entry in entries:
         for remark in _remarks(entry):
             found.setdefault(remark, []).append(_name(entry))
-    return [
-        f"{'every bundle' if len(names) == len(entries) > 1 else ', '.join(names)}{remark}"
-        for remark, names in found.items()
-    ]
+    return [f"{_all(names, entries)}{remark}" for remark, names in found.items()]
 
 
 def _remarks(entry: dict[str, Any]) -> list[str]:
@@ -256,8 +318,9 @@ def _remarks(entry: dict[str, Any]) -> list[str]:
         lines.append(f": memory not reported: {entry['memory']['reason']}")
     if agreement := entry["agreement"]:
         share = agreement["share"]
-        if share["hits"] < share["n"]:
-            lines.append(f": {share['percent']:.2f} % of {share['n']:,} predictions agree with the exporting host's")
+        if share["n"]:
+            counted = f"{share['hits']:,} of {share['n']:,} ({share['percent']:.2f} %)"
+            lines.append(f": {counted} predictions agree with the exporting host's")
         lines += [f": {_flip(flip)}" for flip in agreement["flips"][:_MOST_FLIPS]]
         if len(agreement["flips"]) > _MOST_FLIPS:
             lines.append(f": ... {len(agreement['flips']) - _MOST_FLIPS} more in the result")

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rkd.errors import DataError, MissingExtraError
-from rkd.files import storage_errors
+from rkd.files import open_regular, storage_errors
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -324,7 +324,7 @@ class _BoundedReader(io.BufferedReader):
 def _open(path: Path) -> Iterator[Image]:
     import PIL.Image
 
-    with _BoundedReader(io.FileIO(path)) as file, PIL.Image.open(file, formats=_FORMATS) as image:
+    with _BoundedReader(open_regular(path).detach()) as file, PIL.Image.open(file, formats=_FORMATS) as image:
         if image.width * image.height > _MAX_PIXELS:
             raise ValueError(f"{image.width * image.height:,} pixels are too many, at most {_MAX_PIXELS:,}")
         with _ONE_LARGE if image.width * image.height > _LARGE_PIXELS else nullcontext():

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rkd.errors import BundleError, TargetError, TriggerError
-from rkd.files import sha256, storage_errors, to_json, write_file
+from rkd.files import read_bytes, sha256, storage_errors, to_json, write_file
 from rkd.ledger import Ledger, shown
 from rkd.metrics import Images, Labels
 from rkd.npz import npz_bytes, read_npz
@@ -221,7 +221,7 @@ def read_bundle(path: Path) -> Bundle:
         size_bytes = path.stat().st_size
         if size_bytes > _LIMIT_BYTES:
             raise BundleError(f"{path}: {size_bytes:,} bytes; bundles have at most {_LIMIT_BYTES:,}")
-        data = path.read_bytes()
+        data = read_bytes(path)
     return parse_bundle(data, path)
 
 

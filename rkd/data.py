@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from rkd import _images
 from rkd._images import Changes, Pixels, Progress, Report, Size, by, first, shown
 from rkd.errors import ConfigError, DataError, MissingExtraError
-from rkd.files import storage_errors
+from rkd.files import open_regular, storage_errors
 from rkd.metrics import Images, Labels
 from rkd.npz import read_npz
 
@@ -327,7 +327,7 @@ def _digest_of_files(root: Path, classes: tuple[str, ...], size: Size, splits: l
 def _open_npz(path: Path, request: _Request) -> Dataset:
     origin, wanted, limit_bytes = shown(str(path)), request.size, request.array_bytes
     try:
-        with storage_errors(path), path.open("rb") as file:
+        with storage_errors(path), open_regular(path) as file:
             arrays = read_npz(file, limit_bytes)
     except ValueError as error:
         raise DataError(f"{origin} is not a data set: {shown(str(error))}") from error

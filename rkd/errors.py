@@ -15,6 +15,7 @@
     ├── RemoteError                a board that cannot be reached or cannot measure
     ├── MissingExtraError          a command whose optional dependencies are not installed
     ├── StorageError               the disk said no: full, read-only, no permission, I/O error
+    ├── PartialError               a measurement that failed half-way; it holds what was measured before
     ├── GateError                  exit 3: a measured figure is on the wrong side of its gate
     └── StoppedError               exit 130 (Ctrl-C) or 143 (SIGTERM), after saving
 
@@ -22,6 +23,8 @@ A message says what was seen, what was expected and what to do, in one line.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from rkd import __version__
 
@@ -94,6 +97,14 @@ class MissingExtraError(RkdError):
 
 class StorageError(RkdError):
     """The operating system refused to read or write."""
+
+
+class PartialError(RkdError):
+    """A measurement that failed half-way; `measured` is its result so far, marked as interrupted."""
+
+    def __init__(self, message: str, measured: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.measured = measured
 
 
 class GateError(RkdError):

@@ -1,4 +1,4 @@
-"""The only place that writes files.
+"""The only place that writes files, and where those from outside are opened.
 
 A file or a checkpoint directory is either there whole or not there at all: it is written under a temporary name beside
 its destination, flushed, fsynced and renamed, and then the directory that holds it is fsynced. A failed write leaves no
@@ -12,12 +12,14 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import stat
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from rkd.errors import StorageError
+from rkd.errors import ConfigError, StorageError
 
 _TEMPORARY = ".rkd-tmp-"
 
@@ -36,6 +38,28 @@ def to_json(value: object) -> bytes:
     return (json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode()
 
 
+def open_regular(path: Path) -> BufferedReader:
+    """Open a file from outside for reading; a pipe or a device, at which a reader may wait for ever, is refused.
+
+    Raises:
+        OSError: it cannot be opened, or is no regular file.
+    """
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # opening a folder raises by itself
+        raise OSError(errno.EINVAL, "is a pipe, a socket or a device, expected a regular file; save it to one first")
+    return path.open("rb")
+
+
+def read_bytes(path: Path) -> bytes:
+    """All of a file from outside.
+
+    Raises:
+        OSError: as for `open_regular`.
+    """
+    with open_regular(path) as file:
+        return file.read()
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file.
 
@@ -44,7 +68,7 @@ def read_json(path: Path) -> Any:
         ValueError: it is not JSON.
     """
     with storage_errors(path):
-        data = path.read_bytes()
+        data = read_bytes(path)
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -108,6 +132,20 @@ def check_writable(path: Path) -> None:
             raise FileNotFoundError(errno.ENOENT, "no such folder")
         if not os.access(path.parent, os.W_OK):
             raise PermissionError(errno.EACCES, "no permission")
+
+
+def check_output(out: Path, inputs: Iterable[Path]) -> None:
+    """See that an output would not replace what it is made from.
+
+    Raises:
+        ConfigError: `out` is one of the inputs, be it by another name.
+        StorageError: one of them cannot be looked at.
+    """
+    for path in inputs:
+        with storage_errors(path):
+            same = out.exists() and path.exists() and out.samefile(path)
+        if same:
+            raise ConfigError(f"--out {out} would replace {path}, which is read here; give the output another name")
 
 
 @contextmanager

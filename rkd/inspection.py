@@ -8,7 +8,7 @@ from typing import Any
 from rkd.bench import result as bench_result
 from rkd.bundle import read_bundle
 from rkd.errors import BundleError, RkdError, StorageError, TriggerError
-from rkd.files import sha256
+from rkd.files import read_bytes, sha256
 from rkd.metrics import Scores
 from rkd.run import STUDENT, SUMMARY, Run
 from rkd.target import load_target
@@ -121,7 +121,7 @@ def _trigger(path: Path) -> dict[str, Any]:
         if trigger.additive.any()
         else "none",
         "moves pixels": "yes, it warps" if trigger.grid is not None else "no",
-        "sha256": sha256(path.read_bytes()),
+        "sha256": sha256(read_bytes(path)),
     }
 
 

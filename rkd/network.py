@@ -20,7 +20,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from rkd.errors import ArchitectureError, CheckpointError, ConfigError
-from rkd.files import storage_errors, write_file
+from rkd.files import read_bytes, storage_errors, write_file
 from rkd.metrics import Images, Predict
 from rkd.models import build
 
@@ -148,7 +148,7 @@ class Network:
             StorageError: it cannot be read.
         """
         with storage_errors(path):
-            data = path.read_bytes()
+            data = read_bytes(path)
         try:
             tensors = load_safetensors(data)
         except Exception as error:  # safetensors raises its own errors

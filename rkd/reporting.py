@@ -13,7 +13,7 @@ from rkd.bench import result as bench_result
 from rkd.bench.report import Curve, MaskPanel, ModelRow, RunReport, TriggerPanel, result_page, run_page
 from rkd.bench.report.scores import difference
 from rkd.errors import ConfigError, RkdError, RunError, TriggerError, first_line
-from rkd.files import storage_errors, write_file
+from rkd.files import check_output, read_bytes, storage_errors, write_file
 from rkd.metrics import Scores
 from rkd.npz import read_npz
 from rkd.run import DISTIL, EXAMPLES, MASKS, REPORT, SUMMARY, TRIGGERS, Model, Run, fooling_text, models_of
@@ -34,7 +34,7 @@ def report_command(sources: Sequence[Path], out: Path | None, control: Sequence[
         Where the page is.
 
     Raises:
-        ConfigError: runs and results together.
+        ConfigError: runs and results together, one result twice, a control for results, or `out` is a source.
         RkdError: a source is not what it should be.
     """
     if not sources:
@@ -44,18 +44,36 @@ def report_command(sources: Sequence[Path], out: Path | None, control: Sequence[
     if runs and len(runs) < len(sources):
         raise ConfigError("give either run directories or result.json files: they make different pages")
     if not runs:
+        if control:
+            raise ConfigError("--control is for run directories: a result of rkd bench has no control; leave it out")
+        _refuse_twice(sources)
         place = out or Path("report.html")
+        check_output(place, sources)
         write_file(place, result_page([bench_result.read(path) for path in sources]).encode())
         return place
     opened = [Run.open(path) for path in runs]
     place = out or (opened[0].path / REPORT if len(opened) == 1 else Path("report.html"))
     controls = [Run.open(path) for path in control]
     everyone = [*controls, *opened]
+    check_output(place, [file for run in everyone for file in run.path.rglob("*") if file.suffix != ".html"])
     names = _short_names([run.path for run in everyone])
     roles = {str(run.path): f"{_last(run).role} ({names[run.path]})" for run in everyone} if len(everyone) > 1 else {}
     compared = {roles[str(run.path)]: roles[str(_control_of(run, controls).path)] for run in opened if controls}
     write_run_report(everyone, place, roles=roles, controls=compared)
     return place
+
+
+def _refuse_twice(paths: Sequence[Path]) -> None:
+    """See that no file is given twice.
+
+    Raises:
+        ConfigError: one is.
+    """
+    seen: set[Path] = set()
+    for path in paths:
+        if path.resolve() in seen:
+            raise ConfigError(f"{path} is given twice; name each result once")
+        seen.add(path.resolve())
 
 
 def _short_names(paths: Sequence[Path]) -> dict[Path, str]:
@@ -290,7 +308,7 @@ def _trigger_panels(run: Run) -> list[TriggerPanel]:
         try:
             trigger = Trigger.load(path)
             with storage_errors(examples):
-                arrays = read_npz(io.BytesIO(examples.read_bytes()), _EXAMPLES_LIMIT_BYTES)
+                arrays = read_npz(io.BytesIO(read_bytes(examples)), _EXAMPLES_LIMIT_BYTES)
             captions = [
                 f"true: {classes[y]}; teacher says: {classes[t]}; student says: {classes[s]}"
                 for y, t, s in zip(arrays["y"], arrays["teacher"], arrays["student"], strict=True)
@@ -308,7 +326,7 @@ def _masks(run: Run) -> tuple[list[MaskPanel], list[tuple[int, float, float, flo
     from rkd.detox import masks_from_bytes
 
     with storage_errors(path):
-        masks = masks_from_bytes(path.read_bytes(), str(path))
+        masks = masks_from_bytes(read_bytes(path), str(path))
     panels = [
         MaskPanel(
             mask.tap, mask.mask, f"{100 * float(mask.mask.mean()):.0f} % of the feature map is replaced on average"

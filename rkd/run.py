@@ -51,6 +51,7 @@ from rkd.errors import RkdError, RunError, StorageError, first_line
 from rkd.files import (
     append_line,
     fill_directory,
+    read_bytes,
     read_json,
     remove_temporaries,
     sha256,
@@ -325,7 +326,7 @@ class Run:
         if not path.exists():
             return []
         with storage_errors(path):
-            written = path.read_text(errors="replace").split("\n")[:-1]
+            written = read_bytes(path).decode(errors="replace").split("\n")[:-1]
         lines = []
         for place, line in enumerate(written, 1):
             try:
@@ -363,10 +364,10 @@ class Run:
         """Step and members of the newest checkpoint that verifies."""
         for place in self._checkpoints():
             try:
-                digests = json.loads((place / _DIGESTS).read_bytes())
+                digests = json.loads(read_bytes(place / _DIGESTS))
                 if not isinstance(digests, dict) or not digests or any("/" in name for name in digests):
                     continue
-                members = {name: (place / name).read_bytes() for name in digests}
+                members = {name: read_bytes(place / name) for name in digests}
             except (OSError, ValueError, RecursionError):
                 continue
             if all(sha256(data) == digests[name] for name, data in members.items()):

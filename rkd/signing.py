@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from rkd.errors import BundleError, MissingExtraError, SigningError, first_line
-from rkd.files import storage_errors, write_file
+from rkd.files import open_regular, storage_errors, write_file
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -146,7 +146,7 @@ def _raw(key: Ed25519PublicKey) -> bytes:
 
 
 def _read(path: Path) -> bytes:
-    with storage_errors(path), path.open("rb") as file:
+    with storage_errors(path), open_regular(path) as file:
         data = file.read(_LIMIT_BYTES + 1)
     if len(data) > _LIMIT_BYTES:
         raise SigningError(f"{path}: larger than {_LIMIT_BYTES:,} bytes; this is not a key")

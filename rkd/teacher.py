@@ -27,7 +27,7 @@ from torch._C import PyTorchFileReader
 
 from rkd.data import Source
 from rkd.errors import ArchitectureError, CheckpointError, ConfigError, first_line
-from rkd.files import sha256, storage_errors, write_file
+from rkd.files import open_regular, sha256, storage_errors, write_file
 from rkd.metrics import Images, Labels, Proportion
 from rkd.models import build
 from rkd.models.infer import infer_arch, output_count
@@ -282,7 +282,7 @@ def save_teacher(path: Path, network: Network) -> None:
 
 def _read_whole(path: Path) -> bytes:
     """A file that may be a checkpoint; a large one that begins otherwise is not read to its end."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         size_bytes = os.fstat(file.fileno()).st_size
         if size_bytes > _LIMIT_BYTES:
             raise CheckpointError(f"{path}: {size_bytes:,} bytes; teachers have at most {_LIMIT_BYTES:,}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rkd.errors import ConfigError
-from rkd.files import storage_errors
+from rkd.files import open_regular, storage_errors
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -27,7 +27,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         ConfigError: it is not TOML, larger than a quarter of a megabyte, or has a key of hundreds of parts or a number beyond 64 bits.
         StorageError: it cannot be read.
     """
-    with storage_errors(path), path.open("rb") as file:
+    with storage_errors(path), open_regular(path) as file:
         data = file.read(_LIMIT_BYTES + 1)
     if len(data) > _LIMIT_BYTES:
         raise ConfigError(f"{path}: larger than {_LIMIT_BYTES:,} bytes; this is not a settings file")

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rkd.errors import TriggerError
-from rkd.files import storage_errors, write_file
+from rkd.files import read_bytes, storage_errors, write_file
 from rkd.npz import npz_bytes, read_npz
 
 _LIMIT_BYTES = 64 * 2**20
@@ -138,7 +138,7 @@ class Trigger:
         with storage_errors(path):
             if path.stat().st_size > _LIMIT_BYTES:
                 raise TriggerError(f"{path}: {path.stat().st_size:,} bytes are too many for a trigger")
-            data = path.read_bytes()
+            data = read_bytes(path)
         return cls.from_bytes(data, str(path))
 
     @classmethod

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from rkd import files
-from rkd.errors import StorageError
+from rkd.errors import ConfigError, StorageError
 from rkd.files import (
     append_line,
+    check_output,
     move,
     new_directory,
     read_json,
@@ -322,6 +323,16 @@ def test_what_is_no_json_is_a_value_error_that_names_the_file(tmp_path: Path, da
         read_json(tmp_path / "x.json")
     with pytest.raises(StorageError, match="no such file"):
         read_json(tmp_path / "y.json")
+
+
+def test_an_output_may_be_anything_but_an_input(tmp_path: Path) -> None:
+    source, link = tmp_path / "a", tmp_path / "b"
+    source.write_bytes(b"x")
+    link.symlink_to(source)
+    check_output(tmp_path / "c", [source, tmp_path / "missing"])
+    for out in (source, link, tmp_path / "." / "a"):
+        with pytest.raises(ConfigError, match="would replace"):
+            check_output(out, [source])
 
 
 def test_nothing_else_writes_or_renames() -> None:

@@ -79,7 +79,7 @@ def read_entries(results: Sequence[dict[str, Any]]) -> list[Entry]:
     """
     found = [data for number, one in enumerate(results, 1) for data in verify(one, f"result {number}")["entries"]]
     return [
-        Entry(_letters(index), data, Scores.from_json(data["scores"]) if data["scores"] else None)
+        Entry(letters(index), data, Scores.from_json(data["scores"]) if data["scores"] else None)
         for index, data in enumerate(found)
     ]
 
@@ -170,7 +170,7 @@ def _attack(valid: Sequence[Entry]) -> str:
     return f"The trigger that succeeds most often, {worst.trigger}{where}, does so on {rate} of the images."
 
 
-def _letters(index: int) -> str:
+def letters(index: int) -> str:
     """A, B, ..., Z, AA, AB, ..."""
-    letters = chr(ord("A") + index % 26)
-    return letters if index < 26 else _letters(index // 26 - 1) + letters
+    letter = chr(ord("A") + index % 26)
+    return letter if index < 26 else letters(index // 26 - 1) + letter

@@ -7,12 +7,13 @@ from typing import Annotated, Optional
 
 import typer
 
-from rkd.cli.app import app, guarded
+from rkd.cli.app import app, guarded, origins
 
 
 @app.command()
 @guarded
 def bench(
+    context: typer.Context,
     bundles: Annotated[
         Optional[list[Path]],
         typer.Argument(
@@ -87,13 +88,16 @@ def bench(
     from rkd.bench.command import Request, bench_command
     from rkd.bench.options import BenchOptions, parse_batches
     from rkd.errors import ConfigError
+    from rkd.progress import say
 
+    if host and data and origins(context)["data"] == "rkd.toml":
+        say(
+            f"data = {str(data)!r} in rkd.toml is on this machine: the boards of --host evaluate the bundles' own images"
+        )
+        data = None
     if quick and mlperf:
         raise ConfigError("--quick and --mlperf contradict each other; give one of them")
-    try:
-        first, *rest = parse_batches(batch)
-    except ConfigError as error:
-        raise typer.BadParameter(str(error), param_hint="--batch") from error
+    first, *rest = parse_batches(batch)
     options = BenchOptions(
         mode="quick" if quick else "mlperf" if mlperf else "default",
         batch=first,

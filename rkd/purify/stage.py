@@ -23,7 +23,7 @@ from rkd.distill.loop import Recipe, Trainer
 from rkd.distill.objectives import Objective
 from rkd.distill.training import train
 from rkd.errors import CheckpointError
-from rkd.files import sha256, storage_errors, write_file
+from rkd.files import read_bytes, sha256, storage_errors, write_file
 from rkd.metrics import Proportion
 from rkd.network import Network
 from rkd.progress import say
@@ -72,7 +72,7 @@ class Purification:
         module: nn.Module = copy.deepcopy(self.teacher.module).requires_grad_(requires_grad=True)
         if stored is not None:
             with storage_errors(stored):
-                data = stored.read_bytes()
+                data = read_bytes(stored)
             try:
                 module.load_state_dict(load_safetensors(data))
             except Exception as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,10 +17,10 @@ import pytest
 from typer.testing import CliRunner
 
 from rkd import files
-from rkd.bench import command, result
-from rkd.bench.options import BenchOptions, parse_batches
+from rkd.bench import command, result, session
+from rkd.bench.options import BenchOptions
 from rkd.cli import app
-from rkd.errors import ConfigError
+from rkd.errors import ConfigError, DataError
 
 
 def entries():
@@ -63,10 +64,15 @@ def test_kept_gates_are_said_and_the_exit_is_0(bench):
 def test_a_broken_gate_is_exit_3_says_which_and_the_result_is_written(bench):
     done = bench("--gate", "acc>=99.9, p99<=5s")
     assert done.exit_code == 3
-    assert "1 gate failed: linear.ort-cpu: acc>=99.9: acc is" in done.stderr
-    assert "p99<=5s" not in done.stderr
-    assert "gate BROKEN: acc>=99.9" in " ".join(done.stdout.split())
+    assert "gate BROKEN: acc>=99.9: acc is" in " ".join(done.stdout.split())
+    assert done.stderr.endswith("rkd: 1 gate failed: linear.ort-cpu: acc>=99.9\n")  # its figure stands in the table
     assert entries()
+
+
+def test_a_broken_gate_beside_json_is_told_with_its_figure(bench):
+    done = bench("--gate", "acc>=99.9", "--json")
+    assert done.exit_code == 3
+    assert "1 gate failed: linear.ort-cpu: acc>=99.9: acc is" in done.stderr
 
 
 def test_a_gate_that_cannot_be_read_is_found_before_anything_is_measured(bench, monkeypatch):
@@ -98,8 +104,8 @@ def test_a_gate_on_an_invalid_figure_is_exit_3_and_says_why(bench, folder, evalu
     np.savez(folder / "one.npz", x=images[:20].transpose(0, 2, 3, 1), y=np.full(20, 2))
     done = bench("--data", "one.npz", "--gate", "acc>=0, p99<=5s")
     assert done.exit_code == 3
-    assert "1 gate failed: linear.ort-cpu: acc>=0: acc is" in done.stderr
-    assert "but invalid: one-class" in done.stderr
+    assert "rkd: 1 gate failed: linear.ort-cpu: acc>=0\n" in done.stderr
+    assert "but invalid: one-class" in " ".join(done.stdout.split())
 
 
 def test_a_backdoor_that_woke_on_the_board_is_exit_3_where_the_result_must_be_valid(bench, monkeypatch):
@@ -181,10 +187,102 @@ def test_data_that_does_not_fit_is_one_line(bench, folder, make, words):
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("text", ["", "many", "1,,2", "1.5"])
-def test_a_batch_that_is_none_is_refused(text):
-    with pytest.raises(ConfigError, match="is not a batch size"):
-        parse_batches(text)
+@pytest.mark.parametrize("text", ["abc", "", "1,", "1,,2", "1.5", "-1", "\u0661", "9" * 5000])
+def test_a_batch_that_is_none_is_one_line(bench, text):
+    done = bench("--batch", text)
+    assert done.exit_code == 1
+    assert "is not a batch size, expected a number, or several as in 1,4,16" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["same.rkd", "link.rkd", "data.npz"])
+def test_an_out_that_is_read_is_refused_and_left_as_it_is(folder, make_bundle, evaluation, name):
+    shutil.copy(make_bundle().path, folder / "same.rkd")
+    (folder / "link.rkd").symlink_to("same.rkd")
+    images, labels = evaluation
+    np.savez(folder / "data.npz", x=images[:9].transpose(0, 2, 3, 1), y=labels[:9])
+    before = (folder / name).read_bytes()
+    done = CliRunner().invoke(app, ["bench", "same.rkd", "--data", "data.npz", "--out", name])
+    assert done.exit_code == 1
+    assert f"--out {name} would replace" in done.stderr
+    assert (folder / name).read_bytes() == before
+
+
+def report(*arguments):
+    return CliRunner().invoke(app, ["report", *arguments])
+
+
+def test_a_page_does_not_replace_the_result_it_is_made_from(folder, measured):
+    result.write(folder / "r.json", measured)
+    before = (folder / "r.json").read_bytes()
+    assert report("r.json", "--out", "page.html").exit_code == 0
+    done = report("r.json", "--out", "./r.json")
+    assert done.exit_code == 1
+    assert "--out r.json would replace r.json" in done.stderr
+    assert (folder / "r.json").read_bytes() == before
+
+
+def test_a_control_of_a_result_and_a_result_given_twice_are_refused(folder, measured):
+    for name in ("a.json", "b.json"):
+        result.write(folder / name, measured)
+    (folder / "link.json").symlink_to("a.json")
+    assert report("a.json", "b.json").exit_code == 0
+    assert "a result of rkd bench has no control" in report("a.json", "--control", "b.json").stderr
+    assert "link.json is given twice" in report("a.json", "link.json").stderr
+
+
+def test_what_fails_after_the_timing_is_told_and_the_timing_kept(bench, monkeypatch):
+    def fails(*_):
+        raise DataError("image 7 is broken")
+
+    monkeypatch.setattr(session, "_accuracy", fails)
+    done = bench()
+    assert done.exit_code == 1
+    assert done.stderr.endswith(
+        "rkd: image 7 is broken; what was measured before is in result.json, marked invalid\n"
+    ), done.stderr
+    found = result.read(Path("result.json"))
+    assert found["interrupted"] is True
+    assert found["entries"][0]["latency"]["n"] >= 30
+
+
+def test_a_bug_after_the_timing_is_called_one_and_the_timing_kept(bench, monkeypatch):
+    def fails(*_):
+        raise ZeroDivisionError("of ours")
+
+    monkeypatch.setattr(session, "_accuracy", fails)
+    done = bench()
+    assert done.exit_code == 1
+    assert "internal error (ZeroDivisionError: of ours)" in done.stderr
+    assert entries()[0]["latency"]["n"] >= 30
+
+
+def test_images_that_cannot_be_decoded_and_an_empty_set_are_found_before_the_timing(bench, folder, monkeypatch):
+    monkeypatch.setattr(session, "_latency", lambda *_: pytest.fail("timed"))
+    (folder / "d/class 0").mkdir(parents=True)
+    (folder / "d/class 0/x.png").write_bytes(b"no image")
+    done = bench("--data", "d")
+    assert done.exit_code == 1
+    assert "d: none of its 1 images can be decoded" in done.stderr
+    np.savez(folder / "none.npz", x=np.zeros((0, 8, 8, 3), np.uint8), y=np.zeros(0, np.int64))
+    assert "none.npz holds no image" in bench("--data", "none.npz").stderr
+    assert not (folder / "result.json").exists()
+
+
+def test_data_of_the_settings_file_does_not_keep_boards_from_being_measured(bench, folder, monkeypatch):
+    (folder / "rkd.toml").write_text('[bench]\ndata = "photos"\n')
+
+    def hosts(bundles, options, *_, **__):
+        assert options.data is None
+        return command.run(bundles, options, lambda *_: None), []
+
+    monkeypatch.setattr(command, "bench_hosts", hosts)
+    done = bench("--host", "board")
+    assert done.exit_code == 0, done.output
+    assert "data = 'photos' in rkd.toml is on this machine" in done.stderr
+    done = bench("--host", "board", "--data", "photos")
+    assert done.exit_code == 1
+    assert "--data is a folder of this machine" in done.stderr
 
 
 @pytest.mark.parametrize("sweep", [(1,), (0,), tuple(range(2, 20))])

@@ -123,6 +123,10 @@ def test_the_issues_own_line_is_read():
         ("acc:patch>=9", "only asr and ra"),
         ("acc>=1e999", "too large"),
         ("acc>=90; p99<=5", "expected a figure"),
+        ("", "expected a figure"),
+        (",", "expected a figure"),
+        ("acc>=90,", "expected a figure"),
+        ("acc>=\u0669\u0660", "expected a figure"),
     ],
 )
 def test_a_gate_that_cannot_be_read_is_named(text, words):

@@ -218,6 +218,12 @@ def test_a_board_that_is_named_twice_is_refused(make_bundle):
         bench_hosts([make_bundle()], OPTIONS, ["one", "one"])
 
 
+@pytest.mark.parametrize("hosts", [("pi@board", "root@board"), ("board", "pi@Board")])
+def test_a_board_is_one_whoever_logs_in(make_bundle, hosts):
+    with pytest.raises(ConfigError, match=f"--host: {hosts[0]} and {hosts[1]} are one board"):
+        bench_hosts([make_bundle()], OPTIONS, hosts)
+
+
 def test_data_of_this_machine_cannot_be_evaluated_on_a_board(make_bundle, folder):
     request = Request((make_bundle().path,), BenchOptions(data=folder), hosts=("one",))
     with pytest.raises(ConfigError, match="--data is a folder of this machine"):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from rkd.bench import result
+from rkd.bench.gates import parse_gates
 from rkd.bench.table import render
 from rkd.errors import RkdError, StorageError
 
@@ -98,6 +99,21 @@ def test_every_key_is_needed_and_no_other_is_known(measured):
             result.verify(changed, "r.json")
 
 
+def test_a_missing_part_is_one_plain_sentence():
+    with pytest.raises(RkdError) as caught:
+        result.verify({"schema": 3, "interrupted": False, "entries": []}, "r.json")
+    assert str(caught.value) == "r.json is not a result of rkd bench: 'comparisons' is missing; bench again"
+
+
+def test_a_verdict_that_follows_from_the_figures_is_read(measured):
+    entry = measured["entries"][0]
+    entry["gates"] = [gate.judge(entry) for gate in parse_gates(["acc>=50, acc>=99.9, p99<=9s"])]
+    result.verify(measured, "r.json")
+    entry["gates"][1]["passed"] = True
+    with pytest.raises(RkdError, match=r"gates\[1\]: its value and verdict do not follow"):
+        result.verify(measured, "r.json")
+
+
 def test_an_older_result_without_roles_is_read_and_no_other_role_is_known(measured):
     bundle = measured["entries"][0]["bundle"]
     bundle["role"] = "judge"
@@ -144,6 +160,19 @@ def test_whatever_is_optional_can_be_shown_as_not_reported(measured):
             "contradict",
         ),
         (("comparisons", 0, "second"), 7, "no such entry"),
+        (("entries", 0, "latency", "p99"), {"ms": 0, "low": 0, "high": 0}, "a higher percentile is below a lower one"),
+        (("entries", 0, "latency", "histogram", "counts"), [9050], "do not hold n samples"),
+        (
+            ("entries", 0, "latency", "rounds"),
+            [{"at_s": 0, "p50_ms": 1, "n": 1}],
+            "do not hold n samples",
+        ),
+        (
+            ("entries", 0, "gates"),
+            [{"gate": "acc>=90", "value": 10, "passed": True, "text": "a"}],
+            "do not follow from the figures",
+        ),
+        (("entries", 0, "gates"), [{"gate": "better", "value": 1, "passed": True, "text": "a"}], "is no gate"),
         (("entries", 0, "examples", 0, "images", 0, "before", "height"), 9, "bytes for 9 x 8 pixels"),
         (("entries", 0, "latency", "p50"), {"ms": 1, "low": 2, "high": 3}, "not between"),
         (("entries", 0, "bundle", "sha256"), "AB" * 32, "not a SHA-256"),

@@ -153,6 +153,15 @@ def test_a_fixed_batch_of_one_is_evaluated_one_by_one(make_bundle, linear):
     assert entry["differences"] == []
 
 
+def test_a_model_that_cannot_run_the_batch_of_the_accuracy_is_found_before_the_timing(
+    make_bundle, fast, linear, monkeypatch
+):
+    monkeypatch.setattr(session, "_latency", lambda *_: pytest.fail("timed"))
+    bundle = make_bundle(model=linear.onnx(batch=1).SerializeToString())
+    with pytest.raises(BundleError, match="does not run on a batch of 64"):
+        session.run([bundle], fast)
+
+
 def test_quick_looks_at_256_images_and_does_not_compare_with_the_host(make_bundle):
     (entry,) = session.run([make_bundle()], dataclasses.replace(ONLY_ACCURACY, mode="quick"))["entries"]
     assert entry["evaluated"] == {"source": "bundle", "images": 256, "of": 300}

@@ -80,8 +80,78 @@ def test_what_was_not_measured_is_a_dash(measured):
     entry["latency"] = entry["scores"] = None
     entry["memory"].update(peak_bytes=None, reason="no /proc")
     text = shown(measured)
-    assert text.count("-\n") or " - " in text
+    row = next(line for line in text.splitlines() if line.strip().startswith("linear.ort-cpu"))
+    assert row.split() == ["linear.ort-cpu", *["-"] * 8]
     assert "memory not reported: no /proc" in text
+
+
+def test_what_no_bundle_reports_is_one_line_and_no_column_and_never_0(measured):
+    for entry in quiet(measured)["entries"]:
+        entry["power"] = None
+        entry["memory"]["device_bytes"] = None
+    text = shown(measured)
+    assert "Not reported: device, W, idle W, mJ." in text
+    assert not [line for line in text.splitlines() if line.split() == ["bundle", "peak", "MB", "device"]]
+    head = next(line for line in text.splitlines() if "peak MB" in line)
+    assert head.split() == ["bundle", "peak", "MB", "steady", "arena", "grew"]
+    measured["entries"][1]["memory"]["device_bytes"] = 77_000_000
+    text = shown(measured)
+    assert "Not reported: W, idle W, mJ." in text
+    rows = text[text.index("peak MB") :].splitlines()
+    assert [row.split()[4] for row in rows if "ort-cpu" in row][:2] == ["-", "77"]
+
+
+def test_what_ran_where_is_stated(measured):
+    for entry in quiet(measured)["entries"]:
+        entry["device"].update(model="Board 7", cpu="Some CPU")
+        entry["software"].update(
+            runtime="onnxruntime", runtime_version="1.99", providers=["CPUExecutionProvider"], threads=3
+        )
+    text = " ".join(shown(measured).split())
+    assert "Ran every bundle with onnxruntime 1.99, CPUExecutionProvider, threads 3, on Board 7." in text
+    measured["entries"][1]["software"].update(runtime="tensorrt", runtime_version="10.3", providers=["Orin", "fp16"])
+    text = " ".join(shown(measured).split())
+    assert "Ran linear.ort-cpu with onnxruntime 1.99, CPUExecutionProvider, threads 3, on Board 7." in text
+    assert "Ran other.ort-cpu with tensorrt 10.3, Orin, fp16, threads 3, on Board 7." in text
+
+
+def test_full_agreement_is_stated_as_well(measured):
+    share = measured["entries"][0]["agreement"]["share"]
+    assert share["hits"] == share["n"]
+    assert f"{share['n']:,} of {share['n']:,} (100.00 %) predictions agree" in " ".join(shown(quiet(measured)).split())
+
+
+def test_bundles_of_one_name_are_told_apart_everywhere(measured):
+    first, second = quiet(measured)["entries"]
+    assert "A: linear" not in shown(measured)
+    second["bundle"]["name"] = first["bundle"]["name"]
+    text = shown(measured)
+    rows = [line.split()[0] for line in text.splitlines() if "linear.ort-cpu" in line]
+    assert {"A:", "B:"} <= set(rows)
+    assert f"B: {first['bundle']['name']}: ACC differs" in " ".join(text.split())
+    first["host"], second["host"] = "orin", "pi"
+    assert "A: linear" not in shown(measured)
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("robustkd.jetson-fp16", ["robustkd.", "jetson-fp16"]),
+        ("mobilenetv2-robustkd-teacher.rtx-fp16", ["mobilenetv2-", "robustkd-teacher.", "rtx-fp16"]),
+    ],
+)
+def test_a_long_name_breaks_behind_its_dots_and_dashes(measured, name, lines):
+    quiet(measured)["entries"][0]["bundle"]["name"] = name
+    text = shown(measured)
+    assert max(map(len, text.splitlines())) <= 80
+    at = next(i for i, line in enumerate(text.splitlines()) if line.split()[:1] == lines[:1])
+    assert [line.split()[0] for line in text.splitlines()[at : at + len(lines)]] == lines
+
+
+def test_a_name_without_a_place_to_break_is_still_within_80_columns(measured):
+    quiet(measured)["entries"][0]["bundle"]["name"] = "x" * 200
+    text = shown(measured)
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_markup_in_reasons_is_text(measured):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from rkd.bench.examples import pack
+from rkd.bench.gates import parse_gates
 from rkd.bench.report import Curve, MaskPanel, ModelRow, RunReport, TriggerPanel, result_page, run_page
 from rkd.bench.report.entries import best, read_entries
 from rkd.bench.report.style import DARK, LIGHT
@@ -128,7 +129,7 @@ def costs(word):
                 ],
             }
         ],
-        "gates": [{"gate": "acc>=90", "value": 75.0, "passed": False, "text": word}],
+        "gates": [],
         "findings": [{"code": "leak", "text": word}],
     }  # fmt: skip
 
@@ -138,7 +139,7 @@ def entry(word="student", *, reasons=(), latency=True, scored=True, p50=2.0):
         return {"ms": ms, "low": 0.9 * ms, "high": 1.1 * ms}
 
     found = scores().to_json()
-    return {
+    built = {
         "bundle": {
             "name": "robustkd-student",
             "sha256": DIGEST,
@@ -210,8 +211,8 @@ def entry(word="student", *, reasons=(), latency=True, scored=True, p50=2.0):
             "stationary": True,
             "first_third_ms": None,
             "last_third_ms": None,
-            "histogram": {"low_ms": p50, "high_ms": 3 * p50, "counts": [4, 2, 1]},
-            "rounds": [{"at_s": i, "p50_ms": p50, "n": 10} for i in range(3)],
+            "histogram": {"low_ms": p50, "high_ms": 3 * p50, "counts": [4000, 300, 21]},
+            "rounds": [{"at_s": i, "p50_ms": p50, "n": n} for i, n in enumerate((1440, 1440, 1441))],
             "stages": dict.fromkeys(("h2d", "compute", "d2h"), quantile(p50)),
         }
         if latency
@@ -225,6 +226,8 @@ def entry(word="student", *, reasons=(), latency=True, scored=True, p50=2.0):
         "differences": [{"figure": word, "here": None, "host": found["acc"]}],
         "validity": validity(reasons),
     }
+    gates = parse_gates(["acc>=90"]) if latency else ()
+    return {**built, "gates": [{**gate.judge(built), "text": word} for gate in gates]}
 
 
 BARE = {

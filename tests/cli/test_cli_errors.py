@@ -22,10 +22,12 @@ from typer.testing import CliRunner
 
 from rkd.bundle import evaluation_bytes, write_bundle
 from rkd.cli import app
-from rkd.errors import install_hint
+from rkd.errors import StorageError, install_hint
 from rkd.models import build
 from rkd.run import Run, Setting
+from rkd.signing import read_public
 from rkd.target import load_target
+from rkd.toml import read_toml
 from rkd.triggers import Trigger
 
 SIDE = 16
@@ -454,6 +456,59 @@ def test_a_real_process_ends_the_same_way(place: Place, arguments: tuple[str, ..
     if code == 1:
         one_line(done.stderr)
     assert place.tree() == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("bench", "pipe.rkd"),
+        ("bench", "x.ort-cpu.rkd", "--data", "pipe.npz"),
+        ("report", "pipe.json"),
+        ("verify", "pipe.rkd"),
+        ("inspect", "pipe.npz"),
+        ("inspect", "pipe.toml"),
+        ("distill", "pipe.pt", "--data", "stripes.npz"),
+        ("distill", "pipe.safetensors", "--data", "stripes.npz"),
+        ("teacher", "--data", "pipe.npz", "--out", "other.pt"),
+        ("export", "--target", "pipe.toml"),
+        ("suite", "pipe.toml"),
+    ],
+)
+def test_a_pipe_is_refused_and_not_waited_for(place: Place, bundle: Path, arguments: tuple[str, ...]) -> None:
+    name = next(argument for argument in arguments if argument.startswith("pipe"))
+    os.mkfifo(place / name)
+    done = process(place, *arguments)
+    assert done.returncode == 1
+    assert re.search(f"{name}(: is a pipe| is not a folder)", one_line(done.stderr))
+
+
+def test_a_pipe_in_place_of_a_key_is_refused(place: Place) -> None:
+    os.mkfifo(place / "pipe.pem")
+    with pytest.raises(StorageError, match="is a pipe"):
+        read_public(place / "pipe.pem")
+
+
+@pytest.mark.parametrize("entry", ["python -m rkd", "the installed rkd"])
+def test_ctrl_c_while_python_still_imports_is_silent(entry: str) -> None:
+    scripts = read_toml(Path(__file__).parents[2] / "pyproject.toml")["project"]["scripts"]
+    module, _, function = scripts["rkd"].partition(":")
+    run = (
+        "runpy.run_module('rkd', run_name='__main__')"
+        if entry == "python -m rkd"
+        else f"getattr(importlib.import_module({module!r}), {function!r})()"
+    )
+    code = f"""
+import importlib, os, runpy, signal, sys
+class Stop:
+    def find_spec(self, name, path, target=None):
+        if name == "typer":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Stop())
+sys.argv = ["rkd", "targets"]
+{run}
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 def test_a_reader_that_goes_away_is_no_traceback(place: Place) -> None:
