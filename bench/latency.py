@@ -218,20 +218,14 @@ def measure(
     tell(total, total)
 
 
-def summarise(series: Series, seed: int) -> Latency | None:
-    """The figures of one model; None without a sample.
-
-    Args:
-        series: its samples.
-        seed: of the bootstrap.
-    """
+def summarise(series: Series) -> Latency | None:
+    """The figures of one model; None without a sample."""
     if not series.n:
         return None
     times = series.times[: series.n]
     ordered = np.sort(times)
-    generator = np.random.default_rng(seed)
-    p50, p90, p99 = (quantile(ordered, percent, generator) for percent in (50, 90, 99))
-    p999 = quantile(ordered, 99.9, generator) if series.n >= _NEEDED_999 else None
+    p50, p90, p99 = (quantile(ordered, percent) for percent in (50, 90, 99))
+    p999 = quantile(ordered, 99.9) if series.n >= _NEEDED_999 else None
     batch, third = len(series.images), series.n // 3
     return Latency(
         p50,
@@ -252,7 +246,7 @@ def summarise(series: Series, seed: int) -> Latency | None:
             for (start, _), part in zip(series.slices, series.rounds(), strict=True)
             if len(part)
         ),
-        stages=_stages(series, generator),
+        stages=_stages(series),
     )
 
 
@@ -267,13 +261,12 @@ def _histogram(ordered: Times) -> Histogram:
     return Histogram(low / 1e6, high / 1e6, tuple(int(count) for count in counts))
 
 
-def _stages(series: Series, generator: np.random.Generator) -> dict[str, Quantile] | None:
+def _stages(series: Series) -> dict[str, Quantile] | None:
     if not series.stage_ms.size:
         return None
     rows = series.stage_ms[:, : series.n].astype(np.float64)
     return {
-        name: quantile(np.sort(np.rint(row * 1e6).astype(np.int64)), 50, generator)
-        for name, row in zip(STAGES, rows, strict=True)
+        name: quantile(np.sort(np.rint(row * 1e6).astype(np.int64)), 50) for name, row in zip(STAGES, rows, strict=True)
     }
 
 

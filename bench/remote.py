@@ -323,7 +323,6 @@ def _arguments(options: BenchOptions, *, per_class: bool) -> list[str]:
         *(flag for flag, given in flags.items() if given),
         "--batch", ",".join(map(str, options.batches)),
         "--threads", str(options.threads or 0),
-        "--seed", str(options.seed),
     ]  # fmt: skip
 
 

@@ -225,7 +225,7 @@ def _latency(
             )
     finally:
         for job in jobs:
-            job.latencies = [found for one in job.series if (found := summarise(one, options.seed))]
+            job.latencies = [found for one in job.series if (found := summarise(one))]
 
 
 def _finish(monitor: Monitor | None, machine: _Machine) -> None:

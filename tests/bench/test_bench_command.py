@@ -54,17 +54,17 @@ def bench(folder, make_bundle, fast, monkeypatch):
 
 
 def test_kept_gates_are_said_and_the_exit_is_0(bench):
-    done = bench("--gate", "acc>=50, p99<=5s", "--gate", "agreement>=98")
+    done = bench("--gate", "acc>=50, p90<=5s", "--gate", "agreement>=98")
     assert done.exit_code == 0, done.output
     (entry,) = entries()
     assert [gate["passed"] for gate in entry["gates"]] == [True] * 3
 
 
 def test_a_broken_gate_is_exit_3_says_which_and_the_result_is_written(bench):
-    done = bench("--gate", "acc>=99.9, p99<=5s")
+    done = bench("--gate", "acc>=99.9, p90<=5s")
     assert done.exit_code == 3
     assert "1 gate failed: linear.ort-cpu: acc>=99.9: acc is" in done.stderr
-    assert "p99<=5s" not in done.stderr
+    assert "p90<=5s" not in done.stderr
     assert "gate BROKEN: acc>=99.9" in " ".join(done.stdout.split())
     assert entries()
 
@@ -96,7 +96,7 @@ def test_an_invalid_result_fails_only_where_it_must_be_valid(bench, monkeypatch)
 def test_a_gate_on_an_invalid_figure_is_exit_3_and_says_why(bench, folder, evaluation):
     images, _ = evaluation
     np.savez(folder / "one.npz", x=images[:20].transpose(0, 2, 3, 1), y=np.full(20, 2))
-    done = bench("--data", "one.npz", "--gate", "acc>=0, p99<=5s")
+    done = bench("--data", "one.npz", "--gate", "acc>=0, p90<=5s")
     assert done.exit_code == 3
     assert "1 gate failed: linear.ort-cpu: acc>=0: acc is" in done.stderr
     assert "but invalid: one-class" in done.stderr

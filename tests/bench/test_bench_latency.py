@@ -156,14 +156,15 @@ def test_summary_states_percentiles_throughput_and_thirds():
         slices=[(0, 1)],
         ends=[300],
     )
-    found = summarise(one, seed=0)
+    found = summarise(one)
     assert found is not None
     assert (found.p50.ms, found.p90.ms) == (150.5, pytest.approx(270.1))
-    assert found.p99.low <= found.p99.ms <= found.p99.high <= 300
+    assert found.p90.low <= found.p90.ms <= found.p90.high <= 300
+    assert found.p99.high is None  # of 300
     assert found.images_per_second == pytest.approx(4 * 300 / (300 * 301 / 2 / 1000))
     assert (found.n, found.batch, found.warm_up) == (300, 4, 33)
     assert (found.first_third_ms, found.last_third_ms) == (50.5, 250.5)
 
 
 def test_no_sample_has_no_summary():
-    assert summarise(Series(lambda _: None, np.zeros((1, 3, 2, 2), np.uint8)), 0) is None
+    assert summarise(Series(lambda _: None, np.zeros((1, 3, 2, 2), np.uint8))) is None

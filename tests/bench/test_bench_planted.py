@@ -47,7 +47,7 @@ def steady():
     machine = Machine()
     one = machine.series(itertools.repeat(MS))
     measure([one], Plan(0.5, 400, 9, 9), clock=machine.clock)
-    return summarise(one, 0)
+    return summarise(one)
 
 
 def judged(reading, others=lambda _: 0.0):
@@ -81,7 +81,7 @@ def test_a_millisecond_of_sleep_in_a_model_is_seen_as_a_millisecond():
     plain = machine.series(noisy(4 * MS, 0))
     slowed = machine.series(t + MS for t in noisy(4 * MS, 1))
     measure([plain, slowed], Plan(2.0, 400, 60, 10), clock=machine.clock)
-    before, after = summarise(plain, 0), summarise(slowed, 0)
+    before, after = summarise(plain), summarise(slowed)
     assert after.p50.ms - before.p50.ms == pytest.approx(1.0, abs=0.02)
     pair = compare(plain, slowed)
     assert pair.low <= 1.25 <= pair.high
@@ -98,7 +98,7 @@ def test_drift_of_the_machine_cancels_in_the_pair_but_not_in_the_percentiles():
     measure(both, Plan(2.0, 400, 60, 1), clock=machine.clock)
     pair = compare(*both)
     assert pair.ratio == pytest.approx(2, rel=0.02)
-    assert summarise(both[0], 0).rounds[-1][1] > 1.3 * summarise(both[0], 0).rounds[0][1]
+    assert summarise(both[0]).rounds[-1][1] > 1.3 * summarise(both[0]).rounds[0][1]
 
 
 class Leaking:

@@ -173,7 +173,7 @@ def planted(bundle: Bundle) -> None:
 
         both = [Series(runner.infer, images), Series(slowed, images)]
         measure(both, Plan(4.0, 400, 60, 5))
-        before, after = (summarise(one, 0) for one in both)
+        before, after = (summarise(one) for one in both)
         if before and after:
             print(
                 f"planted 1 ms: p50 {before.p50.ms:.4f} -> {after.p50.ms:.4f} ms, seen as +{after.p50.ms - before.p50.ms:.4f} ms"
