@@ -2,12 +2,14 @@
 
 Thresholds: other programs kept more than 0.5 cores (or 5 % of them, if that is more) busy just before the start or in
 more than a tenth of the seconds of the timing; a clock's median in the last third of the timing differs from that of
-the first third by more than 5 %; the medians of latency in the same thirds by more than 10 %; anything throttled;
-fewer samples than asked for; the sensors not read for two seconds of the timing.
+the first third by more than 5 %; the medians of latency in the same thirds by more than 10 %; anything throttled, also
+where it did so before the start (a cooling device that is there for nothing else is above 0, or a cap was lifted in the
+end; a cap alone may be the user's power mode); fewer samples than asked for; the sensors not read for two seconds of the timing.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,6 +22,7 @@ from rkd.bench.sensors.trace import Conditions, Others, Span
 BUSY_CORES, BUSY_SHARE = 0.5, 0.05
 BUSY_SECONDS = 0.1
 DRIFT, CLOCK_DRIFT, CAP_DROP = 0.10, 0.05, 0.01
+_REST_AT_0 = re.compile(r"throttle|alert|cpufreq|devfreq", re.IGNORECASE)  # cooling devices that only heat raises
 
 Affects = Literal["all", "timing", "scores"]
 CODES: dict[str, Affects] = {
@@ -207,9 +210,13 @@ def _throttled(throttle: Mapping[str, Span]) -> list[Reason]:
     said = []
     for name, span in throttle.items():
         kind, _, what = name.partition(": ")
-        usual = span.before or 0 if kind == "level" else 0  # a cooling device may rest at any level
+        before = span.before or 0 if kind == "level" else 0
+        usual = 0 if _REST_AT_0.search(what) else before  # other cooling devices may rest at any level
         if span.during and span.during > usual:
-            said.append(f"{what} (+{span.during:.0f})" if kind == "count" else f"{what} (level {span.during:.0f})")
+            already = f", {before:.0f} before the start" if before else ""
+            said.append(
+                f"{what} (+{span.during:.0f})" if kind == "count" else f"{what} (level {span.during:.0f}{already})"
+            )
     if not said:
         return []
     text = f"the board throttled while it was timed: {', '.join(said)}; cool it, or give it a stronger supply"
@@ -219,10 +226,18 @@ def _throttled(throttle: Mapping[str, Span]) -> list[Reason]:
 def _capped(clocks: Mapping[str, Span]) -> list[Reason]:
     reasons = []
     for name, span in clocks.items():
-        if name.endswith(" cap") and span.before and span.during and span.during < (1 - CAP_DROP) * span.before:
+        if not name.endswith(" cap") or not span.before:
+            continue
+        allowed = f"the {name.removesuffix(' cap')} was allowed {span.before / 1e6:,.0f} MHz before"
+        if span.during and span.during < (1 - CAP_DROP) * span.before:
             text = (
-                f"the board throttled while it was timed: the {name.removesuffix(' cap')} was allowed "
-                f"{span.before / 1e6:,.0f} MHz before and {span.during / 1e6:,.0f} MHz during it; cool it"
+                f"the board throttled while it was timed: {allowed} and {span.during / 1e6:,.0f} MHz during it; cool it"
+            )
+            reasons.append(Reason("throttled", text))
+        elif span.after and span.after > (1 + CAP_DROP) * span.before:
+            text = (
+                f"the board throttled before the start: {allowed} and {span.after / 1e6:,.0f} MHz after the timing; let it "
+                "cool down first"
             )
             reasons.append(Reason("throttled", text))
     return reasons

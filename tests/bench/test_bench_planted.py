@@ -14,6 +14,7 @@ from rkd.bench.device import Device, Load
 from rkd.bench.latency import Plan, Series, measure, summarise
 from rkd.bench.memory import Memory, growth
 from rkd.bench.sensors.reading import Reading
+from rkd.bench.sensors.tegrastats import parse_line
 from rkd.bench.sensors.trace import Sample, Trace, conditions
 from rkd.bench.validity import findings, judge
 
@@ -162,7 +163,7 @@ def test_few_figures_say_nothing_about_growth():
     [
         (lambda t: Reading(throttle={"count: over-current oc3": int(t > 5) * 12}), "over-current oc3 (+12)"),
         (lambda t: Reading(throttle={"level: cpu-throttle-alert": int(6 < t < 7)}), "cpu-throttle-alert (level 1)"),
-        (lambda t: Reading(throttle={"level: Processor": 2 + int(t > 5)}), "Processor (level 3)"),
+        (lambda t: Reading(throttle={"level: Processor": 2 + int(t > 5)}), "Processor (level 3, 2 before the start)"),
         (lambda _: Reading(throttle={"now: under-voltage": 1}), "under-voltage (level 1)"),
         (lambda t: Reading(throttle={"count: cpu0 core too hot": 5 + int(t)}), "cpu0 core too hot (+10)"),
         (
@@ -183,6 +184,33 @@ def test_throttling_before_and_after_the_timing_does_not_spoil_it():
 
 def test_a_level_that_a_cooling_device_had_before_is_none_of_throttling():
     assert judged(lambda t: Reading(throttle={"level: Processor": 3 - int(t > 5)})) == {}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["cpu-throttle-alert", "gpu-throttle-alert", "hot-surface-alert", "thermal-cpufreq-0", "devfreq-17000000.gpu"],
+)
+def test_a_board_that_is_hot_from_the_run_before_is_called_throttled(name):
+    """Levels beside lines of tegrastats: hot from the first look on, and never cooler."""
+
+    def reading(t):
+        line = f"CPU [9%@729,7%@729] EMC_FREQ 3%@2133 GR3D_FREQ 0%@612 tj@{97 - t / 10:.3f}C VDD_IN 9744mW/9179mW"
+        return parse_line(line).over(Reading(throttle={f"level: {name}": 2}))
+
+    found = judged(reading)
+    assert list(found) == ["throttled"]
+    assert f"{name} (level 2, 2 before the start)" in found["throttled"]
+
+
+def test_a_level_that_had_fallen_before_the_timing_does_not_spoil_it():
+    assert judged(lambda t: Reading(throttle={"level: cpu-throttle-alert": int(t < 0.9)})) == {}
+
+
+def test_a_cap_that_is_lifted_after_the_timing_was_throttling_and_one_that_stays_is_a_power_mode():
+    found = judged(lambda t: Reading(hertz={"cpu cap": 1.2e9 if t < 11.2 else 2.2e9}))
+    assert list(found) == ["throttled"]
+    assert "throttled before the start: the cpu was allowed 1,200 MHz before and 2,200 MHz after" in found["throttled"]
+    assert judged(lambda _: Reading(hertz={"cpu cap": 1.2e9})) == {}
 
 
 def test_a_clock_that_falls_is_called_drift():
