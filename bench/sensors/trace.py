@@ -39,11 +39,13 @@ class Trace:
         samples: the looks.
         interval_s: between two of them.
         reason: why there are none.
+        silent_ns: when tegrastats last said something, where it stopped; None where it did not.
     """
 
     samples: tuple[Sample, ...]
     interval_s: float
     reason: str | None = None
+    silent_ns: int | None = None
 
     def within(self, slices: Iterable[Slice]) -> list[Sample]:
         """The samples inside of any of the slices."""
@@ -185,6 +187,8 @@ def conditions(trace: Trace, slices: Sequence[Slice], ready_ns: int, limit_cores
     celsius = _spans(parts, lambda r: r.celsius, max)
     others = _others(during, limit_cores)
     gap = _gap([first, *(sample.at_ns for sample in during), last])
+    if trace.silent_ns is not None and trace.silent_ns < last:
+        gap = "tegrastats stopped reporting" + (f", and {gap}" if gap else "")
     return Conditions(len(during), trace.interval_s, clocks, thirds, celsius, throttle, others, gap)
 
 
