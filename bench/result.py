@@ -212,6 +212,7 @@ _latency = object_of(
         "mean_ms": number,
         "n": whole(1),
         "batch": whole(1),
+        "seconds": number,
         "images_per_second": number,
         "warm_up": whole(),
         "stationary": flag,

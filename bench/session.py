@@ -24,7 +24,7 @@ from rkd.bench.comparison import compare
 from rkd.bench.device import Device, Load, identify, load_before, visible_cores
 from rkd.bench.evaluation import EvaluationSet, evaluation_set, host_labels, judge_step
 from rkd.bench.examples import Examples
-from rkd.bench.latency import Latency, Series, measure, summarise
+from rkd.bench.latency import Latency, Plan, Series, measure, summarise
 from rkd.bench.memory import INFERENCES, SECONDS, TIMEOUT_SECONDS, Memory, measure_memory
 from rkd.bench.options import BenchOptions
 from rkd.bench.result import MOST_FORCED, SCHEMA
@@ -95,6 +95,7 @@ class _Machine:
     load: Load
     started: str
     ready_ns: int
+    plan: Plan
     trace: Trace | None = None
     locked: str | None = None
 
@@ -135,7 +136,7 @@ def run(
     with ExitStack() as outer:
         watch = options.sensors and options.latency
         monitor = outer.enter_context(Monitor(visible_cores())) if watch else None
-        machine = _Machine(device, load_before(), started, time.perf_counter_ns())
+        machine = _Machine(device, load_before(), started, time.perf_counter_ns(), options.plan)
         try:
             with ExitStack() as stack:
                 runners = [_activate(job, options, stack, tell) for job in jobs]
@@ -213,13 +214,13 @@ def _latency(
     jobs: Sequence[_Job], options: BenchOptions, on_stage: OnStage, machine: _Machine, budget: _Budget
 ) -> None:
     series = [one for job in jobs for one in job.series]
-    plan = options.plan.within(budget.left(_LATENCY_SHARE) / len(series))
+    machine.plan = machine.plan.within(budget.left(_LATENCY_SHARE) / len(series))
     try:
         with locked_clocks(visible_cores()) if options.lock_clocks else nullcontext() as locked:
             machine.locked = locked
             measure(
                 series,
-                plan,
+                machine.plan,
                 lambda done, total: on_stage("latency", done, total),
                 enough=lambda: budget.left(_LATENCY_SHARE) <= 0,
             )
@@ -350,7 +351,8 @@ def _entry(
         load=machine.load,
         conditions=seen,
         latencies={latency.batch: latency for latency in job.latencies},
-        min_samples=options.plan.min_samples,
+        min_samples=machine.plan.min_samples,
+        seconds=machine.plan.seconds,
         not_finite=job.not_finite,
         classes_present=images.classes_present if evaluated else None,
         interrupted=interrupted,

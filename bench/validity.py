@@ -4,7 +4,7 @@ Thresholds: other programs kept more than 0.5 cores (or 5 % of them, if that is 
 more than a tenth of the seconds of the timing; a clock's median in the last third of the timing differs from that of
 the first third by more than 5 %; the medians of latency in the same thirds by more than 10 %; anything throttled, also
 where it did so before the start (a cooling device that is there for nothing else is above 0, or a cap was lifted in the
-end; a cap alone may be the user's power mode); fewer samples than asked for; the sensors not read for two seconds of the timing.
+end; a cap alone may be the user's power mode); fewer samples or seconds of them than asked for; the sensors not read for two seconds of the timing.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from rkd.bench.device import Device, Load
-from rkd.bench.latency import Latency
+from rkd.bench.latency import CAPACITY, Latency
 from rkd.bench.memory import Memory
 from rkd.bench.sensors.trace import Conditions, Others, Span
 
 BUSY_CORES, BUSY_SHARE = 0.5, 0.05
 BUSY_SECONDS = 0.1
 DRIFT, CLOCK_DRIFT, CAP_DROP = 0.10, 0.05, 0.01
+SHORTEST = 0.99  # of the planned seconds
 _REST_AT_0 = re.compile(r"throttle|alert|cpufreq|devfreq", re.IGNORECASE)  # cooling devices that only heat raises
 
 Affects = Literal["all", "timing", "scores"]
@@ -91,6 +92,7 @@ def judge(
     conditions: Conditions | None,
     latencies: Mapping[int, Latency],
     min_samples: int,
+    seconds: float,
     not_finite: int,
     classes_present: int | None,
     interrupted: str | None,
@@ -104,6 +106,7 @@ def judge(
         conditions: what the sensors said; None if they were not read.
         latencies: by batch size; empty if none was measured.
         min_samples: as asked for.
+        seconds: of samples, as planned.
         not_finite: images with a NaN or infinite logit.
         classes_present: classes with an image in the evaluation set; None if nothing was evaluated.
         interrupted: the stage that was interrupted, if any.
@@ -123,7 +126,7 @@ def judge(
         text = "all evaluation images are of one class: a model that always says it would score the same; add others"
         reasons.append(Reason("one-class", text))
     for batch, latency in latencies.items():
-        reasons += _latency_reasons(latency, min_samples, f"batch {batch}: " if len(latencies) > 1 else "")
+        reasons += _latency_reasons(latency, min_samples, seconds, f"batch {batch}: " if len(latencies) > 1 else "")
     if latencies:
         reasons += _before(load, device.cores)
         if conditions:
@@ -162,10 +165,14 @@ def findings(
     return found
 
 
-def _latency_reasons(latency: Latency, min_samples: int, prefix: str) -> list[Reason]:
+def _latency_reasons(latency: Latency, min_samples: int, seconds: float, prefix: str) -> list[Reason]:
     reasons = []
     if latency.n < min_samples:
         text = f"{prefix}{latency.n} latency samples, {min_samples} wanted; allow more seconds"
+        reasons.append(Reason("too-short", text))
+    if latency.seconds < SHORTEST * seconds:
+        how = "more are not kept" if latency.n >= CAPACITY else "run it to the end, with fewer bundles at once"
+        text = f"{prefix}{latency.n:,} latency samples in {latency.seconds:.3g} s, {seconds:.3g} s wanted; {how}"
         reasons.append(Reason("too-short", text))
     if not latency.stationary:
         text = f"{prefix}latency was not stationary after {latency.warm_up} warm-up inferences; allow more seconds"

@@ -6,6 +6,7 @@ import itertools
 import numpy as np
 import pytest
 
+from rkd.bench import latency
 from rkd.bench.latency import Plan, Series, is_stationary, measure, sample, summarise, warm_up
 
 MS = 1_000_000
@@ -100,6 +101,25 @@ def test_sampling_waits_for_both_count_and_seconds():
 
 def test_sampling_ends_at_its_cap_with_too_few_samples():
     assert sampled(itertools.repeat(1000 * MS), least=20, seconds=0.5, cap_seconds=3).n == 3
+
+
+def test_a_model_that_gets_faster_after_its_warm_up_is_sampled_for_as_long_as_stated():
+    """The last warm-up inferences say that there will be 200; there are ten times as many."""
+    machine = Machine()
+    one = machine.series(itertools.chain([10 * MS] * 25, itertools.repeat(MS // 2)))
+    one.stages = lambda: (1, 2, machine.now / MS)
+    measure([one], Plan(seconds=1.0, min_samples=50, cap_seconds=9, warm_up_cap_seconds=9), clock=machine.clock)
+    found = summarise(one)
+    assert (one.warm_up, one.n) == (25, 2000)
+    assert found.seconds == pytest.approx(1.0)
+    assert found.to_json()["seconds"] == 1.0
+    assert set(one.times[: one.n].tolist()) == {MS // 2}
+    np.testing.assert_allclose(one.stage_ms[2, : one.n], 250.5 + 0.5 * np.arange(2000))
+
+
+def test_no_more_samples_are_kept_than_there_is_room_for(monkeypatch):
+    monkeypatch.setattr(latency, "CAPACITY", 3000)
+    assert sampled(itertools.repeat(MS), least=5, seconds=9, cap_seconds=9, capacity=0).n == 3000
 
 
 def test_samples_are_the_inferences_times_in_order():

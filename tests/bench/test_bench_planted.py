@@ -64,6 +64,7 @@ def judged_trace(trace):
         conditions=conditions(trace, TIMING, S, 0.5),
         latencies={1: steady()},
         min_samples=400,
+        seconds=0.5,
         not_finite=0,
         classes_present=5,
         interrupted=None,

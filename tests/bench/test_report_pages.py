@@ -204,6 +204,7 @@ def entry(word="student", *, reasons=(), latency=True, scored=True, p50=2.0):
             "mean_ms": p50,
             "n": 4321,
             "batch": 1,
+            "seconds": 8.0,
             "images_per_second": 500.0,
             "warm_up": 50,
             "stationary": True,
