@@ -25,7 +25,7 @@ from rkd.bench.device import Device, Load, identify, load_before, visible_cores
 from rkd.bench.evaluation import EvaluationSet, evaluation_set, host_labels, judge_step
 from rkd.bench.examples import Examples
 from rkd.bench.latency import Latency, Plan, Series, measure, summarise
-from rkd.bench.memory import INFERENCES, SECONDS, TIMEOUT_SECONDS, Memory, measure_memory
+from rkd.bench.memory import CAP_SECONDS, INFERENCES, SECONDS, TIMEOUT_SECONDS, Memory, measure_memory
 from rkd.bench.options import BenchOptions
 from rkd.bench.result import MOST_FORCED, SCHEMA
 from rkd.bench.runner import Choice, Identity, Runner, choose_runner, open_runner, stages_of
@@ -40,7 +40,7 @@ from rkd.errors import BundleError, ConfigError, shortened
 from rkd.files import sha256
 from rkd.metrics import Flip, Images, Labels, Predictions, Proportion, Scores, class_accuracies, evaluate, flips
 
-_QUICK_MEMORY = (60, 0.5)  # inferences and seconds
+_QUICK_MEMORY = (60, 0.5, 0.5)  # inferences, seconds, seconds at most
 _QUICK_SECONDS, _QUICK_BATCH = 20.0, 16
 _LATENCY_SHARE, _ACCURACY_SHARE = 0.4, 0.75  # of these seconds, by the end of the stage
 _AFTER_SECONDS = 0.3  # sensors are read for so long after the last sample
@@ -273,12 +273,12 @@ def _predictor(job: _Job, runner: Runner) -> Callable[[Images], NDArray[Any]]:
 
 
 def _memory(jobs: Sequence[_Job], options: BenchOptions, on_stage: OnStage, budget: _Budget) -> None:
-    inferences, seconds = _QUICK_MEMORY if options.quick else (INFERENCES, SECONDS)
+    length = _QUICK_MEMORY if options.quick else (INFERENCES, SECONDS, CAP_SECONDS)
     for done, job in enumerate(jobs):
         on_stage("memory", done, len(jobs))
         shape = (options.batch, *job.bundle.manifest["input"]["shape"])
         timeout = min(TIMEOUT_SECONDS, max(budget.left() / (len(jobs) - done), 1.0))
-        job.memory = measure_memory(job.bundle.model, job.choice, shape, timeout, inferences, seconds)
+        job.memory = measure_memory(job.bundle.model, job.choice, shape, timeout, *length)
     on_stage("memory", len(jobs), len(jobs))
 
 

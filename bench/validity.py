@@ -151,10 +151,9 @@ def findings(
     """
     found = []
     if memory and memory.leak and memory.growth_bytes:
-        rate = memory.growth_bytes / max(memory.inferences, 1)
         text = (
             f"memory leak: resident memory grew all along, by {memory.growth_bytes / 1e6:.1f} MB over "
-            f"{memory.inferences:,} inferences (about {rate / 1e3:.1f} kB each)"
+            f"{memory.inferences:,} inferences (about {memory.growth_an_inference_bytes / 1e3:.1f} kB each)"
         )
         found.append({"code": "leak", "text": text})
     if images and images[0] < images[1]:

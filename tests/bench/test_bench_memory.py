@@ -29,7 +29,7 @@ def big(linear, megabytes):
 def test_a_child_reports_memory_above_zero(linear):
     found = measure_memory(linear.onnx().SerializeToString(), CPU, SHAPE)
     assert found.reason is None
-    assert 40 <= found.inferences <= 400
+    assert found.inferences >= 600
     assert found.leak is False
     assert found.loaded_bytes >= found.before_bytes
     assert found.peak_bytes >= found.steady_bytes > found.before_bytes > 2**20
@@ -38,7 +38,7 @@ def test_a_child_reports_memory_above_zero(linear):
 
 def test_a_larger_model_takes_more(linear):
     small = measure_memory(linear.onnx().SerializeToString(), CPU, SHAPE)
-    large = measure_memory(big(linear, 32), CPU, SHAPE)
+    large = measure_memory(big(linear, 32), CPU, SHAPE, cap_seconds=1.0)
     assert large.steady_bytes - small.steady_bytes > 48 * 2**20  # two matrices of 32 MiB
     assert large.peak_bytes >= large.steady_bytes
 

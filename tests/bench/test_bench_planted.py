@@ -8,7 +8,7 @@ import mmap
 import numpy as np
 import pytest
 
-from rkd.bench import memory_child
+from rkd.bench import memory, memory_child
 from rkd.bench.comparison import compare
 from rkd.bench.device import Device, Load
 from rkd.bench.latency import Plan, Series, measure, summarise
@@ -121,7 +121,7 @@ class Leaking:
 
 @pytest.mark.parametrize(("kept_bytes", "leak"), [(64 * 1024, True), (0, False)])
 def test_a_leak_in_real_memory_is_found_and_its_absence_too(kept_bytes, leak):
-    done, settled, sizes = memory_child.run(Leaking(kept_bytes), np.zeros((1, 3, 8, 8), np.uint8), 300, 60)
+    done, settled, sizes = memory_child.run(Leaking(kept_bytes), np.zeros((1, 3, 8, 8), np.uint8), 300, 0, 60)
     assert done == 300
     assert settled is not None
     grown, found = growth(sizes)
@@ -130,12 +130,45 @@ def test_a_leak_in_real_memory_is_found_and_its_absence_too(kept_bytes, leak):
         assert grown == pytest.approx(0.75 * 290 * kept_bytes, rel=0.1)
 
 
+class Ticking(Leaking):
+    """It takes a while by a clock that only it moves."""
+
+    def __init__(self, kept_bytes, seconds):
+        super().__init__(kept_bytes)
+        self.seconds, self.now = seconds, 0.0
+
+    def infer(self, images):
+        self.now += self.seconds
+        return super().infer(images)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "kept_bytes", "inferences"),
+    [
+        (2**-11, 0, 2048),  # a second
+        (5 / 1024, 0, 600),
+        (2**-6, 0, 384),  # six seconds
+        (1.0, 0, 40),
+        (2**-11, 128 * 1024, 600),  # by then 74 MiB
+        (2**-11, 64 * 1024, 1040),  # 64 MiB after the tenth, looked at every eight
+    ],
+)
+def test_the_memory_run_is_long_enough_for_a_slow_leak_and_short_enough_for_a_slow_model(
+    monkeypatch, seconds, kept_bytes, inferences
+):
+    runner = Ticking(kept_bytes, seconds)
+    monkeypatch.setattr(memory_child.time, "monotonic", lambda: runner.now)
+    images = np.zeros((1, 3, 8, 8), np.uint8)
+    done, *_ = memory_child.run(runner, images, memory.INFERENCES, memory.SECONDS, memory.CAP_SECONDS)
+    assert done == pytest.approx(inferences, abs=0 if not kept_bytes else 16)
+
+
 def test_a_leak_is_called_a_leak():
-    memory = Memory(peak_bytes=9, steady_bytes=9, growth_bytes=6_000_000, leak=True, inferences=400)
-    (found,) = findings(memory, images=None, notes=(), flips=0)
+    leaking = Memory(peak_bytes=9, steady_bytes=9, growth_bytes=6_000_000, leak=True, inferences=410)
+    (found,) = findings(leaking, images=None, notes=(), flips=0)
     assert found["code"] == "leak"
     assert (
-        "memory leak: resident memory grew all along, by 6.0 MB over 400 inferences (about 15.0 kB each)"
+        "memory leak: resident memory grew all along, by 6.0 MB over 410 inferences (about 20.0 kB each)"
         in found["text"]
     )
 

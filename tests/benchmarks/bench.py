@@ -188,7 +188,7 @@ def planted(bundle: Bundle) -> None:
                 kept[-1].write(b"x" * 50_000)
                 return runner.infer(x)
 
-        done, _, sizes = run_for_memory(Leaking(), images, 400, 30)  # type: ignore[arg-type]
+        done, _, sizes = run_for_memory(Leaking(), images, 400, 0, 30)  # type: ignore[arg-type]
         print(f"planted leak of 50 kB an inference: growth and leak {growth(sizes)} over {done} inferences")
     with (
         Monitor(visible_cores()) as watching,
