@@ -242,3 +242,44 @@ def test_ctrl_c_in_the_middle_saves_what_there_is_and_marks_it(folder, make_bund
     assert found["interrupted"] is True
     (entry,) = found["entries"]
     assert entry["validity"]["reasons"][0]["code"] == "interrupted"
+
+
+IN_A_TERMINAL = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.executable, [sys.executable, "-m", "rkd", "bench", *sys.argv[1:], "--threads", "1"])
+"""
+
+
+def test_a_terminal_that_is_closed_in_the_middle_saves_what_there_is_too(folder, make_bundle):
+    """A real terminal, whose end hangs up: nothing can be said any more."""
+    screen, terminal = os.openpty()
+    child = subprocess.Popen(
+        [sys.executable, "-c", IN_A_TERMINAL, str(make_bundle().path)],
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,
+    )
+    os.close(terminal)
+    drawn = b""
+    while b"latency" not in drawn:
+        drawn += os.read(screen, 4096)
+    os.close(screen)
+    assert child.wait(timeout=120) == 128 + signal.SIGHUP
+    found = result.read(folder / "result.json")
+    assert found["interrupted"] is True
+    assert found["entries"][0]["validity"]["reasons"][0]["code"] == "interrupted"
+
+
+def test_under_nohup_a_hang_up_stops_nothing():
+    code = (
+        "import os, signal\n"
+        "from rkd.signals import held_signals, stop_requests\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        "with stop_requests(), held_signals():\n"
+        "    os.kill(os.getpid(), signal.SIGHUP)\n"
+        "print('went on')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "went on\n", "")
