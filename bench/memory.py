@@ -49,7 +49,8 @@ class Memory:
         loaded_bytes: after it was loaded, before its first inference.
         arena_bytes: what the first inferences added to that: the runtime's arena for activations, and its scratch.
         device_bytes: what the model holds on a device of its own; None where there is none.
-        system_bytes: by how much the whole system's available memory fell; tells what a GPU that shares it holds.
+        system_bytes: by how much the whole system's available memory fell; tells what a GPU that shares it holds. None
+            where it did not fall: other programs gave more back than the model took.
         inferences: that were run.
         reason: why figures are missing.
     """

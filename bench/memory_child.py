@@ -58,10 +58,15 @@ def _measure() -> Memory:
         loaded_bytes=loaded,
         arena_bytes=None if settled is None or loaded is None else max(settled - loaded, 0),
         device_bytes=device,
-        system_bytes=None if available is None or still is None else max(available - still, 0),
+        system_bytes=fall(available, still),
         inferences=inferences,
         reason=None if peak is not None else "this system does not report it",
     )
+
+
+def fall(before: int | None, after: int | None) -> int | None:
+    """By how much it fell; None where it did not, or is not known."""
+    return before - after if before is not None and after is not None and after < before else None
 
 
 def run(

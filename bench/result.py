@@ -267,6 +267,7 @@ _conditions = object_of(
                 }
             )
         ),
+        "gpu_percent_before": or_null(number),
         "reason": or_null(text),
     }
 )

@@ -28,7 +28,7 @@ from rkd.bench.latency import Latency, Plan, Series, measure, summarise
 from rkd.bench.memory import CAP_SECONDS, INFERENCES, SECONDS, TIMEOUT_SECONDS, Memory, measure_memory
 from rkd.bench.options import BenchOptions
 from rkd.bench.result import MOST_FORCED, SCHEMA
-from rkd.bench.runner import Choice, Identity, Runner, choose_runner, open_runner, stages_of
+from rkd.bench.runner import CPU_PROVIDER, Choice, Identity, Runner, choose_runner, open_runner, stages_of
 from rkd.bench.sensors.clocks import locked_clocks
 from rkd.bench.sensors.monitor import Monitor
 from rkd.bench.sensors.trace import Conditions, Trace, conditions, power
@@ -348,6 +348,7 @@ def _entry(
     validity = judge(
         instead=job.choice.instead,
         device=machine.device,
+        on_gpu=job.choice.provider != CPU_PROVIDER,
         load=machine.load,
         conditions=seen,
         latencies={latency.batch: latency for latency in job.latencies},

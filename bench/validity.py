@@ -1,7 +1,8 @@
 """When a result's figures do not mean what they seem to mean, and why; and what else a reader should know.
 
 Thresholds: other programs kept more than 0.5 cores (or 5 % of them, if that is more) busy just before the start or in
-more than a tenth of the seconds of the timing; a clock's median in the last third of the timing differs from that of
+more than a tenth of the seconds of the timing; the GPU was more than 5 % busy before a model that runs on it was loaded
+(its load during the timing is ours too); a clock's median in the last third of the timing differs from that of
 the first third by more than 5 %; the medians of latency in the same thirds by more than 10 %; anything throttled, also
 where it did so before the start (a cooling device that is there for nothing else is above 0, or a cap was lifted in the
 end; a cap alone may be the user's power mode); fewer samples or seconds of them than asked for; the sensors not read for two seconds of the timing.
@@ -21,6 +22,7 @@ from rkd.bench.sensors.trace import Conditions, Others, Span
 
 BUSY_CORES, BUSY_SHARE = 0.5, 0.05
 BUSY_SECONDS = 0.1
+BUSY_GPU_PERCENT = 5.0
 DRIFT, CLOCK_DRIFT, CAP_DROP = 0.10, 0.05, 0.01
 SHORTEST = 0.99  # of the planned seconds
 _REST_AT_0 = re.compile(r"throttle|alert|cpufreq|devfreq", re.IGNORECASE)  # cooling devices that only heat raises
@@ -30,7 +32,7 @@ CODES: dict[str, Affects] = {
     "interrupted": "all", "not-finite": "scores", "one-class": "scores",
     **dict.fromkeys((
         "other-runtime", "emulated", "too-short", "not-stationary", "latency-drifted", "throttled", "clocks-drifted",
-        "shared-cpu", "not-watched",
+        "shared-cpu", "shared-gpu", "not-watched",
     ), "timing"),
 }  # fmt: skip
 BUDGETS = ("accuracy-lost", "backdoor-woken")  # findings that --require-valid does not let pass
@@ -88,6 +90,7 @@ def judge(
     *,
     instead: str,
     device: Device,
+    on_gpu: bool,
     load: Load,
     conditions: Conditions | None,
     latencies: Mapping[int, Latency],
@@ -102,6 +105,7 @@ def judge(
     Args:
         instead: why another runtime than the target's was used; empty if it was the target's.
         device: the machine.
+        on_gpu: whether the model runs on a GPU.
         load: what others did on it before the start.
         conditions: what the sensors said; None if they were not read.
         latencies: by batch size; empty if none was measured.
@@ -135,6 +139,7 @@ def judge(
             reasons += _capped(conditions.clocks)
             reasons += _clocks(conditions.thirds)
             reasons += _shared(conditions.others)
+            reasons += _shared_gpu(conditions.gpu_percent) if on_gpu else []
     return Validity(tuple(reasons))
 
 
@@ -204,6 +209,13 @@ def _shared(others: Others | None) -> list[Reason]:
         f"{others.seconds} seconds of the timing; stop it and run again"
     )
     return [Reason("shared-cpu", text)]
+
+
+def _shared_gpu(percent: float | None) -> list[Reason]:
+    if percent is None or percent <= BUSY_GPU_PERCENT:
+        return []
+    text = f"the GPU was {percent:.0f} % busy before the model was loaded; stop what uses it (a desktop?) and run again"
+    return [Reason("shared-gpu", text)]
 
 
 def _unwatched(reason: str | None) -> list[Reason]:

@@ -5,7 +5,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from rkd.bench import memory
+from rkd.bench import memory, memory_child
 from rkd.bench.device import resident
 from rkd.bench.memory import measure_memory
 from rkd.bench.runner import CPU_PROVIDER, Choice
@@ -71,6 +71,13 @@ def test_a_child_that_crashes_is_a_reason_and_no_traceback(monkeypatch, start, r
 def test_a_child_that_hangs_is_killed(monkeypatch):
     monkeypatch.setattr(memory, "_START", "import signal; signal.pause()")
     assert "did not finish within 0.3 s" in measure_memory(b"", CPU, SHAPE, timeout_seconds=0.3).reason
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "fell"), [(900, 400, 500), (400, 900, None), (400, 400, None), (None, 4, None), (4, None, None)]
+)
+def test_memory_that_the_system_did_not_lose_is_not_reported_as_nothing(before, after, fell):
+    assert memory_child.fall(before, after) == fell
 
 
 def test_resident_size_is_none_without_proc(tmp_path):

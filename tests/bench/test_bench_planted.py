@@ -51,15 +51,18 @@ def steady():
     return summarise(one)
 
 
-def judged(reading, others=lambda _: 0.0):
+def judged(reading, others=lambda _: 0.0, *, on_gpu=False):
     """The codes and texts of a run whose sensors said this, a function of the second."""
-    return judged_trace(Trace(tuple(Sample(i * S // 10, others(i / 10), reading(i / 10)) for i in range(120)), 0.1))
+    return judged_trace(
+        Trace(tuple(Sample(i * S // 10, others(i / 10), reading(i / 10)) for i in range(120)), 0.1), on_gpu
+    )
 
 
-def judged_trace(trace):
+def judged_trace(trace, on_gpu=False):
     verdict = judge(
         instead="",
         device=DEVICE,
+        on_gpu=on_gpu,
         load=Load(0.0, 0.0),
         conditions=conditions(trace, TIMING, S, 0.5),
         latencies={1: steady()},
@@ -264,6 +267,26 @@ def test_a_noisy_neighbour_is_called_another_program(others):
 @pytest.mark.parametrize("others", [lambda _: None, lambda _: 0.3, lambda t: 2.0 if 4 < t < 4.3 else 0.0])
 def test_a_quiet_machine_is_valid(others):
     assert judged(lambda _: Reading(hertz={"cpu": 1.5e9, "cpu cap": 1.5e9}, celsius={"cpu": 60.0}), others) == {}
+
+
+@pytest.mark.parametrize(
+    ("before", "on_gpu", "codes"), [(37, True, ["shared-gpu"]), (37, False, []), (5, True, []), (0, True, [])]
+)
+def test_a_neighbour_on_the_gpu_is_named_where_the_model_runs_there_and_our_own_load_is_not(before, on_gpu, codes):
+    def reading(t):
+        return parse_line(f"CPU [9%@729] GR3D_FREQ {before if t < 1 else 99}%@612 VDD_IN 4744mW/6179mW")
+
+    found = judged(reading, on_gpu=on_gpu)
+    assert list(found) == codes
+    assert not codes or "the GPU was 37 % busy before the model was loaded" in found["shared-gpu"]
+
+
+def test_one_look_at_a_busy_gpu_is_no_neighbour():
+    assert judged(lambda t: Reading(load={"gpu": 80.0 * (0.4 < t < 0.6)}), on_gpu=True) == {}
+
+
+def test_a_machine_that_does_not_tell_its_gpus_load_is_not_blamed():
+    assert judged(lambda _: Reading(), on_gpu=True) == {}
 
 
 def looks(*seconds):

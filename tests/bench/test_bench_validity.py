@@ -21,6 +21,7 @@ def reasons(**changes):
     facts = {
         "instead": "",
         "device": DEVICE,
+        "on_gpu": False,
         "load": Load(0.1, 3.0),
         "conditions": None,
         "latencies": {1: GOOD},

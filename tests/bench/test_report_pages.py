@@ -113,7 +113,8 @@ def costs(word):
         "conditions": {
             "samples": 80, "interval_s": 0.1,
             "clocks_hz": {word: {**span, "first_third": 1.0, "last_third": 1.0}},
-            "celsius": {word: span}, "throttle": {f"count: {word}": span}, "others": None, "reason": None,
+            "celsius": {word: span}, "throttle": {f"count: {word}": span}, "others": None, "gpu_percent_before": 37.0,
+            "reason": None,
         },
         "classes": [{"name": word, "acc": Proportion(3, 4).to_json()}],
         "agreement": {
@@ -479,7 +480,14 @@ def test_text_contrasts_4_5_to_1_and_marks_3_to_1(scheme):
 
 def test_the_costs_of_an_inference_are_stated_with_what_is_not_reported():
     text = Page(PAGES["result"]).text
-    for words in ("6.0 MB in 400 inferences, a leak", "7.00 W", "14.0 mJ", "not reported", "VDD_IN 7.00 W"):
+    for words in (
+        "6.0 MB in 400 inferences, a leak",
+        "7.00 W",
+        "14.0 mJ",
+        "not reported",
+        "VDD_IN 7.00 W",
+        "GPU load37 %",
+    ):
         assert words in text
     for section in ("Gates", "Pair by pair", "Triggers", "Memory", "Power", "Class by class", "The machine meanwhile"):
         assert section in Page(PAGES["result"]).sections
