@@ -5,7 +5,7 @@
 - `runner`: a runtime behind three verbs: activate, infer, release
 - `external`: refuses ONNX files that point at other files
 - `latency`: closed loop, warm-up until stationary, bundles interleaved
-- `quantiles`: percentiles with bootstrap intervals
+- `quantiles`: percentiles with distribution-free intervals
 - `memory`: one child process a model
 - `device`: what this machine is and how busy it is
 - `validity`: when the figures say nothing, and why

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rkd.bench.quantiles import fewest_for_upper_end
 from rkd.errors import ConfigError
 from rkd.metrics import Proportion
 
@@ -37,7 +38,9 @@ _FIGURES = {
 }  # fmt: skip
 _SHOWN = {"percent": " %", "milliseconds": " ms", "bytes": " MB", "images/s": " img/s", "watts": " W", "joules": " J"}
 
-Ends = tuple[float, float]  # low and high end of an interval; the same where there is none
+_PERCENTILES = {"p50": 50, "p90": 90, "p99": 99, "p999": 99.9}
+
+Ends = tuple[float, float]  # low and high end of an interval; the same where there is none, infinite where it is open
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,8 @@ class Gate:
         if ends is None:
             return self._verdict(None, passed=False, text=f"{self.text}: {self.figure} was not measured")
         value = ends[0] if self.operator.startswith(">") else ends[1]
+        if math.isinf(value):
+            return self._verdict(None, passed=False, text=f"{self.text}: {self._open(ends[0], entry)}")
         passed = self._keeps(value)
         text = (
             f"{self.text}: {self.figure} is {self._shown(value, ends, entry)}{'' if passed else self._too_few(entry)}"
@@ -71,6 +76,14 @@ class Gate:
         if spoiled := self._spoiled(entry["validity"]):
             return self._verdict(value, passed=False, text=f"{text}, but invalid: {', '.join(spoiled)}")
         return self._verdict(value, passed=passed, text=text)
+
+    def _open(self, low: float, entry: Mapping[str, Any]) -> str:
+        """That there are too few inferences for an upper end, and how many would do."""
+        fewest = fewest_for_upper_end(_PERCENTILES[self.figure])
+        return (
+            f"{self.figure} is at least {low:.4g} ms; {entry['latency']['n']:,} inferences are too few for an upper 95 % "
+            f"limit, {fewest:,} would do"
+        )
 
     def _shown(self, value: float, ends: Ends, entry: Mapping[str, Any]) -> str:
         """What was measured, and the end of its interval that is held against the limit."""
@@ -145,7 +158,7 @@ def _ends(figure: str, trigger: str, entry: Mapping[str, Any]) -> Ends | None:
     latency, memory, power = (entry[key] for key in ("latency", "memory", "power"))
     if figure.startswith("p"):
         found = latency[figure] if latency else None
-        return (found["low"], found["high"]) if found else None
+        return (found["low"], math.inf if found["high"] is None else found["high"]) if found else None
     if figure == "throughput":
         return _exactly(latency["images_per_second"] if latency else None)
     if figure == "memory":

@@ -40,7 +40,8 @@ _BINS = 60
 _NEEDED_999 = 1000  # below, p99.9 is only the slowest sample
 STAGES = ("h2d", "compute", "d2h")
 _SETTLE_COUNT, _SETTLE_SECONDS = 3, 0.02
-_CAPACITY = 20_000_000  # samples a model; 160 MB that are touched only as far as they are used
+CAPACITY = 20_000_000  # samples a model at most: 160 MB, and 600 s of inferences of 30 us
+_FEWEST_KEPT = 1024
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,7 @@ class Latency:
         mean_ms: of all samples.
         n: samples.
         batch: images in a batch.
+        seconds: for which it was sampled, over all rounds.
         images_per_second: images over the sum of all samples, in this closed loop.
         warm_up: inferences before the first sample.
         stationary: whether the warm-up ended by itself.
@@ -147,6 +149,7 @@ class Latency:
     mean_ms: float
     n: int
     batch: int
+    seconds: float
     images_per_second: float
     warm_up: int
     stationary: bool
@@ -166,6 +169,7 @@ class Latency:
             "mean_ms": round(self.mean_ms, 6),
             "n": self.n,
             "batch": self.batch,
+            "seconds": round(self.seconds, 3),
             "images_per_second": round(self.images_per_second, 4),
             "warm_up": self.warm_up,
             "stationary": self.stationary,
@@ -200,7 +204,7 @@ def measure(
         tell(done, total)
         typical_ns = warm_up(one, plan.warm_up_cap_seconds, clock)
         wanted = max(plan.min_samples, int(2 * plan.seconds * 1e9 / max(typical_ns, 1)))
-        one.times = np.empty(min(wanted, _CAPACITY), dtype=np.int64)
+        one.times = np.empty(min(wanted, CAPACITY), dtype=np.int64)
         if one.stages:
             one.stage_ms = np.empty((3, len(one.times)), np.float32)
     done = len(series)
@@ -218,20 +222,14 @@ def measure(
     tell(total, total)
 
 
-def summarise(series: Series, seed: int) -> Latency | None:
-    """The figures of one model; None without a sample.
-
-    Args:
-        series: its samples.
-        seed: of the bootstrap.
-    """
+def summarise(series: Series) -> Latency | None:
+    """The figures of one model; None without a sample."""
     if not series.n:
         return None
     times = series.times[: series.n]
     ordered = np.sort(times)
-    generator = np.random.default_rng(seed)
-    p50, p90, p99 = (quantile(ordered, percent, generator) for percent in (50, 90, 99))
-    p999 = quantile(ordered, 99.9, generator) if series.n >= _NEEDED_999 else None
+    p50, p90, p99 = (quantile(ordered, percent) for percent in (50, 90, 99))
+    p999 = quantile(ordered, 99.9) if series.n >= _NEEDED_999 else None
     batch, third = len(series.images), series.n // 3
     return Latency(
         p50,
@@ -241,6 +239,7 @@ def summarise(series: Series, seed: int) -> Latency | None:
         mean_ms=float(times.mean()) / 1e6,
         n=series.n,
         batch=batch,
+        seconds=sum(end - start for start, end in series.slices) / 1e9,
         images_per_second=batch * series.n / (max(int(times.sum()), 1) / 1e9),
         warm_up=series.warm_up,
         stationary=series.stationary,
@@ -252,7 +251,7 @@ def summarise(series: Series, seed: int) -> Latency | None:
             for (start, _), part in zip(series.slices, series.rounds(), strict=True)
             if len(part)
         ),
-        stages=_stages(series, generator),
+        stages=_stages(series),
     )
 
 
@@ -267,13 +266,12 @@ def _histogram(ordered: Times) -> Histogram:
     return Histogram(low / 1e6, high / 1e6, tuple(int(count) for count in counts))
 
 
-def _stages(series: Series, generator: np.random.Generator) -> dict[str, Quantile] | None:
+def _stages(series: Series) -> dict[str, Quantile] | None:
     if not series.stage_ms.size:
         return None
     rows = series.stage_ms[:, : series.n].astype(np.float64)
     return {
-        name: quantile(np.sort(np.rint(row * 1e6).astype(np.int64)), 50, generator)
-        for name, row in zip(STAGES, rows, strict=True)
+        name: quantile(np.sort(np.rint(row * 1e6).astype(np.int64)), 50) for name, row in zip(STAGES, rows, strict=True)
     }
 
 
@@ -313,9 +311,9 @@ def warm_up(series: Series, cap_seconds: float, clock: Clock = time.perf_counter
 
 
 def sample(series: Series, least: int, seconds: float, cap_seconds: float, clock: Clock = time.perf_counter_ns) -> None:
-    """Append samples: at least `least` and for at least `seconds`, but for at most `cap_seconds`."""
+    """Append samples: at least `least` and for at least `seconds`, but for at most `cap_seconds`, and `CAPACITY`."""
     infer, images, times, stages, stage_ms = series.infer, series.images, series.times, series.stages, series.stage_ms
-    i, full = series.n, len(series.times)
+    i = series.n
     enough = i + least
     start = end = clock()
     collecting = gc.isenabled()
@@ -324,7 +322,9 @@ def sample(series: Series, least: int, seconds: float, cap_seconds: float, clock
     try:
         start = clock()
         deadline, cap = start + int(seconds * 1e9), start + int(cap_seconds * 1e9)
-        while i < full:
+        while i < CAPACITY:
+            if i == len(times):
+                times, stage_ms = _enlarge(series)
             begin = clock()
             infer(images)
             end = clock()
@@ -340,6 +340,16 @@ def sample(series: Series, least: int, seconds: float, cap_seconds: float, clock
         series.ends.append(i)
         if collecting:
             gc.enable()
+
+
+def _enlarge(series: Series) -> tuple[Times, NDArray[np.float32]]:
+    """Room for twice as many samples: the warm-up only guesses how many there will be."""
+    kept, size = len(series.times), min(max(2 * len(series.times), _FEWEST_KEPT), CAPACITY)
+    times, stage_ms = np.empty(size, np.int64), np.empty((3, size if series.stages else 0), np.float32)
+    times[:kept] = series.times
+    stage_ms[:, :kept] = series.stage_ms
+    series.times, series.stage_ms = times, stage_ms
+    return times, stage_ms
 
 
 def _settle(series: Series, clock: Clock) -> None:

@@ -10,12 +10,12 @@ import time
 import numpy as np
 
 from rkd.bench.device import available_bytes, resident
-from rkd.bench.memory import FEWEST, Memory, growth
+from rkd.bench.memory import FEWEST, SETTLED, Memory, growth
 from rkd.bench.runner import Choice, Images, Runner, device_memory_of, import_runtime, open_runner
 from rkd.files import sha256
 
-_SETTLED = 10  # inferences after which the runtime's arena has its size
 _POINTS = 100  # resident sizes kept
+_ENOUGH_BYTES = 64 * 2**20  # of growth: a board has only so much
 
 
 def main() -> int:
@@ -44,7 +44,7 @@ def _measure() -> Memory:
     del model
     with runner:
         loaded = resident("VmRSS")
-        inferences, settled, sizes = run(runner, images, head["inferences"], head["seconds"])
+        inferences, settled, sizes = run(runner, images, head["inferences"], head["seconds"], head["cap_seconds"])
         device = device_memory_of(runner)
         still = available_bytes()
         steady, peak = resident("VmRSS"), resident("VmHWM")
@@ -58,33 +58,46 @@ def _measure() -> Memory:
         loaded_bytes=loaded,
         arena_bytes=None if settled is None or loaded is None else max(settled - loaded, 0),
         device_bytes=device,
-        system_bytes=None if available is None or still is None else max(available - still, 0),
+        system_bytes=fall(available, still),
         inferences=inferences,
         reason=None if peak is not None else "this system does not report it",
     )
 
 
-def run(runner: Runner, images: Images, most: int, seconds: float) -> tuple[int, int | None, list[int]]:
+def fall(before: int | None, after: int | None) -> int | None:
+    """By how much it fell; None where it did not, or is not known."""
+    return before - after if before is not None and after is not None and after < before else None
+
+
+def run(
+    runner: Runner, images: Images, least: int, seconds: float, cap_seconds: float
+) -> tuple[int, int | None, list[int]]:
     """Run a model and watch the resident size.
 
     Args:
         runner: active.
         images: the batch.
-        most: inferences at most.
-        seconds: after which it ends earlier, but not before `FEWEST` inferences.
+        least: inferences at least, where the cap allows.
+        seconds: to run at least, unless it grows by 64 MiB.
+        cap_seconds: to run at most, but `FEWEST` inferences at least.
 
     Returns:
         Inferences, the size after the first ten of them, and the sizes from there on, evenly spaced.
     """
     sizes: list[int] = []
     settled, done, every = None, 0, 1
-    end = time.monotonic() + seconds
-    while done < most and (done < FEWEST or time.monotonic() < end):
+    start = time.monotonic()
+    while True:
+        passed, grown = time.monotonic() - start, sizes[-1] - sizes[0] if sizes else 0
+        if done >= FEWEST and passed >= cap_seconds:
+            break
+        if done >= max(FEWEST, least) and (passed >= seconds or grown >= _ENOUGH_BYTES):
+            break
         runner.infer(images)
         done += 1
-        if done == _SETTLED:
+        if done == SETTLED:
             settled = resident("VmRSS")
-        if done >= _SETTLED and done % every == 0 and (size := resident("VmRSS")) is not None:
+        if done >= SETTLED and done % every == 0 and (size := resident("VmRSS")) is not None:
             sizes.append(size)
             if len(sizes) == 2 * _POINTS:
                 sizes, every = sizes[1::2], 2 * every

@@ -34,7 +34,6 @@ class BenchOptions:
         threads: that compute one operator; None for the physical cores that this process may use.
         seconds: of latency samples a bundle and batch; None for the mode's.
         min_samples: at least so many, in at most 4 times `seconds` and at least a minute; None for the mode's.
-        seed: of the bootstrap.
         data: a folder or .npz to evaluate on instead of the bundle's images.
         latency: measure latency and throughput.
         memory: measure memory.
@@ -52,7 +51,6 @@ class BenchOptions:
     threads: int | None = None
     seconds: float | None = None
     min_samples: int | None = None
-    seed: int = 0
     data: Path | None = None
     latency: bool = True
     memory: bool = True
@@ -69,8 +67,6 @@ class BenchOptions:
             raise ConfigError(f"seconds is {self.seconds:g}, expected more than 0 and at most {_MAX_SECONDS:g}")
         if self.min_samples is not None and not 1 <= self.min_samples <= 1_000_000:
             raise ConfigError(f"min_samples is {self.min_samples}, expected 1 to 1,000,000")
-        if self.seed < 0:
-            raise ConfigError(f"seed is {self.seed}, expected 0 or more")
         if not (self.latency or self.memory or self.accuracy):
             raise ConfigError("nothing to measure: latency, memory and accuracy are all off")
 
@@ -105,7 +101,6 @@ class BenchOptions:
             "cap_seconds": plan.cap_seconds,
             "warm_up_cap_seconds": plan.warm_up_cap_seconds,
             "rounds": plan.rounds,
-            "seed": self.seed,
             "latency": self.latency,
             "memory": self.memory,
             "accuracy": self.accuracy,

@@ -1,67 +1,81 @@
-"""Percentiles of latencies, each with a 95 % bootstrap interval (numpy only).
+"""Percentiles of latencies, each with a distribution-free 95 % interval (numpy only).
 
-Percentile: numpy's `linear` method (Hyndman and Fan's type 7). Interval: the percentile bootstrap (Efron 1979), 10,000
-replicates. A replicate is not drawn sample by sample: the k-th smallest of n draws with replacement from n sorted
-values is the value at floor(n * V), where V is the k-th smallest of n uniform numbers, Beta(k, n + 1 - k). That is
-exactly the bootstrap's distribution at a cost that does not depend on n: a million samples cost no more than a hundred.
+Percentile: numpy's `linear` method (Hyndman and Fan's type 7). Interval: two order statistics, which hold the true
+percentile in at least 95 of 100 runs whatever the distribution, because the number of samples up to it is binomial
+(David and Nagaraja, Order Statistics, section 7.1); 2.5 % at most on either side. A bootstrap ends at the slowest
+sample, and covered p99 in 62 of 100 runs of 100 samples.
 
-The bootstrap takes the samples as exchangeable. Latencies drift and come in bursts, so read an interval as the least
-uncertainty there is; the validity verdict looks for drift.
+Where there are too few samples for an upper order statistic (fewer than 368 for p99, 3,688 for p99.9) the interval has
+no upper end: nothing that was measured bounds the percentile from above.
+
+The samples are taken as independent. Latencies drift and come in bursts, so an interval is the least uncertainty there
+is; the validity verdict looks for drift.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-REPLICATES = 10_000
 METHOD: Literal["linear"] = "linear"
+_TAIL = 0.025  # of probability, on either side
+_SPREAD = 10  # standard deviations of a binomial number that are looked at; outside lies less than 1e-15
 
 
 @dataclass(frozen=True)
 class Quantile:
-    """One percentile in milliseconds with its 95 % bootstrap interval."""
+    """One percentile in milliseconds with its 95 % interval; `high` is None where there are too few samples for it."""
 
     ms: float
     low: float
-    high: float
+    high: float | None
 
-    def to_json(self) -> dict[str, float]:
+    def to_json(self) -> dict[str, float | None]:
         """`{ms, low, high}`, to the nanosecond."""
-        return {"ms": round(self.ms, 6), "low": round(self.low, 6), "high": round(self.high, 6)}
+        high = None if self.high is None else round(self.high, 6)
+        return {"ms": round(self.ms, 6), "low": round(self.low, 6), "high": high}
 
 
-def quantile(sorted_ns: NDArray[np.int64], percent: float, generator: np.random.Generator) -> Quantile:
+def quantile(sorted_ns: NDArray[np.int64], percent: float) -> Quantile:
     """One percentile with its interval.
 
     Args:
         sorted_ns: samples in nanoseconds, ascending, (n,), n >= 1.
-        percent: 0 to 100.
-        generator: draws the replicates.
+        percent: above 0 and below 100.
     """
     value = float(np.percentile(sorted_ns, percent, method=METHOD))
-    low, high = np.percentile(_replicates(sorted_ns, percent, generator), [2.5, 97.5])
-    return Quantile(value / 1e6, min(float(low), value) / 1e6, max(float(high), value) / 1e6)
+    lower, upper = ranks(len(sorted_ns), percent)
+    low = float(sorted_ns[lower - 1]) if lower else 0.0  # no latency is below 0
+    high = max(float(sorted_ns[upper - 1]), value) / 1e6 if upper else None
+    return Quantile(value / 1e6, min(low, value) / 1e6, high)
 
 
-def _replicates(sorted_ns: NDArray[np.int64], percent: float, generator: np.random.Generator) -> NDArray[Any]:
-    """The percentile of `REPLICATES` bootstrap resamples, in nanoseconds."""
-    n = len(sorted_ns)
-    position = (n - 1) * percent / 100  # type 7, from 0
-    k = math.floor(position) + 1  # the order statistic at or below it, from 1
-    lower = generator.beta(k, n + 1 - k, REPLICATES)
-    values = sorted_ns[_index(lower, n)].astype(np.float64)
-    if k == n:
-        return values
-    # Given the k-th of n uniforms, the next is the least of n - k uniforms above it.
-    upper = 1 - (1 - lower) * (1 - generator.random(REPLICATES)) ** (1 / (n - k))
-    following = sorted_ns[_index(upper, n)]
-    return np.asarray(values + (following - values) * (position - math.floor(position)))
+def ranks(n: int, percent: float) -> tuple[int, int | None]:
+    """The order statistics, from 1, at the ends of a percentile's interval among n samples.
+
+    Returns:
+        The lower one, 0 where none is low enough, and the upper one, None where none is high enough.
+    """
+    p = percent / 100
+    half = _SPREAD * math.sqrt(n * p * (1 - p)) + 30
+    start, end = max(0, math.floor(n * p - half)), min(n, math.ceil(n * p + half))
+    k = np.arange(start, end + 1)
+    # Log of P(B = k) up to a constant, from P(B = k + 1) / P(B = k) = (n - k) / (k + 1) * p / (1 - p).
+    steps = np.log((n - k[:-1]) / (k[:-1] + 1)) + math.log(p / (1 - p))
+    weights = np.concatenate([[0.0], np.cumsum(steps)])
+    chances = np.exp(weights - weights.max())
+    chances /= chances.sum()
+    below = np.cumsum(chances)  # P(B <= k)
+    above = np.cumsum(chances[::-1])[::-1]  # P(B >= k)
+    lower = start + int(np.searchsorted(below, _TAIL, side="right"))  # the largest with P(B < lower) <= 2.5 %
+    upper = end + 1 - int(np.searchsorted(above[::-1], _TAIL, side="right"))  # the smallest with P(B >= upper) <= 2.5 %
+    return lower, upper if upper <= n else None
 
 
-def _index(uniform: NDArray[np.float64], n: int) -> NDArray[np.intp]:
-    return np.minimum((uniform * n).astype(np.intp), n - 1)
+def fewest_for_upper_end(percent: float) -> int:
+    """How many samples a percentile's interval needs to have an upper end."""
+    return math.ceil(math.log(_TAIL) / math.log(percent / 100))

@@ -37,6 +37,7 @@ _PATH = 'PATH="$PATH:$HOME/.local/bin"; '  # a command over ssh reads no login f
 _SHORT = "/tmp" if Path("/tmp").is_dir() else None  # noqa: S108 - a socket's path has at most 104 characters
 _TEMPORARY = '"${TMPDIR:-/tmp}"'
 _NOT_FOUND, _SSH_FAILED = 127, 255
+_SAVED = (0, 129, 130, 143)  # done, or stopped by a signal after saving
 _QUICK_S, _COPY_S, _CLEAN_S = 60, 1800, 10
 _LIMIT_BYTES = 64 * 2**20
 
@@ -227,10 +228,10 @@ class _Board:
             code = child.wait()
         with self._lock:
             self._measuring = code == _SSH_FAILED or code < 0
-        self._check_stopped(unless=code in (0, 130, 143))
+        self._check_stopped(unless=code in _SAVED)
         if code == _SSH_FAILED:
             raise RemoteError(f"{self.host}: the connection was lost while it measured; run it again")
-        if code not in (0, 130, 143):
+        if code not in _SAVED:
             raise RemoteError(f"{self.host}: rkd bench failed there: {last.removeprefix('rkd: ') or f'status {code}'}")
 
     def _fetch(self) -> dict[str, Any]:
@@ -324,7 +325,6 @@ def _arguments(options: BenchOptions, *, per_class: bool) -> list[str]:
         *(flag for flag, given in flags.items() if given),
         "--batch", ",".join(map(str, options.batches)),
         "--threads", str(options.threads or 0),
-        "--seed", str(options.seed),
     ]  # fmt: skip
 
 

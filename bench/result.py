@@ -39,7 +39,7 @@ from rkd.checks import (
 from rkd.errors import ConfigError, RkdError
 from rkd.files import open_regular, storage_errors, to_json, write_file
 
-SCHEMA = 3
+SCHEMA = 4
 MOST_FORCED = 100  # lines of what was wrong with a bundle
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,200}")
 _STARTED = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", re.ASCII)
@@ -99,9 +99,10 @@ def _name(value: Any) -> str | None:
 
 
 def _quantile(value: Any) -> str | None:
-    if (problem := object_of({"ms": number, "low": number, "high": number})(value)) is not None:
+    if (problem := object_of({"ms": number, "low": number, "high": or_null(number)})(value)) is not None:
         return problem
-    return None if value["low"] <= value["ms"] <= value["high"] else ": ms is not between low and high"
+    high = value["ms"] if value["high"] is None else value["high"]
+    return None if value["low"] <= value["ms"] <= high else ": ms is not between low and high"
 
 
 def _validity(value: Any) -> str | None:
@@ -220,7 +221,6 @@ _settings = object_of(
         "cap_seconds": number,
         "warm_up_cap_seconds": number,
         "rounds": whole(1),
-        "seed": whole(),
         "latency": flag,
         "memory": flag,
         "accuracy": flag,
@@ -238,6 +238,7 @@ _latency_fields = object_of(
         "mean_ms": number,
         "n": whole(1),
         "batch": whole(1),
+        "seconds": number,
         "images_per_second": number,
         "warm_up": whole(),
         "stationary": flag,
@@ -292,6 +293,7 @@ _conditions = object_of(
                 }
             )
         ),
+        "gpu_percent_before": or_null(number),
         "reason": or_null(text),
     }
 )

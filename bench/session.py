@@ -24,11 +24,11 @@ from rkd.bench.comparison import compare
 from rkd.bench.device import Device, Load, identify, load_before, visible_cores
 from rkd.bench.evaluation import EvaluationSet, evaluation_set, host_labels, judge_step
 from rkd.bench.examples import Examples
-from rkd.bench.latency import Latency, Series, measure, summarise
-from rkd.bench.memory import INFERENCES, SECONDS, TIMEOUT_SECONDS, Memory, measure_memory
+from rkd.bench.latency import Latency, Plan, Series, measure, summarise
+from rkd.bench.memory import CAP_SECONDS, INFERENCES, SECONDS, TIMEOUT_SECONDS, Memory, measure_memory
 from rkd.bench.options import BenchOptions
 from rkd.bench.result import MOST_FORCED, SCHEMA
-from rkd.bench.runner import Choice, Identity, Runner, choose_runner, open_runner, stages_of
+from rkd.bench.runner import CPU_PROVIDER, Choice, Identity, Runner, choose_runner, open_runner, stages_of
 from rkd.bench.sensors.clocks import locked_clocks
 from rkd.bench.sensors.monitor import Monitor
 from rkd.bench.sensors.trace import Conditions, Trace, conditions, power
@@ -40,7 +40,7 @@ from rkd.errors import BundleError, ConfigError, DataError, PartialError, shorte
 from rkd.files import sha256
 from rkd.metrics import Flip, Images, Labels, Predictions, Proportion, Scores, class_accuracies, evaluate, flips
 
-_QUICK_MEMORY = (60, 0.5)  # inferences and seconds
+_QUICK_MEMORY = (60, 0.5, 0.5)  # inferences, seconds, seconds at most
 _QUICK_SECONDS, _QUICK_BATCH = 20.0, 16
 _LATENCY_SHARE, _ACCURACY_SHARE = 0.4, 0.75  # of these seconds, by the end of the stage
 _AFTER_SECONDS = 0.3  # sensors are read for so long after the last sample
@@ -95,6 +95,7 @@ class _Machine:
     load: Load
     started: str
     ready_ns: int
+    plan: Plan
     trace: Trace | None = None
     locked: str | None = None
 
@@ -136,7 +137,7 @@ def run(
     with ExitStack() as outer:
         watch = options.sensors and options.latency
         monitor = outer.enter_context(Monitor(visible_cores())) if watch else None
-        machine = _Machine(device, load_before(), started, time.perf_counter_ns())
+        machine = _Machine(device, load_before(), started, time.perf_counter_ns(), options.plan)
         try:
             with ExitStack() as stack:
                 runners = [_activate(job, options, stack, tell) for job in jobs]
@@ -243,19 +244,19 @@ def _latency(
     jobs: Sequence[_Job], options: BenchOptions, on_stage: OnStage, machine: _Machine, budget: _Budget
 ) -> None:
     series = [one for job in jobs for one in job.series]
-    plan = options.plan.within(budget.left(_LATENCY_SHARE) / len(series))
+    machine.plan = machine.plan.within(budget.left(_LATENCY_SHARE) / len(series))
     try:
         with locked_clocks(visible_cores()) if options.lock_clocks else nullcontext() as locked:
             machine.locked = locked
             measure(
                 series,
-                plan,
+                machine.plan,
                 lambda done, total: on_stage("latency", done, total),
                 enough=lambda: budget.left(_LATENCY_SHARE) <= 0,
             )
     finally:
         for job in jobs:
-            job.latencies = [found for one in job.series if (found := summarise(one, options.seed))]
+            job.latencies = [found for one in job.series if (found := summarise(one))]
 
 
 def _finish(monitor: Monitor | None, machine: _Machine) -> None:
@@ -301,12 +302,12 @@ def _predictor(job: _Job, runner: Runner) -> Callable[[Images], NDArray[Any]]:
 
 
 def _memory(jobs: Sequence[_Job], options: BenchOptions, on_stage: OnStage, budget: _Budget) -> None:
-    inferences, seconds = _QUICK_MEMORY if options.quick else (INFERENCES, SECONDS)
+    length = _QUICK_MEMORY if options.quick else (INFERENCES, SECONDS, CAP_SECONDS)
     for done, job in enumerate(jobs):
         on_stage("memory", done, len(jobs))
         shape = (options.batch, *job.bundle.manifest["input"]["shape"])
         timeout = min(TIMEOUT_SECONDS, max(budget.left() / (len(jobs) - done), 1.0))
-        job.memory = measure_memory(job.bundle.model, job.choice, shape, timeout, inferences, seconds)
+        job.memory = measure_memory(job.bundle.model, job.choice, shape, timeout, *length)
     on_stage("memory", len(jobs), len(jobs))
 
 
@@ -376,10 +377,12 @@ def _entry(
     validity = judge(
         instead=job.choice.instead,
         device=machine.device,
+        on_gpu=job.choice.provider != CPU_PROVIDER,
         load=machine.load,
         conditions=seen,
         latencies={latency.batch: latency for latency in job.latencies},
-        min_samples=options.plan.min_samples,
+        min_samples=machine.plan.min_samples,
+        seconds=machine.plan.seconds,
         not_finite=job.not_finite,
         classes_present=images.classes_present if evaluated else None,
         interrupted=interrupted,

@@ -16,6 +16,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from rkd.bench.quantiles import fewest_for_upper_end
 from rkd.bench.report.entries import letters
 
 NOT_REPORTED = "-"
@@ -219,11 +220,16 @@ def _legend(entries: list[dict[str, Any]]) -> list[str]:
         threads = _span([entry["software"]["threads"] for entry in entries])
         lines.append(
             f"ms: wall time of one inference, batch {_span([m['batch'] for m in measured])}, closed loop, "
-            f"threads {threads}, n {_span([m['n'] for m in measured])}, with 95 % bootstrap intervals; "
-            "img/s: in that loop."
+            f"threads {threads}, n {_span([m['n'] for m in measured])}, with 95 % intervals as of "
+            "independent inferences; img/s: in that loop."
         )
         if any(m["p999"] is None for m in measured):
             lines.append("p99.9 needs 1,000 samples.")
+        if any(m[key] and m[key]["high"] is None for m in measured for key in ("p50", "p90", "p99", "p999")):
+            lines.append(
+                f">=: too few inferences for an upper end; p99 takes {fewest_for_upper_end(99):,}, p99.9 "
+                f"{fewest_for_upper_end(99.9):,}."
+            )
         if any(m["stages"] for m in measured):
             lines.append("h2d, comp, d2h: the device's own p50 of copy in, compute and copy out, in ms.")
     if any(entry["memory"] for entry in entries):
@@ -337,7 +343,10 @@ def _flip(flip: dict[str, Any]) -> str:
 
 
 def _interval(found: dict[str, Any] | None) -> str:
-    return f"{_short(found['ms'])}\n{_short(found['low'])}-{_short(found['high'])}" if found else NOT_REPORTED
+    if not found:
+        return NOT_REPORTED
+    low = _short(found["low"])
+    return f"{_short(found['ms'])}\n{f'>={low}' if found['high'] is None else f'{low}-' + _short(found['high'])}"
 
 
 def _megabytes(memory: dict[str, Any] | None, key: str) -> str:

@@ -1,32 +1,38 @@
 """When a result's figures do not mean what they seem to mean, and why; and what else a reader should know.
 
 Thresholds: other programs kept more than 0.5 cores (or 5 % of them, if that is more) busy just before the start or in
-more than a tenth of the seconds of the timing; a clock's median in the last third of the timing differs from that of
-the first third by more than 5 %; the medians of latency in the same thirds by more than 10 %; anything throttled;
-fewer samples than asked for; the sensors not read for two seconds of the timing.
+more than a tenth of the seconds of the timing; the GPU was more than 5 % busy before a model that runs on it was loaded
+(its load during the timing is ours too); a clock's median in the last third of the timing differs from that of
+the first third by more than 5 %; the medians of latency in the same thirds by more than 10 %; anything throttled, also
+where it did so before the start (a cooling device that is there for nothing else is above 0, or a cap was lifted in the
+end; a cap alone may be the user's power mode); fewer samples or seconds of them than asked for; the sensors not read for two seconds of the timing.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from rkd.bench.device import Device, Load
-from rkd.bench.latency import Latency
+from rkd.bench.latency import CAPACITY, Latency
 from rkd.bench.memory import Memory
 from rkd.bench.sensors.trace import Conditions, Others, Span
 
 BUSY_CORES, BUSY_SHARE = 0.5, 0.05
 BUSY_SECONDS = 0.1
+BUSY_GPU_PERCENT = 5.0
 DRIFT, CLOCK_DRIFT, CAP_DROP = 0.10, 0.05, 0.01
+SHORTEST = 0.99  # of the planned seconds
+_REST_AT_0 = re.compile(r"throttle|alert|cpufreq|devfreq", re.IGNORECASE)  # cooling devices that only heat raises
 
 Affects = Literal["all", "timing", "scores"]
 CODES: dict[str, Affects] = {
     "interrupted": "all", "not-finite": "scores", "one-class": "scores",
     **dict.fromkeys((
         "other-runtime", "emulated", "too-short", "not-stationary", "latency-drifted", "throttled", "clocks-drifted",
-        "shared-cpu", "not-watched",
+        "shared-cpu", "shared-gpu", "not-watched",
     ), "timing"),
 }  # fmt: skip
 BUDGETS = ("accuracy-lost", "backdoor-woken")  # findings that --require-valid does not let pass
@@ -84,10 +90,12 @@ def judge(
     *,
     instead: str,
     device: Device,
+    on_gpu: bool,
     load: Load,
     conditions: Conditions | None,
     latencies: Mapping[int, Latency],
     min_samples: int,
+    seconds: float,
     not_finite: int,
     classes_present: int | None,
     interrupted: str | None,
@@ -97,10 +105,12 @@ def judge(
     Args:
         instead: why another runtime than the target's was used; empty if it was the target's.
         device: the machine.
+        on_gpu: whether the model runs on a GPU.
         load: what others did on it before the start.
         conditions: what the sensors said; None if they were not read.
         latencies: by batch size; empty if none was measured.
         min_samples: as asked for.
+        seconds: of samples, as planned.
         not_finite: images with a NaN or infinite logit.
         classes_present: classes with an image in the evaluation set; None if nothing was evaluated.
         interrupted: the stage that was interrupted, if any.
@@ -120,7 +130,7 @@ def judge(
         text = "all evaluation images are of one class: a model that always says it would score the same; add others"
         reasons.append(Reason("one-class", text))
     for batch, latency in latencies.items():
-        reasons += _latency_reasons(latency, min_samples, f"batch {batch}: " if len(latencies) > 1 else "")
+        reasons += _latency_reasons(latency, min_samples, seconds, f"batch {batch}: " if len(latencies) > 1 else "")
     if latencies:
         reasons += _before(load, device.cores)
         if conditions:
@@ -129,6 +139,7 @@ def judge(
             reasons += _capped(conditions.clocks)
             reasons += _clocks(conditions.thirds)
             reasons += _shared(conditions.others)
+            reasons += _shared_gpu(conditions.gpu_percent) if on_gpu else []
     return Validity(tuple(reasons))
 
 
@@ -145,10 +156,9 @@ def findings(
     """
     found = []
     if memory and memory.leak and memory.growth_bytes:
-        rate = memory.growth_bytes / max(memory.inferences, 1)
         text = (
             f"memory leak: resident memory grew all along, by {memory.growth_bytes / 1e6:.1f} MB over "
-            f"{memory.inferences:,} inferences (about {rate / 1e3:.1f} kB each)"
+            f"{memory.inferences:,} inferences (about {memory.growth_an_inference_bytes / 1e3:.1f} kB each)"
         )
         found.append({"code": "leak", "text": text})
     if images and images[0] < images[1]:
@@ -159,10 +169,14 @@ def findings(
     return found
 
 
-def _latency_reasons(latency: Latency, min_samples: int, prefix: str) -> list[Reason]:
+def _latency_reasons(latency: Latency, min_samples: int, seconds: float, prefix: str) -> list[Reason]:
     reasons = []
     if latency.n < min_samples:
         text = f"{prefix}{latency.n} latency samples, {min_samples} wanted; allow more seconds"
+        reasons.append(Reason("too-short", text))
+    if latency.seconds < SHORTEST * seconds:
+        how = "more are not kept" if latency.n >= CAPACITY else "run it to the end, with fewer bundles at once"
+        text = f"{prefix}{latency.n:,} latency samples in {latency.seconds:.3g} s, {seconds:.3g} s wanted; {how}"
         reasons.append(Reason("too-short", text))
     if not latency.stationary:
         text = f"{prefix}latency was not stationary after {latency.warm_up} warm-up inferences; allow more seconds"
@@ -197,6 +211,13 @@ def _shared(others: Others | None) -> list[Reason]:
     return [Reason("shared-cpu", text)]
 
 
+def _shared_gpu(percent: float | None) -> list[Reason]:
+    if percent is None or percent <= BUSY_GPU_PERCENT:
+        return []
+    text = f"the GPU was {percent:.0f} % busy before the model was loaded; stop what uses it (a desktop?) and run again"
+    return [Reason("shared-gpu", text)]
+
+
 def _unwatched(reason: str | None) -> list[Reason]:
     if reason is None:
         return []
@@ -207,9 +228,13 @@ def _throttled(throttle: Mapping[str, Span]) -> list[Reason]:
     said = []
     for name, span in throttle.items():
         kind, _, what = name.partition(": ")
-        usual = span.before or 0 if kind == "level" else 0  # a cooling device may rest at any level
+        before = span.before or 0 if kind == "level" else 0
+        usual = 0 if _REST_AT_0.search(what) else before  # other cooling devices may rest at any level
         if span.during and span.during > usual:
-            said.append(f"{what} (+{span.during:.0f})" if kind == "count" else f"{what} (level {span.during:.0f})")
+            already = f", {before:.0f} before the start" if before else ""
+            said.append(
+                f"{what} (+{span.during:.0f})" if kind == "count" else f"{what} (level {span.during:.0f}{already})"
+            )
     if not said:
         return []
     text = f"the board throttled while it was timed: {', '.join(said)}; cool it, or give it a stronger supply"
@@ -219,10 +244,18 @@ def _throttled(throttle: Mapping[str, Span]) -> list[Reason]:
 def _capped(clocks: Mapping[str, Span]) -> list[Reason]:
     reasons = []
     for name, span in clocks.items():
-        if name.endswith(" cap") and span.before and span.during and span.during < (1 - CAP_DROP) * span.before:
+        if not name.endswith(" cap") or not span.before:
+            continue
+        allowed = f"the {name.removesuffix(' cap')} was allowed {span.before / 1e6:,.0f} MHz before"
+        if span.during and span.during < (1 - CAP_DROP) * span.before:
             text = (
-                f"the board throttled while it was timed: the {name.removesuffix(' cap')} was allowed "
-                f"{span.before / 1e6:,.0f} MHz before and {span.during / 1e6:,.0f} MHz during it; cool it"
+                f"the board throttled while it was timed: {allowed} and {span.during / 1e6:,.0f} MHz during it; cool it"
+            )
+            reasons.append(Reason("throttled", text))
+        elif span.after and span.after > (1 + CAP_DROP) * span.before:
+            text = (
+                f"the board throttled before the start: {allowed} and {span.after / 1e6:,.0f} MHz after the timing; let it "
+                "cool down first"
             )
             reasons.append(Reason("throttled", text))
     return reasons

@@ -17,7 +17,7 @@
     ├── StorageError               the disk said no: full, read-only, no permission, I/O error
     ├── PartialError               a measurement that failed half-way; it holds what was measured before
     ├── GateError                  exit 3: a measured figure is on the wrong side of its gate
-    └── StoppedError               exit 130 (Ctrl-C) or 143 (SIGTERM), after saving
+    └── StoppedError               exit 130 (Ctrl-C), 143 (SIGTERM) or 129 (SIGHUP), after saving
 
 A message says what was seen, what was expected and what to do, in one line.
 """

@@ -1,9 +1,10 @@
-"""SIGTERM and Ctrl-C: finish the step, save, say how to go on."""
+"""SIGTERM, Ctrl-C and a terminal that hangs up (SIGHUP): finish the step, save, say how to go on."""
 
 from __future__ import annotations
 
 import os
 import signal
+import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -55,6 +56,10 @@ class StopRequest:
             Interrupted: at once.
         """
         again = self.signal_number is not None
+        if number == signal.SIGHUP:
+            _leave_terminal()
+            if again:  # the kernel and the shell both say that the terminal is gone
+                return
         self.signal_number = number
         if again or not self._finishing:
             raise Interrupted(f"stopped{'; ' + self.hint if self.hint else ''}", number)
@@ -62,14 +67,30 @@ class StopRequest:
             os.write(2, b"\nrkd: stopping as soon as this step is done and saved; once more stops at once\n")
 
 
+def _leave_terminal() -> None:
+    """Where the terminal is gone, what is still said goes nowhere: an error of it must not take the work away."""
+    for descriptor in (1, 2):
+        with suppress(OSError):
+            if stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, descriptor)
+                os.close(nowhere)
+
+
+def _stops() -> tuple[signal.Signals, ...]:
+    """The signals that ask to stop; under nohup a hang-up does not."""
+    always = signal.SIGINT, signal.SIGTERM
+    return always if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (*always, signal.SIGHUP)
+
+
 @contextmanager
 def held_signals() -> Iterator[None]:
-    """Inside, SIGINT and SIGTERM wait: what is put back there is put back whole; the last one is delivered after it."""
+    """Inside, SIGINT, SIGTERM and SIGHUP wait: what is put back there is put back whole; the last one is delivered after it."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     came: list[int] = []
-    before = {n: signal.signal(n, lambda number, _: came.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
+    before = {n: signal.signal(n, lambda number, _: came.append(number)) for n in _stops()}
     try:
         yield
     finally:
@@ -81,7 +102,7 @@ def held_signals() -> Iterator[None]:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Inside, SIGINT and SIGTERM go to the request; see `StopRequest.receive`."""
+    """Inside, SIGINT, SIGTERM and SIGHUP go to the request; see `StopRequest.receive`."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
@@ -90,7 +111,7 @@ def stop_requests() -> Iterator[StopRequest]:
     def on_signal(number: int, _frame: FrameType | None) -> None:
         request.receive(number)
 
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, on_signal) for number in _stops()}
     try:
         yield request
     finally:

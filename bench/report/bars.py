@@ -17,7 +17,7 @@ _LEFT, _RIGHT = 3.0, WIDTH - 3  # room for half a whisker cap at both ends
 _LANE, _GROUP = 13.0, 68.0  # from one percentile to the next, from one bundle to the next
 _LOG_ABOVE = 30.0  # a latency axis with a wider ratio than this is logarithmic
 
-Estimate = tuple[float, float, float]  # value, low, high
+Estimate = tuple[float, float, float]  # value, low, high; an interval without an upper end goes to infinity
 
 
 @dataclass(frozen=True)
@@ -110,14 +110,10 @@ def _share(axis: Axis, y: float, name: str, share: Proportion, colour: str) -> l
 
 
 def _whisker(axis: Axis, y: float, low: float, high: float) -> list[Markup]:
-    """An interval with caps, on a halo that keeps it apart from the bar below it."""
-    start, end = axis.place(low), axis.place(high)
-    return [
-        line(start, y, end, y, "halo"),
-        line(start, y, end, y, "whisker"),
-        line(start, y - 4, start, y + 4, "whisker"),
-        line(end, y - 4, end, y + 4, "whisker"),
-    ]
+    """An interval on a halo that keeps it apart from the bar below it, with a cap at each end that it has."""
+    start, end = axis.place(low), axis.place(min(high, axis.high))
+    caps = [line(x, y - 4, x, y + 4, "whisker") for x in ((start, end) if math.isfinite(high) else (start,))]
+    return [line(start, y, end, y, "halo"), line(start, y, end, y, "whisker"), *caps]
 
 
 def _latency(axis: Axis, y: float, row: LatencyRow) -> list[Markup]:
@@ -131,7 +127,7 @@ def _latency(axis: Axis, y: float, row: LatencyRow) -> list[Markup]:
         parts.append(text(_LEFT, middle + 4, name, class_="q"))
         parts.append(line(axis.start, middle, axis.end, middle, "lane"))
         if math.isfinite(value) and value > 0:
-            if math.isfinite(low) and math.isfinite(high) and low > 0:
+            if low > 0:
                 parts += _whisker(axis, middle, low, high)
             fill = "var(--acc)" if index == 0 else "var(--paper)"
             dot = {"fill": fill, "stroke": "var(--acc)", "class_": "dot"}

@@ -92,6 +92,8 @@ def _condition_rows(group: Sequence[Entry]) -> list[tuple[str, ...]]:
     for what in ("clock", "heat"):
         if not any(row[1].startswith(what) for row in rows):
             rows.append((who, what, NOT_REPORTED, NOT_REPORTED, NOT_REPORTED))
+    if (gpu := seen["gpu_percent_before"]) is not None:
+        rows.append((who, "GPU load", f"{decimal(gpu, 0)} %", "", ""))
     if others := seen["others"]:
         busy = f"{decimal(others['mean_cores'], 2)} cores on average, {decimal(others['highest_cores'], 2)} at worst"
         rows.append((who, "other programs", "", busy, ""))

@@ -63,12 +63,12 @@ class Entry:
         return self.percentile("p50")[0]
 
     def percentile(self, name: str) -> tuple[float, float, float]:
-        """Milliseconds a batch with the ends of the interval; NaN where it was not measured."""
+        """Milliseconds a batch with the ends of the interval, infinite where open; NaN where it was not measured."""
         latency = self.data["latency"]
         if not latency:
             return math.nan, math.nan, math.nan
         found = latency[name]
-        return float(found["ms"]), float(found["low"]), float(found["high"])
+        return float(found["ms"]), float(found["low"]), math.inf if found["high"] is None else float(found["high"])
 
 
 def read_entries(results: Sequence[dict[str, Any]]) -> list[Entry]:

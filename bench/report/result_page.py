@@ -40,8 +40,10 @@ _LATENCY = {
     "host memory. p99: 99 % of the batches took at most this long. p99.9 needs 1,000 batches.",
     "Closed loop": "The next inference starts when the last has returned. Images/s is what that loop reached, not the "
     "most that the device could do with several at once.",
-    "Latency intervals": "[low, high] is the 95 % bootstrap interval of the percentile, n the number of timed batches "
-    "after the warm-up. It is the least uncertainty there is: latencies drift and come in bursts.",
+    "Latency intervals": "[low, high] is the 95 % interval of the percentile, between two of the n timed batches after "
+    "the warm-up, whatever their distribution. 'At least low' alone: too few batches for an upper end (p99 "
+    "needs 368, p99.9 3,688). The batches are taken as independent; latencies drift and come in bursts, so it is the least "
+    "uncertainty there is.",
 }
 
 
@@ -223,8 +225,9 @@ def _percentile_cell(latency: dict[str, Any], percentile: str) -> Markup:
     found = latency[percentile]
     if not found:
         return tag("td", tag("b", DASH), tag("small", "too few samples"), class_="n")
-    value, low, high = (significant(found[key]) for key in ("ms", "low", "high"))
-    return tag("td", tag("b", value), tag("small", f"[{low}, {high}]"), tag("small", f"n {latency['n']:,}"), class_="n")
+    value, low = significant(found["ms"]), significant(found["low"])
+    ends = f"at least {low}" if found["high"] is None else f"[{low}, {significant(found['high'])}]"
+    return tag("td", tag("b", value), tag("small", ends), tag("small", f"n {latency['n']:,}"), class_="n")
 
 
 def _spread(entry: Entry) -> Spread:
@@ -424,7 +427,6 @@ def _machine(entry: Entry) -> dict[str, str]:
         "Power mode": device["power_mode"] or "",
         "Clocks fixed by": settings["clocks_locked_by"] or "",
         **software["details"],
-        "Seed": f"{settings['seed']}",
         "rkd, Python, numpy": ", ".join((software["rkd"], software["python"], software["numpy"])),
     }
 

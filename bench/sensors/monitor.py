@@ -62,6 +62,7 @@ class Monitor:
         try:
             output, _ = self._child.communicate(timeout=_STOP_S)
             answer = json.loads(output)
+            silent_ns = answer["silent_ns"]
             samples = tuple(Sample(at, others, Reading.from_json(r)) for at, others, r in answer["samples"])
         except (subprocess.TimeoutExpired, OSError):
             self._child.kill()
@@ -69,4 +70,4 @@ class Monitor:
             return Trace((), self._interval_s, "the process that reads the sensors did not answer")
         except (ValueError, TypeError, KeyError):
             return Trace((), self._interval_s, f"the process that reads the sensors ended ({self._child.returncode})")
-        return Trace(samples, self._interval_s)
+        return Trace(samples, self._interval_s, silent_ns=silent_ns)

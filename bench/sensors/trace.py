@@ -39,11 +39,13 @@ class Trace:
         samples: the looks.
         interval_s: between two of them.
         reason: why there are none.
+        silent_ns: when tegrastats last said something, where it stopped; None where it did not.
     """
 
     samples: tuple[Sample, ...]
     interval_s: float
     reason: str | None = None
+    silent_ns: int | None = None
 
     def within(self, slices: Iterable[Slice]) -> list[Sample]:
         """The samples inside of any of the slices."""
@@ -81,6 +83,8 @@ class Conditions:
             what was added.
         others: cores that others kept busy: mean, highest second, and how many of the seconds were above a limit.
         reason: why nothing is reported, or not of all of the timing.
+        gpu_percent: median load of the GPU before the timing, when no model was loaded: all of it others'; None where it
+            is not reported.
     """
 
     samples: int
@@ -91,6 +95,7 @@ class Conditions:
     throttle: Mapping[str, Span]
     others: Others | None
     reason: str | None = None
+    gpu_percent: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As in result.json."""
@@ -108,6 +113,7 @@ class Conditions:
             "celsius": {name: span.to_json() for name, span in self.celsius.items()},
             "throttle": {name: span.to_json() for name, span in self.throttle.items()},
             "others": self.others.to_json() if self.others else None,
+            "gpu_percent_before": self.gpu_percent,
             "reason": self.reason,
         }
 
@@ -185,7 +191,11 @@ def conditions(trace: Trace, slices: Sequence[Slice], ready_ns: int, limit_cores
     celsius = _spans(parts, lambda r: r.celsius, max)
     others = _others(during, limit_cores)
     gap = _gap([first, *(sample.at_ns for sample in during), last])
-    return Conditions(len(during), trace.interval_s, clocks, thirds, celsius, throttle, others, gap)
+    if trace.silent_ns is not None and trace.silent_ns < last:
+        gap = "tegrastats stopped reporting" + (f", and {gap}" if gap else "")
+    return Conditions(
+        len(during), trace.interval_s, clocks, thirds, celsius, throttle, others, gap, _gpu_percent(before)
+    )
 
 
 def power(trace: Trace, slices: Sequence[Slice], ready_ns: int, seconds: float) -> Power | None:
@@ -246,6 +256,11 @@ def _events(parts: tuple[Sequence[Sample], Sequence[Sample], Sequence[Sample]], 
         added.append(float(max(0, part[-1] - start)) if part and start is not None else None)
         last = part[-1] if part else last
     return Span(*added)
+
+
+def _gpu_percent(samples: Sequence[Sample]) -> float | None:
+    loads = [load for sample in samples if (load := sample.reading.load.get("gpu")) is not None]
+    return float(np.median(loads)) if loads else None
 
 
 def _thirds(values: Sequence[float | None]) -> tuple[float, float] | None:

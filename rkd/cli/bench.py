@@ -70,7 +70,6 @@ def bench(
         ),
     ] = None,
     remote_rkd: Annotated[str, typer.Option(help="How rkd is called on the boards of --host.")] = "rkd",
-    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
     out: Annotated[Path, typer.Option(help="Where the result goes.")] = Path("result.json"),
     json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of a table.")] = False,
 ) -> None:
@@ -103,7 +102,6 @@ def bench(
         batch=first,
         sweep=tuple(rest),
         threads=threads or None,
-        seed=seed,
         data=data,
         lock_clocks=lock_clocks,
     )

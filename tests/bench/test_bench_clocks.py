@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -95,19 +96,24 @@ from rkd.bench.sensors.clocks import locked_clocks
 from rkd.signals import stop_requests
 try:
     with stop_requests(), locked_clocks([0]):
-        os.kill(os.getpid(), 2)
+        os.kill(os.getpid(), {number})
 except KeyboardInterrupt:
     print("stopped")
 """
 
 
-def test_ctrl_c_again_while_the_clocks_come_back_waits_until_they_are_back(board):
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_stop_again_while_the_clocks_come_back_waits_until_they_are_back(board, stop):
     """The tool itself sends it, many times, while it restores, as a terminal does, to the whole group of the bench."""
     log = board / "log"
-    press = "i=0; while [ $i -lt 20000 ]; do kill -s INT -- -$PPID; i=$((i + 1)); done"
+    press = f"i=0; while [ $i -lt 20000 ]; do kill -s {stop.name[3:]} -- -$PPID; i=$((i + 1)); done"
     tool(board, f'if [ "$1" = --restore ]; then {press}; fi\necho "did $1" >> {log}')
     done = subprocess.run(
-        [sys.executable, "-c", STOPPED_TWICE], capture_output=True, text=True, start_new_session=True, check=False
+        [sys.executable, "-c", STOPPED_TWICE.format(number=int(stop))],
+        capture_output=True,
+        text=True,
+        start_new_session=True,
+        check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "stopped\n", "")
     assert log.read_text() == "did --store\ndid \ndid --restore\n"

@@ -69,6 +69,22 @@ def test_a_limit_is_held_against_the_bad_end(entry, text, passed):
     assert verdict(text, entry) is passed
 
 
+@pytest.mark.parametrize(("figure", "fewest"), [("p90", "36"), ("p99", "368")])
+def test_a_limit_on_a_percentile_without_an_upper_end_is_broken_and_says_how_many_inferences_would_do(
+    entry, figure, fewest
+):
+    entry["latency"].update({figure: {"ms": 4.0, "low": 3.8, "high": None}, "n": 30})
+    (gate,) = parse_gates([f"{figure}<=100ms"])
+    assert gate.judge(entry) == {
+        "gate": f"{figure}<=100ms",
+        "value": None,
+        "passed": False,
+        "text": f"{figure}<=100ms: {figure} is at least 3.8 ms; 30 inferences are too few for an upper 95 % limit, "
+        f"{fewest} would do",
+    }
+    assert verdict(f"{figure}>=3.8ms", entry) is True
+
+
 def test_a_memory_gate_counts_what_the_model_holds_on_a_gpu(entry):
     entry["memory"]["device_bytes"] = 60_000_000
     assert verdict("memory<=210MB", entry) is True

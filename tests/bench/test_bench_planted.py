@@ -8,12 +8,13 @@ import mmap
 import numpy as np
 import pytest
 
-from rkd.bench import memory_child
+from rkd.bench import memory, memory_child
 from rkd.bench.comparison import compare
 from rkd.bench.device import Device, Load
 from rkd.bench.latency import Plan, Series, measure, summarise
 from rkd.bench.memory import Memory, growth
 from rkd.bench.sensors.reading import Reading
+from rkd.bench.sensors.tegrastats import parse_line
 from rkd.bench.sensors.trace import Sample, Trace, conditions
 from rkd.bench.validity import findings, judge
 
@@ -47,22 +48,26 @@ def steady():
     machine = Machine()
     one = machine.series(itertools.repeat(MS))
     measure([one], Plan(0.5, 400, 9, 9), clock=machine.clock)
-    return summarise(one, 0)
+    return summarise(one)
 
 
-def judged(reading, others=lambda _: 0.0):
+def judged(reading, others=lambda _: 0.0, *, on_gpu=False):
     """The codes and texts of a run whose sensors said this, a function of the second."""
-    return judged_trace(Trace(tuple(Sample(i * S // 10, others(i / 10), reading(i / 10)) for i in range(120)), 0.1))
+    return judged_trace(
+        Trace(tuple(Sample(i * S // 10, others(i / 10), reading(i / 10)) for i in range(120)), 0.1), on_gpu
+    )
 
 
-def judged_trace(trace):
+def judged_trace(trace, on_gpu=False):
     verdict = judge(
         instead="",
         device=DEVICE,
+        on_gpu=on_gpu,
         load=Load(0.0, 0.0),
         conditions=conditions(trace, TIMING, S, 0.5),
         latencies={1: steady()},
         min_samples=400,
+        seconds=0.5,
         not_finite=0,
         classes_present=5,
         interrupted=None,
@@ -81,7 +86,7 @@ def test_a_millisecond_of_sleep_in_a_model_is_seen_as_a_millisecond():
     plain = machine.series(noisy(4 * MS, 0))
     slowed = machine.series(t + MS for t in noisy(4 * MS, 1))
     measure([plain, slowed], Plan(2.0, 400, 60, 10), clock=machine.clock)
-    before, after = summarise(plain, 0), summarise(slowed, 0)
+    before, after = summarise(plain), summarise(slowed)
     assert after.p50.ms - before.p50.ms == pytest.approx(1.0, abs=0.02)
     pair = compare(plain, slowed)
     assert pair.low <= 1.25 <= pair.high
@@ -98,7 +103,7 @@ def test_drift_of_the_machine_cancels_in_the_pair_but_not_in_the_percentiles():
     measure(both, Plan(2.0, 400, 60, 1), clock=machine.clock)
     pair = compare(*both)
     assert pair.ratio == pytest.approx(2, rel=0.02)
-    assert summarise(both[0], 0).rounds[-1][1] > 1.3 * summarise(both[0], 0).rounds[0][1]
+    assert summarise(both[0]).rounds[-1][1] > 1.3 * summarise(both[0]).rounds[0][1]
 
 
 class Leaking:
@@ -119,7 +124,7 @@ class Leaking:
 
 @pytest.mark.parametrize(("kept_bytes", "leak"), [(64 * 1024, True), (0, False)])
 def test_a_leak_in_real_memory_is_found_and_its_absence_too(kept_bytes, leak):
-    done, settled, sizes = memory_child.run(Leaking(kept_bytes), np.zeros((1, 3, 8, 8), np.uint8), 300, 60)
+    done, settled, sizes = memory_child.run(Leaking(kept_bytes), np.zeros((1, 3, 8, 8), np.uint8), 300, 0, 60)
     assert done == 300
     assert settled is not None
     grown, found = growth(sizes)
@@ -128,12 +133,45 @@ def test_a_leak_in_real_memory_is_found_and_its_absence_too(kept_bytes, leak):
         assert grown == pytest.approx(0.75 * 290 * kept_bytes, rel=0.1)
 
 
+class Ticking(Leaking):
+    """It takes a while by a clock that only it moves."""
+
+    def __init__(self, kept_bytes, seconds):
+        super().__init__(kept_bytes)
+        self.seconds, self.now = seconds, 0.0
+
+    def infer(self, images):
+        self.now += self.seconds
+        return super().infer(images)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "kept_bytes", "inferences"),
+    [
+        (2**-11, 0, 2048),  # a second
+        (5 / 1024, 0, 600),
+        (2**-6, 0, 384),  # six seconds
+        (1.0, 0, 40),
+        (2**-11, 128 * 1024, 600),  # by then 74 MiB
+        (2**-11, 64 * 1024, 1040),  # 64 MiB after the tenth, looked at every eight
+    ],
+)
+def test_the_memory_run_is_long_enough_for_a_slow_leak_and_short_enough_for_a_slow_model(
+    monkeypatch, seconds, kept_bytes, inferences
+):
+    runner = Ticking(kept_bytes, seconds)
+    monkeypatch.setattr(memory_child.time, "monotonic", lambda: runner.now)
+    images = np.zeros((1, 3, 8, 8), np.uint8)
+    done, *_ = memory_child.run(runner, images, memory.INFERENCES, memory.SECONDS, memory.CAP_SECONDS)
+    assert done == pytest.approx(inferences, abs=0 if not kept_bytes else 16)
+
+
 def test_a_leak_is_called_a_leak():
-    memory = Memory(peak_bytes=9, steady_bytes=9, growth_bytes=6_000_000, leak=True, inferences=400)
-    (found,) = findings(memory, images=None, notes=(), flips=0)
+    leaking = Memory(peak_bytes=9, steady_bytes=9, growth_bytes=6_000_000, leak=True, inferences=410)
+    (found,) = findings(leaking, images=None, notes=(), flips=0)
     assert found["code"] == "leak"
     assert (
-        "memory leak: resident memory grew all along, by 6.0 MB over 400 inferences (about 15.0 kB each)"
+        "memory leak: resident memory grew all along, by 6.0 MB over 410 inferences (about 20.0 kB each)"
         in found["text"]
     )
 
@@ -162,7 +200,7 @@ def test_few_figures_say_nothing_about_growth():
     [
         (lambda t: Reading(throttle={"count: over-current oc3": int(t > 5) * 12}), "over-current oc3 (+12)"),
         (lambda t: Reading(throttle={"level: cpu-throttle-alert": int(6 < t < 7)}), "cpu-throttle-alert (level 1)"),
-        (lambda t: Reading(throttle={"level: Processor": 2 + int(t > 5)}), "Processor (level 3)"),
+        (lambda t: Reading(throttle={"level: Processor": 2 + int(t > 5)}), "Processor (level 3, 2 before the start)"),
         (lambda _: Reading(throttle={"now: under-voltage": 1}), "under-voltage (level 1)"),
         (lambda t: Reading(throttle={"count: cpu0 core too hot": 5 + int(t)}), "cpu0 core too hot (+10)"),
         (
@@ -185,6 +223,33 @@ def test_a_level_that_a_cooling_device_had_before_is_none_of_throttling():
     assert judged(lambda t: Reading(throttle={"level: Processor": 3 - int(t > 5)})) == {}
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["cpu-throttle-alert", "gpu-throttle-alert", "hot-surface-alert", "thermal-cpufreq-0", "devfreq-17000000.gpu"],
+)
+def test_a_board_that_is_hot_from_the_run_before_is_called_throttled(name):
+    """Levels beside lines of tegrastats: hot from the first look on, and never cooler."""
+
+    def reading(t):
+        line = f"CPU [9%@729,7%@729] EMC_FREQ 3%@2133 GR3D_FREQ 0%@612 tj@{97 - t / 10:.3f}C VDD_IN 9744mW/9179mW"
+        return parse_line(line).over(Reading(throttle={f"level: {name}": 2}))
+
+    found = judged(reading)
+    assert list(found) == ["throttled"]
+    assert f"{name} (level 2, 2 before the start)" in found["throttled"]
+
+
+def test_a_level_that_had_fallen_before_the_timing_does_not_spoil_it():
+    assert judged(lambda t: Reading(throttle={"level: cpu-throttle-alert": int(t < 0.9)})) == {}
+
+
+def test_a_cap_that_is_lifted_after_the_timing_was_throttling_and_one_that_stays_is_a_power_mode():
+    found = judged(lambda t: Reading(hertz={"cpu cap": 1.2e9 if t < 11.2 else 2.2e9}))
+    assert list(found) == ["throttled"]
+    assert "throttled before the start: the cpu was allowed 1,200 MHz before and 2,200 MHz after" in found["throttled"]
+    assert judged(lambda _: Reading(hertz={"cpu cap": 1.2e9})) == {}
+
+
 def test_a_clock_that_falls_is_called_drift():
     found = judged(lambda t: Reading(hertz={"cpu": 1.5e9 if t < 8 else 1.2e9}))
     assert list(found) == ["clocks-drifted"]
@@ -202,6 +267,26 @@ def test_a_noisy_neighbour_is_called_another_program(others):
 @pytest.mark.parametrize("others", [lambda _: None, lambda _: 0.3, lambda t: 2.0 if 4 < t < 4.3 else 0.0])
 def test_a_quiet_machine_is_valid(others):
     assert judged(lambda _: Reading(hertz={"cpu": 1.5e9, "cpu cap": 1.5e9}, celsius={"cpu": 60.0}), others) == {}
+
+
+@pytest.mark.parametrize(
+    ("before", "on_gpu", "codes"), [(37, True, ["shared-gpu"]), (37, False, []), (5, True, []), (0, True, [])]
+)
+def test_a_neighbour_on_the_gpu_is_named_where_the_model_runs_there_and_our_own_load_is_not(before, on_gpu, codes):
+    def reading(t):
+        return parse_line(f"CPU [9%@729] GR3D_FREQ {before if t < 1 else 99}%@612 VDD_IN 4744mW/6179mW")
+
+    found = judged(reading, on_gpu=on_gpu)
+    assert list(found) == codes
+    assert not codes or "the GPU was 37 % busy before the model was loaded" in found["shared-gpu"]
+
+
+def test_one_look_at_a_busy_gpu_is_no_neighbour():
+    assert judged(lambda t: Reading(load={"gpu": 80.0 * (0.4 < t < 0.6)}), on_gpu=True) == {}
+
+
+def test_a_machine_that_does_not_tell_its_gpus_load_is_not_blamed():
+    assert judged(lambda _: Reading(), on_gpu=True) == {}
 
 
 def looks(*seconds):

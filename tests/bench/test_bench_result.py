@@ -175,10 +175,11 @@ def test_whatever_is_optional_can_be_shown_as_not_reported(measured):
         (("entries", 0, "gates"), [{"gate": "better", "value": 1, "passed": True, "text": "a"}], "is no gate"),
         (("entries", 0, "examples", 0, "images", 0, "before", "height"), 9, "bytes for 9 x 8 pixels"),
         (("entries", 0, "latency", "p50"), {"ms": 1, "low": 2, "high": 3}, "not between"),
+        (("entries", 0, "latency", "p50"), {"ms": 1, "low": 2, "high": None}, "not between"),
         (("entries", 0, "bundle", "sha256"), "AB" * 32, "not a SHA-256"),
         (("entries", 0, "bundle", "name"), "a b", "not a name"),
         (("entries", 0, "started"), "yesterday", "not a UTC time"),
-        (("schema",), 1, "schema 1, this rkd reads 3"),
+        (("schema",), 1, "schema 1, this rkd reads 4"),
         (("entries",), [], "at least 1"),
     ],
 )
@@ -201,7 +202,7 @@ def test_any_json_is_refused(value):
     with pytest.raises(RkdError):
         result.verify(value, "r.json")
     with pytest.raises(RkdError):
-        result.verify({"schema": 3, "interrupted": False, "comparisons": [], "entries": [value]}, "r.json")
+        result.verify({"schema": 4, "interrupted": False, "comparisons": [], "entries": [value]}, "r.json")
 
 
 @given(st.binary(max_size=200))
@@ -213,7 +214,7 @@ def test_any_bytes_are_refused(tmp_path, data):
 
 
 def test_deep_nesting_and_huge_numbers_are_refused(tmp_path):
-    for text in ("[" * 100_000, '{"schema": 3' + "0" * 5000 + "}"):
+    for text in ("[" * 100_000, '{"schema": 4' + "0" * 5000 + "}"):
         (tmp_path / "r.json").write_text(text)
         with pytest.raises(RkdError):
             result.read(tmp_path / "r.json")
@@ -233,7 +234,7 @@ def test_a_missing_file_is_a_storage_error(tmp_path):
 
 def test_the_file_is_plain_json(measured, tmp_path):
     result.write(tmp_path / "result.json", measured)
-    assert json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))["schema"] == 3
+    assert json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))["schema"] == 4
 
 
 def test_inspect_says_whether_a_result_counts(measured, tmp_path):

@@ -249,7 +249,6 @@ def test_logits_that_are_not_finite_make_a_result_invalid(make_bundle, linear):
         {"seconds": 0.0},
         {"seconds": float("nan")},
         {"min_samples": 0},
-        {"seed": -1},
         {"latency": False, "memory": False, "accuracy": False},
     ],
 )

@@ -33,39 +33,14 @@ def test_wilson_intervals_cover_the_truth_in_about_95_of_100(p, n):
     assert np.mean([covered[int(h)] for h in hits]) == pytest.approx(0.95, abs=0.02)
 
 
-@pytest.mark.parametrize("percent", [50, 90, 99, 99.9])
-def test_intervals_of_percentiles_cover_a_known_quantile(percent):
-    """Lognormal latencies; the bootstrap of an extreme percentile is known to cover a little less than it says."""
-    generator = np.random.default_rng(1)
-    truth = 1e6 * stats.lognorm.ppf(percent / 100, 0.3)
-    inside = 0
-    for _ in range(300):
-        found = quantile(np.sort((1e6 * generator.lognormal(0, 0.3, 5000)).astype(np.int64)), percent, generator)
-        inside += found.low * 1e6 <= truth <= found.high * 1e6
-    assert inside / 300 >= (0.91 if percent < 99.9 else 0.85)
-
-
 @pytest.mark.parametrize("distribution", [stats.expon(), stats.gamma(3), stats.lognorm(0.5)])
 def test_percentiles_of_known_distributions(distribution):
     ordered = np.sort((1e6 * distribution.rvs(200_000, random_state=0)).astype(np.int64))
     for percent in (50, 90, 99, 99.9):
-        found = quantile(ordered, percent, np.random.default_rng(0))
+        found = quantile(ordered, percent)
         truth = distribution.ppf(percent / 100)
         assert found.ms == pytest.approx(truth, rel=0.03)
         assert found.ms == pytest.approx(stats.scoreatpercentile(ordered, percent) / 1e6)
-
-
-def test_intervals_are_scipys_bootstrap():
-    sample = np.sort((1e6 * np.random.default_rng(2).lognormal(0, 0.3, 400)).astype(np.int64))
-    found = quantile(sample, 90, np.random.default_rng(0))
-    theirs = stats.bootstrap(
-        (sample,),
-        lambda x, axis: np.percentile(x, 90, axis=axis),
-        method="percentile",
-        random_state=0,
-        n_resamples=4000,
-    ).confidence_interval
-    assert (found.low, found.high) == pytest.approx((theirs.low / 1e6, theirs.high / 1e6), rel=0.01)
 
 
 def test_students_quantiles_are_scipys():
@@ -105,7 +80,7 @@ def test_one_round_has_no_interval_and_none_no_ratio():
 def test_histograms_hold_every_sample_and_are_numpys():
     times = (1e6 * np.random.default_rng(4).lognormal(0, 1, 5000)).astype(np.int64)
     series = Series(lambda _: None, np.zeros((1, 3, 2, 2), np.uint8), times=times, n=5000, slices=[(0, 1)], ends=[5000])
-    found = summarise(series, 0).histogram
+    found = summarise(series).histogram
     assert sum(found.counts) == 5000
     assert (found.low_ms, found.high_ms) == (times.min() / 1e6, times.max() / 1e6)
     edges = np.exp(np.linspace(math.log(times.min()), math.log(times.max()), 61))
@@ -117,7 +92,7 @@ def test_equal_samples_are_one_bin():
     series = Series(
         lambda _: None, np.zeros((1, 3, 2, 2), np.uint8), times=np.full(9, 5), n=9, slices=[(0, 1)], ends=[9]
     )
-    assert summarise(series, 0).histogram.counts == (9,)
+    assert summarise(series).histogram.counts == (9,)
 
 
 def test_the_tail_needs_a_thousand_samples():
@@ -125,5 +100,5 @@ def test_the_tail_needs_a_thousand_samples():
     images = np.zeros((1, 3, 2, 2), np.uint8)
     full = Series(lambda _: None, images, times=times, n=1000, slices=[(0, 1)], ends=[1000])
     short = Series(lambda _: None, images, times=times, n=999, slices=[(0, 1)], ends=[999])
-    assert summarise(full, 0).p999.ms == pytest.approx(np.percentile(times, 99.9) / 1e6)
-    assert summarise(short, 0).p999 is None
+    assert summarise(full).p999.ms == pytest.approx(np.percentile(times, 99.9) / 1e6)
+    assert summarise(short).p999 is None

@@ -43,6 +43,19 @@ def test_figures_intervals_and_denominators_are_shown(measured):
     assert "Wilson" in text
 
 
+def test_an_interval_without_an_upper_end_says_how_many_inferences_it_takes(measured):
+    latency = quiet(measured)["entries"][0]["latency"]
+    for key in ("p50", "p90", "p99"):
+        latency[key] = {"ms": 2.0, "low": 1.5, "high": 3.0}
+        measured["entries"][1]["latency"][key] = {"ms": 2.0, "low": 1.5, "high": 3.0}
+    latency["p999"] = measured["entries"][1]["latency"]["p999"] = None
+    assert "1.50-3.00" in shown(measured)
+    assert ">=" not in shown(measured)
+    latency["p99"] = {"ms": 2.0, "low": 1.25, "high": None}
+    assert ">=1.25" in shown(measured)
+    assert "too few inferences for an upper end; p99 takes 368, p99.9 3,688" in " ".join(shown(measured).split())
+
+
 def test_pairs_of_bundles_are_stated_with_their_interval(measured):
     measured["comparisons"] = [
         {"first": 0, "second": 1, "batch": 1, "ratio": 2.5, "low": 2.4, "high": 2.6, "rounds": 5}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from rkd.bench.sensors import monitor
 from rkd.bench.sensors.load import OtherLoad
 from rkd.bench.sensors.monitor import Monitor
 from rkd.bench.sensors.reading import Reading
+from rkd.bench.sensors.sampler import Latest, until_end
 from rkd.bench.sensors.trace import Sample, Trace, conditions, power
 
 S = 1_000_000_000
@@ -119,9 +121,63 @@ def test_the_sampler_passes_on_what_tegrastats_says_last(tmp_path):
 SAMPLER = """
 import os, sys
 sys.stdin = os.fdopen({stdin})
-from rkd.bench.sensors.sampler import _until_end
-_until_end(0.01, lambda: print("look", flush=True), os.fdopen({tool}, "rb", 0), lambda text: print("line", text, flush=True))
+from rkd.bench.sensors.sampler import until_end
+until_end(0.01, lambda: print("look", flush=True), os.fdopen({tool}, "rb", 0), lambda text: print("line", text, flush=True))
 """
+
+
+LINE = "CPU [9%@1200] GR3D_FREQ 40%@612 tj@61.5C VDD_IN 9744mW/9179mW"
+
+
+@pytest.mark.parametrize("then", ["pass", "import signal; signal.pause()"], ids=["ends", "hangs"])
+def test_a_tegrastats_that_stops_is_not_reported_any_more_and_said_to_have_stopped(monkeypatch, then):
+    """A real pipe from a real process; the clock moves by a quarter of a second at each look after its line came."""
+    now, looks = [0], []
+    stdin, end = (os.fdopen(descriptor, mode) for descriptor, mode in zip(os.pipe(), "rw", strict=True))
+    monkeypatch.setattr(sys, "stdin", stdin)
+    latest = Latest(0.1, clock=lambda: now[0])
+
+    def take(text):
+        latest.take(text)
+        now[0] += S // 10
+
+    def look():
+        looks.append(latest.reading().watts)
+        now[0] += S // 4 if now[0] else 0
+        if now[0] > 4 * S:
+            end.close()
+
+    tool = subprocess.Popen([sys.executable, "-c", f"print({LINE!r}, flush=True); {then}"], stdout=subprocess.PIPE)
+    with tool, stdin, end:
+        until_end(0.01, look, tool.stdout, take, clock=lambda: now[0])
+        tool.kill()
+    live = {"VDD_IN": 9.744}
+    known = looks[looks.index(live) :]
+    assert known[:2] == [live, live]  # 0.1 and 0.35 s old
+    assert not any(known[2:])
+    assert latest.silent_ns == 0
+    assert len(known) > 10
+
+
+def test_a_tegrastats_that_goes_on_has_not_stopped_and_one_that_never_began_neither():
+    now = [0]
+    latest = Latest(0.1, clock=lambda: now[0])
+    for now[0] in range(0, 9 * S, S // 10):
+        assert latest.reading() == Reading()
+        latest.take("tegrastats: permission denied")
+    for now[0] in range(9 * S, 18 * S, S // 10):
+        latest.take(LINE)
+        assert latest.reading().watts == {"VDD_IN": 9.744}
+    assert latest.silent_ns is None
+
+
+def test_a_sensor_that_stopped_before_the_timing_ended_is_a_reason_and_its_last_figures_do_not_count():
+    seen = trace(lambda t: Reading({"VDD_IN": 10.0}) if t < 4 else Reading())
+    stopped = dataclasses.replace(seen, silent_ns=4 * S)
+    assert conditions(stopped, TIMING, READY, 0.5).reason == "tegrastats stopped reporting"
+    assert conditions(dataclasses.replace(seen, silent_ns=TIMING[-1][1]), TIMING, READY, 0.5).reason is None
+    assert power(stopped, TIMING[:1], READY, 0.01).watts == 10.0
+    assert power(stopped, TIMING[1:], READY, 0.01) is None
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,13 @@ import dataclasses
 import pytest
 
 from rkd.bench.device import Device, Load
-from rkd.bench.latency import Histogram, Latency
+from rkd.bench.latency import CAPACITY, Histogram, Latency
 from rkd.bench.quantiles import Quantile
 from rkd.bench.validity import judge
 
 Q = Quantile(1.0, 0.9, 1.1)
 GOOD = Latency(
-    Q, Q, Q, None, 1.0, 400, 1, 1000.0, 20, stationary=True, first_third_ms=1.0, last_third_ms=1.05,
+    Q, Q, Q, None, 1.0, 400, 1, 8.0, 1000.0, 20, stationary=True, first_third_ms=1.0, last_third_ms=1.05,
     histogram=Histogram(0.9, 1.1, (400,)), rounds=(),
 )  # fmt: skip
 DEVICE = Device(None, None, "x86_64", 4, 4, None, None, "6.1", "3.11", None, None, None, None, None)
@@ -21,10 +21,12 @@ def reasons(**changes):
     facts = {
         "instead": "",
         "device": DEVICE,
+        "on_gpu": False,
         "load": Load(0.1, 3.0),
         "conditions": None,
         "latencies": {1: GOOD},
         "min_samples": 400,
+        "seconds": 8.0,
         "not_finite": 0,
         "classes_present": 5,
         "interrupted": None,
@@ -50,6 +52,12 @@ def test_a_quiet_complete_run_is_valid_whatever_the_lagging_load_average_says():
         ({"interrupted": "latency"}, "interrupted during latency"),
         ({"not_finite": 3}, "3 images gave NaN"),
         ({"latencies": {1: changed(n=399)}}, "399 latency samples, 400 wanted"),
+        ({"latencies": {1: changed(seconds=7.9)}}, "400 latency samples in 7.9 s, 8 s wanted; run it to the end"),
+        ({"latencies": {1: changed(seconds=8.0)}, "seconds": 600.0}, "400 latency samples in 8 s, 600 s wanted"),
+        (
+            {"latencies": {1: changed(n=CAPACITY, seconds=7.0)}},
+            "20,000,000 latency samples in 7 s, 8 s wanted; more are",
+        ),
         ({"latencies": {1: changed(stationary=False)}}, "not stationary after 20"),
         ({"latencies": {1: changed(last_third_ms=1.11)}}, "drifted from 1 ms"),
         ({"latencies": {1: changed(last_third_ms=0.89)}}, "drifted from 1 ms"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import re
 import subprocess
 import sys
 
@@ -164,27 +165,31 @@ def test_a_millisecond_more_of_sleep_is_a_millisecond_more_in_the_pair(make_bund
 
 LEAKING = """
 import sys; sys.path[:] = sys.argv[1:]
-import mmap
+import itertools, mmap
 from rkd.bench import memory_child
 from rkd.bench.runner import OrtRunner
-kept, infer = [], OrtRunner.infer
+kept, turns, infer = [], itertools.count(), OrtRunner.infer
 def leak(self, images):
-    pages = mmap.mmap(-1, {size})
-    pages.write(bytes([1]) * {size})
-    kept.append(pages)
+    if next(turns) % {every} == 0:
+        pages = mmap.mmap(-1, {size})
+        pages.write(bytes([1]) * {size})
+        kept.append(pages)
     return infer(self, images)
 OrtRunner.infer = leak
 sys.exit(memory_child.main())
 """
 
 
-def test_a_runner_that_leaks_in_its_child_is_found(make_bundle, monkeypatch):
-    monkeypatch.setattr(memory, "_START", LEAKING.format(size=64 * 1024))
+@pytest.mark.parametrize(("size", "every"), [(64 * 1024, 1), (8 * 1024, 5)], ids=["64 KiB", "1.6 kB"])
+def test_a_runner_that_leaks_in_its_child_is_found_and_its_rate_is_what_was_planted(
+    make_bundle, monkeypatch, size, every
+):
+    monkeypatch.setattr(memory, "_START", LEAKING.format(size=size, every=every))
     (entry,) = session.run([make_bundle()], ONLY_MEMORY)["entries"]
     (text,) = [finding["text"] for finding in entry["findings"] if finding["code"] == "leak"]
     assert "resident memory grew all along" in text
-    watched = entry["memory"]["inferences"] - 10  # from the tenth on; growth is from the first quarter to the last
-    assert entry["memory"]["growth_bytes"] == pytest.approx(0.75 * watched * 64 * 1024, rel=0.1)
+    said = re.search(r"\(about (\d+\.\d) kB each\)", text)
+    assert float(said[1]) == pytest.approx(size / every / 1e3, rel=0.1)
 
 
 def test_a_runner_that_does_not_leak_in_its_child_is_not_blamed(make_bundle):

@@ -90,6 +90,15 @@ def test_latency_dots_and_whiskers_are_where_the_milliseconds_are():
     np.testing.assert_allclose(drawn, expected, atol=0.01)
 
 
+def test_an_interval_without_an_upper_end_goes_on_to_the_edge_and_has_one_cap():
+    rows = [LatencyRow("a", (2.0, 1.8, 2.3), (2.5, 2.4, 2.9), (3.5, 3.0, math.inf))]
+    root = parse(latency_rows("Latency", rows))
+    *_, lane = horizontal(by_class(root, "lane"))
+    *_, open_one = horizontal(by_class(root, "whisker"))
+    assert open_one.get("x2") == lane.get("x2")
+    assert len(by_class(root, "whisker")) - len(horizontal(by_class(root, "whisker"))) == 2 * 2 + 1
+
+
 def test_a_wide_range_of_latencies_gets_a_logarithmic_axis():
     rows = [LatencyRow("a", (v, v, v), (v, v, v), (v, v, v)) for v in (1.0, 10.0, 100.0)]
     places = [float(dot.get("cx")) for dot in by_class(parse(latency_rows("Latency", rows)), "dot")][::3]

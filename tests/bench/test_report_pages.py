@@ -114,7 +114,8 @@ def costs(word):
         "conditions": {
             "samples": 80, "interval_s": 0.1,
             "clocks_hz": {word: {**span, "first_third": 1.0, "last_third": 1.0}},
-            "celsius": {word: span}, "throttle": {f"count: {word}": span}, "others": None, "reason": None,
+            "celsius": {word: span}, "throttle": {f"count: {word}": span}, "others": None, "gpu_percent_before": 37.0,
+            "reason": None,
         },
         "classes": [{"name": word, "acc": Proportion(3, 4).to_json()}],
         "agreement": {
@@ -190,7 +191,6 @@ def entry(word="student", *, reasons=(), latency=True, scored=True, p50=2.0):
             "cap_seconds": 60,
             "warm_up_cap_seconds": 10,
             "rounds": 16,
-            "seed": 0,
             "latency": True,
             "memory": True,
             "accuracy": True,
@@ -206,6 +206,7 @@ def entry(word="student", *, reasons=(), latency=True, scored=True, p50=2.0):
             "mean_ms": p50,
             "n": 4321,
             "batch": 1,
+            "seconds": 8.0,
             "images_per_second": 500.0,
             "warm_up": 50,
             "stationary": True,
@@ -240,7 +241,7 @@ def document(*entries):
     pairs = [
         {"first": 0, "second": 1, "batch": 1, "ratio": 2.0, "low": 1.9, "high": 2.1, "rounds": 16} for _ in entries[1:2]
     ]
-    return {"schema": 3, "interrupted": False, "comparisons": pairs, "entries": list(entries)}
+    return {"schema": 4, "interrupted": False, "comparisons": pairs, "entries": list(entries)}
 
 
 PAGES = {
@@ -482,10 +483,25 @@ def test_text_contrasts_4_5_to_1_and_marks_3_to_1(scheme):
 
 def test_the_costs_of_an_inference_are_stated_with_what_is_not_reported():
     text = Page(PAGES["result"]).text
-    for words in ("6.0 MB in 400 inferences, a leak", "7.00 W", "14.0 mJ", "not reported", "VDD_IN 7.00 W"):
+    for words in (
+        "6.0 MB in 400 inferences, a leak",
+        "7.00 W",
+        "14.0 mJ",
+        "not reported",
+        "VDD_IN 7.00 W",
+        "GPU load37 %",
+    ):
         assert words in text
     for section in ("Gates", "Pair by pair", "Triggers", "Memory", "Power", "Class by class", "The machine meanwhile"):
         assert section in Page(PAGES["result"]).sections
+
+
+def test_a_percentile_without_an_upper_end_is_said_to_be_at_least_its_lower_one():
+    one = entry()
+    one["latency"]["p99"] = {"ms": 4.0, "low": 3.25, "high": None}
+    text = Page(result_page([document(one)])).text
+    assert "4.00at least 3.25n 4,321" in text
+    assert "too few batches for an upper end" in text
 
 
 def test_a_pair_is_stated_with_its_interval_and_marked_where_it_does_not_count():

@@ -173,7 +173,7 @@ def planted(bundle: Bundle) -> None:
 
         both = [Series(runner.infer, images), Series(slowed, images)]
         measure(both, Plan(4.0, 400, 60, 5))
-        before, after = (summarise(one, 0) for one in both)
+        before, after = (summarise(one) for one in both)
         if before and after:
             print(
                 f"planted 1 ms: p50 {before.p50.ms:.4f} -> {after.p50.ms:.4f} ms, seen as +{after.p50.ms - before.p50.ms:.4f} ms"
@@ -188,7 +188,7 @@ def planted(bundle: Bundle) -> None:
                 kept[-1].write(b"x" * 50_000)
                 return runner.infer(x)
 
-        done, _, sizes = run_for_memory(Leaking(), images, 400, 30)  # type: ignore[arg-type]
+        done, _, sizes = run_for_memory(Leaking(), images, 400, 0, 30)  # type: ignore[arg-type]
         print(f"planted leak of 50 kB an inference: growth and leak {growth(sizes)} over {done} inferences")
     with (
         Monitor(visible_cores()) as watching,
