@@ -154,7 +154,7 @@ class Exporter:
         if target.precision != "fp32":
             with self._stage(f"{target.precision} parity", seconds):
                 predict = predictor_of(model, integer=target.on_cpu)
-                exported = host_run(predict, self._evaluation, self._triggers, min(_BATCH, target.max_batch))
+                exported = host_run(predict, self._evaluation, self._triggers, _BATCH)
         parity = compare(student, exported)
         runs = {"student": student, "onnx-fp32": fp32}
         if target.precision != "fp32":
@@ -196,8 +196,7 @@ class Exporter:
                 self._fp32[form] = to_onnx(self._network, form.opset, dynamic_batch=form.dynamic)
             with self._stage("parity", seconds):
                 predict = predictor_of(self._fp32[form])
-                batch = _BATCH if form.dynamic else 1
-                self._fp32_runs[form] = host_run(predict, self._evaluation, self._triggers, batch)
+                self._fp32_runs[form] = host_run(predict, self._evaluation, self._triggers, _BATCH)
         return self._fp32_runs[form]
 
     def _model(self, target: Target, form: _Form, seconds: dict[str, float]) -> tuple[bytes, Quantised | None]:
