@@ -20,9 +20,11 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from rkd.bundle import evaluation_bytes, write_bundle
+from rkd.bundle import _container, evaluation_bytes, read_bundle, write_bundle
 from rkd.cli import app
 from rkd.errors import install_hint
+from rkd.files import sha256, to_json
+from rkd.metrics import Proportion
 from rkd.models import build
 from rkd.run import Run, Setting
 from rkd.target import load_target
@@ -294,13 +296,16 @@ def test_nothing_to_report(place: Place) -> None:
 @pytest.fixture
 def bundle(place: Place) -> Path:
     images = np.random.default_rng(0).integers(0, 256, (12, 3, 8, 8), dtype=np.uint8)
-    scores = {"acc": {"hits": 1, "n": 12}, "triggers": []}
+    scores = {"acc": Proportion(1, 12).to_json(), "triggers": []}
+    agreement = {"percent": {"clean": 100.0}, "max_difference": 0.0}
+    model = b"no model"
     head: dict[str, Any] = {
         "name": "x.ort-cpu", "target": load_target("ort-cpu").to_json(), "opset": 20, "precision": "fp32",
         "input": {"name": "images", "shape": [3, 8, 8], "dtype": "uint8"}, "classes": ["a", "b"],
-        "chain": {}, "scores": {"student": scores, "exported": scores}, "tool": {},
+        "chain": {**dict.fromkeys(("teacher", "config", "student"), "ab" * 32), "onnx": sha256(model)}, "tool": {},
+        "scores": {"student": scores, "exported": scores, "agreement": agreement},
     }  # fmt: skip
-    members = {"model.onnx": b"no model", "eval.npz": evaluation_bytes(images, np.arange(12) % 2)}
+    members = {"model.onnx": model, "eval.npz": evaluation_bytes(images, np.arange(12) % 2)}
     write_bundle(place / "x.ort-cpu.rkd", head, members)
     return place / "x.ort-cpu.rkd"
 
@@ -389,11 +394,8 @@ def test_inspect_of_a_run_with_a_damaged_summary_ends_with_a_line_or_an_answer(
 
 @pytest.mark.parametrize("scores", [{}, {"student": {}, "exported": {}}, {"student": 5, "exported": []}])
 def test_inspect_of_a_bundle_with_other_scores(place: Place, bundle: Path, scores: Any) -> None:
-    from rkd.bundle import read_bundle
-
     read = read_bundle(bundle)
-    head = {key: value for key, value in read.manifest.items() if key not in ("format", "members")}
-    write_bundle(bundle, {**head, "scores": scores}, read.members)
+    bundle.write_bytes(_container({"manifest.json": to_json({**read.manifest, "scores": scores}), **read.members}))
     assert "scores" in refusal(place, "inspect", bundle.name)
 
 
