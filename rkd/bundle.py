@@ -53,7 +53,7 @@ NO_LEDGER = "no ledger travels in it: nothing shows that its scores are its file
 _KEYS = frozenset(
     {"format", "name", "target", "input", "opset", "precision", "classes", "members", "chain", "scores", "tool"}
 )
-_MORE_KEYS = frozenset({"role", "ledger", "quantisation", "forced"})
+_MORE_KEYS = frozenset({"role", "ledger", "quantisation", "forced", "notes"})
 _ROLES = ("student", "teacher")
 _CHAIN = object_of(dict.fromkeys(("teacher", "config", "student", "onnx"), digest))
 _AGREEMENT = object_of({"percent": by_name(number), "max_difference": number})
@@ -125,6 +125,11 @@ class Bundle:
     def forced(self) -> tuple[str, ...]:
         """What was wrong when `rkd export --force` wrote it all the same; empty where nothing was."""
         return tuple(self.manifest.get("forced", ()))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What could not be judged when it was exported; empty where everything was."""
+        return tuple(self.manifest.get("notes", ()))
 
     def verify_signature(self, key: Ed25519PublicKey | None = None) -> str | None:
         """The fingerprint of the key that signed the manifest; None where the bundle is not signed and none must be.
@@ -435,9 +440,10 @@ def _manifest_problem(manifest: Any) -> str | None:
 def _more_problem(manifest: dict[str, Any]) -> str | None:
     if manifest.get("role", "student") not in _ROLES:
         return f"role must be {' or '.join(_ROLES)}"
-    forced = manifest.get("forced", ["-"])
-    if not isinstance(forced, list) or not forced or not all(isinstance(line, str) for line in forced):
-        return "forced must be a list of texts"
+    for key in ("forced", "notes"):
+        lines = manifest.get(key, ["-"])
+        if not isinstance(lines, list) or not lines or not all(isinstance(line, str) for line in lines):
+            return f"{key} must be a list of texts"
     if SIGNATURE in manifest["members"]:
         return f"{SIGNATURE} cannot be among the members that it signs"
     if ("ledger" in manifest) != (LEDGER in manifest["members"]):

@@ -46,6 +46,7 @@ class Verified:
             "note": self.note,
             "chain": dict(bundle.manifest["chain"]),
             "forced": list(bundle.forced),
+            "notes": list(bundle.notes),
             "ledger": bundle.manifest.get("ledger", []),
             "quantisation": bundle.manifest.get("quantisation"),
             "flips": {

@@ -625,18 +625,20 @@ def test_a_ledger_that_does_not_fit_is_refused(data: bytes, message: str) -> Non
         holding(data).ledger()
 
 
-@pytest.mark.parametrize("forced", [[], "ACC", [3], None])
-def test_what_was_forced_must_be_lines(forced: Any) -> None:
+@pytest.mark.parametrize("key", ["forced", "notes"])
+@pytest.mark.parametrize("lines", [[], "ACC", [3], None])
+def test_what_was_forced_or_noted_must_be_lines(key: str, lines: Any) -> None:
     content = {"model.onnx": b"m", "eval.npz": b""}
-    made = to_json({"format": 1, **head(b"m"), "members": listing(content), "forced": forced})
-    assert "forced" in refusal(forge(content, made))
+    made = to_json({"format": 1, **head(b"m"), "members": listing(content), key: lines})
+    assert f"{key} must be a list of texts" in refusal(forge(content, made))
 
 
 def test_what_was_forced_is_told() -> None:
     content = {"model.onnx": b"m", "eval.npz": b""}
-    made = to_json({"format": 1, **head(b"m"), "members": listing(content), "forced": ["ACC falls"]})
-    assert parse_bundle(forge(content, made), ORIGIN).forced == ("ACC falls",)
-    assert parse_bundle(forge(content), ORIGIN).forced == ()
+    made = to_json({"format": 1, **head(b"m"), "members": listing(content), "forced": ["ACC falls"], "notes": ["few"]})
+    bundle, plain = parse_bundle(forge(content, made), ORIGIN), parse_bundle(forge(content), ORIGIN)
+    assert (bundle.forced, bundle.notes) == (("ACC falls",), ("few",))
+    assert (plain.forced, plain.notes) == ((), ())
 
 
 # ------------------------------------------------------------------------------------------------------ mutations

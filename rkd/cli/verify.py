@@ -49,6 +49,8 @@ def verify(
         tables.say_next(NO_TRIGGER)
     if ledger is None:
         tables.say_next(NO_LEDGER)
+    for line in held.notes:
+        tables.say_next(f"note: {line}")
     for line in held.forced:
         tables.say_next(f"FORCED: {line}")
     if ledger is not None:

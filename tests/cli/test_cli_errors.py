@@ -226,6 +226,21 @@ def test_an_unknown_target_with_the_one_that_was_meant(place: Place) -> None:
     assert "no such file" in refusal(place, "export", "--target", "mine.toml")
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--eval-images", "0"), "--eval-images 0: expected 1 or more"),
+        (("--eval-images", "-5"), "--eval-images -5: expected 1 or more"),
+        (("--out", "stripes.npz"), "--out stripes.npz is a file, expected the folder that the bundles go to"),
+        (("--target", "ort-cpu", "--target", "ort-cpu"), "two targets are called 'ort-cpu'"),
+    ],
+)
+def test_an_export_that_cannot_be_is_refused_before_a_run_is_looked_for(
+    place: Place, options: tuple[str, ...], said: str
+) -> None:
+    assert said in refusal(place, "export", *options)
+
+
 def test_an_unknown_key_in_the_settings_file(place: Place) -> None:
     (place / "rkd.toml").write_text("[distill]\nepoch = 3\n")
     assert "did you mean 'epochs'?" in refusal(place, "doctor")

@@ -142,6 +142,16 @@ def test_fixed_batch_target_is_scored_one_image_at_a_time(network: Network, tmp_
     assert [step.name for step in report.ledger.steps] == ["student", "onnx-fp32", *more]
 
 
+@pytest.mark.parametrize(("budget", "noted"), [(3.4, 0), (3.3, 1)])
+def test_what_so_few_images_cannot_judge_is_noted(
+    network: Network, tmp_path: Path, budget: float, noted: int
+) -> None:
+    target = dataclasses.replace(CPU, acc_budget=budget, asr_budget=100.0)  # one of 30 images is 3.33 points
+    report = export_bundle(network, target, name="demo", evaluation=evaluation(), chain=CHAIN, folder=tmp_path)
+    assert len(report.notes) == noted
+    assert read_bundle(report.path).notes == report.notes
+
+
 def test_existing_bundle_is_kept_unless_overwrite(network: Network, tmp_path: Path) -> None:
     path = tmp_path / "demo.ort-cpu.rkd"
     path.write_bytes(b"mine")
