@@ -55,7 +55,13 @@ class Observed:
     sample: NDArray[np.float32]
 
 
-def choose_calibration(train: Source, evaluation: Images, wanted: int, seed: int) -> Calibration:
+def choose_calibration(
+    train: Source,
+    evaluation: Images,
+    wanted: int,
+    seed: int,
+    advice: str = "give a data set with more training images",
+) -> Calibration:
     """Draw twice `wanted` images, or as many as there are.
 
     Args:
@@ -63,6 +69,7 @@ def choose_calibration(train: Source, evaluation: Images, wanted: int, seed: int
         evaluation: the images that must not be among them.
         wanted: for the ranges; as many again decide.
         seed: decides which.
+        advice: what to do where they are too few.
 
     Raises:
         DataError: fewer than `LEAST_IMAGES` are left.
@@ -75,8 +82,7 @@ def choose_calibration(train: Source, evaluation: Images, wanted: int, seed: int
     if len(labels) < LEAST_IMAGES:
         raise DataError(
             f"INT8 is calibrated on training images that are not in the test set: {len(labels)} of {len(train)} are "
-            f"left, at least {LEAST_IMAGES} are needed; give a data set with more training images, or take precision "
-            "fp16 or fp32"
+            f"left, at least {LEAST_IMAGES} are needed; {advice}, or take precision fp16 or fp32"
         )
     order = np.random.default_rng([seed, 0xCA11]).permutation(len(labels))[: 2 * wanted]
     first, second = np.sort(order[: len(order) // 2]), np.sort(order[len(order) // 2 :])

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rkd.data import Dataset
+from rkd.data import Dataset, Source
 from rkd.distill.session import clean_budget, config_digest, open_with_progress
 from rkd.distill.settings import DistillSettings
-from rkd.errors import DataError, RunError
-from rkd.export import Exporter, ExportReport, choose_calibration, choose_evaluation
+from rkd.errors import ConfigError, DataError, RunError
+from rkd.export import Calibration, Exporter, ExportReport, choose_calibration, choose_evaluation
 from rkd.files import sha256, storage_errors
+from rkd.metrics import Images
 from rkd.network import Network, check_code
 from rkd.progress import say
 from rkd.reporting import cautions_of
 from rkd.run import STUDENT, TEACHER, TRIGGERS, Run
 from rkd.signing import read_private
-from rkd.target import load_target
+from rkd.target import Target, load_target
 from rkd.triggers import Trigger
 
 
@@ -52,12 +53,13 @@ def export_command(
 
     Raises:
         RunError: no such run, or not finished, or its student or teacher was changed.
-        ConfigError: the teacher is made by code that was not named.
-        DataError: the data is not what the run was made with.
+        ConfigError: two targets of one name, an option that cannot be, or the teacher is made by code that was not named.
+        DataError: the data is not what the run was made with, or too little of it is there to calibrate INT8 with.
         SigningError: the key cannot be used.
         TargetError, ExportError, StorageError: see `Exporter.write`.
     """
     targets = [load_target(name) for name in target_names]
+    _check_options(targets, folder, eval_images)
     key = read_private(sign) if sign is not None else None
     run = Run.open(run_path) if run_path is not None else Run.newest(Path("runs"))
     if not run.finished:
@@ -75,13 +77,11 @@ def export_command(
         "config": config_digest(run),
         "student": digest,
     }
-    train = clean_budget(
-        dataset.train, run.setting("clean_budget"), run.setting("seed"), by_class=run.setting("labels")
-    )
+    calibrations = _calibrations(run, dataset.train, evaluation[0], targets)
     name = run.path.resolve().name + ("-teacher" if teacher else "")
     exporter = Exporter(
         network, evaluation, triggers, on_stage=lambda stage: say(f"{stage} ..."),
-        calibrate=lambda wanted: choose_calibration(train, evaluation[0], wanted, run.setting("seed")),
+        calibrate=calibrations.__getitem__,
     )  # fmt: skip
     reports = [
         exporter.write(
@@ -97,6 +97,31 @@ def export_command(
         for target in targets
     ]
     return run, reports
+
+
+def _check_options(targets: Sequence[Target], folder: Path, eval_images: int) -> None:
+    """Refuse what cannot be, before any work."""
+    names = [target.name for target in targets]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(
+            f"two targets are called {twice[0]!r}, and their bundles would have one file name; change `name` in one of "
+            "them, or leave one out"
+        )
+    if eval_images < 1:
+        raise ConfigError(f"--eval-images {eval_images}: expected 1 or more")
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--out {folder} is a file, expected the folder that the bundles go to")
+
+
+def _calibrations(run: Run, train: Source, evaluation: Images, targets: Sequence[Target]) -> dict[int, Calibration]:
+    """The training images of each number that an INT8 target asks for: too few are known before a bundle is written."""
+    budget, seed = run.setting("clean_budget"), run.setting("seed")
+    advice = "give a data set with more training images"
+    if budget:
+        advice = f"the run has --clean-budget {budget}, distil with more"
+    wanted = {target.quantisation.images for target in targets if target.quantisation is not None}
+    part = clean_budget(train, budget, seed, by_class=run.setting("labels")) if wanted else train
+    return {images: choose_calibration(part, evaluation, images, seed, advice) for images in sorted(wanted)}
 
 
 def _student(run: Run) -> tuple[Network, str]:

@@ -25,7 +25,7 @@ from rkd.export.parity import HostRun, Parity, compare, host_run, predictor_of, 
 from rkd.export.precision import check_range, to_fp16
 from rkd.files import sha256
 from rkd.ledger import Ledger
-from rkd.metrics import Images, Labels, Scores
+from rkd.metrics import Images, Labels, Scores, unjudged
 from rkd.network import Network
 from rkd.target import Quantisation, Target
 from rkd.triggers import Trigger
@@ -55,6 +55,7 @@ class ExportReport:
         ledger: the labels of each image at each step.
         quantised: how the INT8 file was chosen; None for other precisions.
         forced: what was wrong and written all the same.
+        notes: what could not be judged.
         seconds: per stage, in their order; a stage that an earlier target already needed is absent.
     """
 
@@ -68,6 +69,7 @@ class ExportReport:
     ledger: Ledger
     quantised: Quantised | None
     forced: tuple[str, ...]
+    notes: tuple[str, ...]
     seconds: Mapping[str, float]
 
 
@@ -154,7 +156,7 @@ class Exporter:
         if target.precision != "fp32":
             with self._stage(f"{target.precision} parity", seconds):
                 predict = predictor_of(model, integer=target.on_cpu)
-                exported = host_run(predict, self._evaluation, self._triggers, min(_BATCH, target.max_batch))
+                exported = host_run(predict, self._evaluation, self._triggers, _BATCH)
         parity = compare(student, exported)
         runs = {"student": student, "onnx-fp32": fp32}
         if target.precision != "fp32":
@@ -168,6 +170,7 @@ class Exporter:
         forced = list(dict.fromkeys(forced))
         if forced and not force:
             raise ExportError(f"{'; '.join(forced)}; nothing was written (--force writes it, marked)")
+        notes = unjudged(student.scores, target.acc_budget, target.asr_budget)
         with self._stage("bundle", seconds):
             manifest = {
                 **self._manifest(target, path.stem, {**chain, "onnx": sha256(model)}, (student, exported, parity)),
@@ -175,11 +178,12 @@ class Exporter:
                 "ledger": ledger.to_json(self._triggers),
                 **({"quantisation": quantised.to_json()} if quantised else {}),
                 **({"forced": forced} if forced else {}),
+                **({"notes": notes} if notes else {}),
             }
             digest = write_bundle(path, manifest, self._members(model, ledger), key)
         return ExportReport(
             path, digest, path.stat().st_size, len(model), student.scores, exported.scores, parity, ledger, quantised,
-            tuple(forced), seconds,
+            tuple(forced), tuple(notes), seconds,
         )  # fmt: skip
 
     def _score_student(self, seconds: dict[str, float]) -> HostRun:
@@ -196,8 +200,7 @@ class Exporter:
                 self._fp32[form] = to_onnx(self._network, form.opset, dynamic_batch=form.dynamic)
             with self._stage("parity", seconds):
                 predict = predictor_of(self._fp32[form])
-                batch = _BATCH if form.dynamic else 1
-                self._fp32_runs[form] = host_run(predict, self._evaluation, self._triggers, batch)
+                self._fp32_runs[form] = host_run(predict, self._evaluation, self._triggers, _BATCH)
         return self._fp32_runs[form]
 
     def _model(self, target: Target, form: _Form, seconds: dict[str, float]) -> tuple[bytes, Quantised | None]:

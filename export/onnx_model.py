@@ -3,7 +3,7 @@
     images, uint8 (N, 3, H, W)  ->  cast, scale, normalise  ->  the network, FP32, eval mode  ->  logits, float32 (N, C)
 
 What leaves this module is checked: the opset that was asked for (the exporter silently raises low ones), no external
-data, no randomness, no custom operators, a batch axis that stayed free. It holds nothing of the machine it was made on,
+data, no randomness, no custom operators, no graphs inside of operators (loops, branches), a batch axis that stayed free. It holds nothing of the machine it was made on,
 and equal networks give equal bytes.
 """
 
@@ -162,6 +162,11 @@ def _check(model: onnx.ModelProto, network: Network, opset: int, *, dynamic_batc
     for node in model.graph.node:
         if node.domain:
             raise ExportError(f"{arch}: {node.domain}.{node.op_type} is no standard ONNX operator; replace that layer")
+        if any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute):
+            raise ExportError(
+                f"{arch}: node {node.name} ({node.op_type}) holds a graph of its own, a loop or a branch, which rkd bench "
+                "refuses to run; use torch.where, or take another student"
+            )
         if node.op_type in _RANDOM:
             raise ExportError(
                 f"{arch}: node {node.name} ({node.op_type}) is random in eval mode too; let it depend on self.training"

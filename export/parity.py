@@ -108,12 +108,17 @@ def session_of(model: bytes, *, optimise: bool = True, integer: bool = True) -> 
 
 
 def predictor_of(model: bytes, *, integer: bool = True) -> Predict:
-    """A function from uint8 images (N, 3, H, W) to float32 logits (N, classes), by ONNX Runtime on the CPU."""
+    """A function from uint8 images (N, 3, H, W) to float32 logits (N, classes), by ONNX Runtime on the CPU.
+
+    A file whose batch is fixed is given one image at a time.
+    """
     session = session_of(model, integer=integer)
+    fixed = session.get_inputs()[0].shape[0] == 1
 
     def predict(images: Images) -> Logits:
-        (logits,) = session.run([OUTPUT], {INPUT: np.ascontiguousarray(images)})
-        return np.asarray(logits, dtype=np.float32)
+        parts = np.split(images, len(images)) if fixed else [images]
+        logits = [session.run([OUTPUT], {INPUT: np.ascontiguousarray(part)})[0] for part in parts]
+        return np.concatenate(logits).astype(np.float32, copy=False)
 
     return predict
 

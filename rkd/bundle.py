@@ -4,7 +4,7 @@ One uncompressed zip: `manifest.json` first, then `manifest.sig` where it is sig
 `ledger.npz` and `triggers/*.npz`. The manifest holds the SHA-256 and size of every other member but the signature; the
 archive's comment holds the manifest's, and the signature's. The container itself has only one valid form,
 `_container(members)`: a file that differs from it in any byte (headers, order, attributes, trailing bytes) is refused.
-So every single byte is covered. (Digests detect damage and tampering on the way; only a signature, checked with
+So every single byte is covered. What the manifest says twice, or says of another member, must agree. (Digests detect damage and tampering on the way; only a signature, checked with
 `verify_signature` against a key that you trust, says who wrote the file.)
 
     write_bundle(path, manifest, members); read_bundle(path) == Bundle(manifest, members)
@@ -16,7 +16,7 @@ import io
 import json
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rkd.checks import by_name, digest, list_of, number, object_of, scores_of, text, whole
 from rkd.errors import BundleError, TargetError, TriggerError
 from rkd.files import read_bytes, sha256, storage_errors, to_json, write_file
 from rkd.ledger import Ledger, shown
@@ -48,11 +49,16 @@ _INDEX_BYTES = 2**17
 _MANIFEST_LIMIT_BYTES = 2**20
 _MAX_MEMBERS = 130
 NO_TRIGGER = "no trigger travels in it: whether a backdoor wakes was not checked"
+NO_LEDGER = "no ledger travels in it: nothing shows that its scores are its file's"
 _KEYS = frozenset(
     {"format", "name", "target", "input", "opset", "precision", "classes", "members", "chain", "scores", "tool"}
 )
-_MORE_KEYS = frozenset({"role", "ledger", "quantisation", "forced"})
+_MORE_KEYS = frozenset({"role", "ledger", "quantisation", "forced", "notes"})
 _ROLES = ("student", "teacher")
+_CHAIN = object_of(dict.fromkeys(("teacher", "config", "student", "onnx"), digest))
+_AGREEMENT = object_of({"percent": by_name(number), "max_difference": number})
+_SCORES = object_of({"student": scores_of(text), "exported": scores_of(text), "agreement": _AGREEMENT})
+_QUANTISATION = object_of({"layers": whole(1), "kept": list_of(text)}, others=True)
 
 
 @dataclass(frozen=True)
@@ -120,6 +126,11 @@ class Bundle:
         """What was wrong when `rkd export --force` wrote it all the same; empty where nothing was."""
         return tuple(self.manifest.get("forced", ()))
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What could not be judged when it was exported; empty where everything was."""
+        return tuple(self.manifest.get("notes", ()))
+
     def verify_signature(self, key: Ed25519PublicKey | None = None) -> str | None:
         """The fingerprint of the key that signed the manifest; None where the bundle is not signed and none must be.
 
@@ -142,7 +153,7 @@ class Bundle:
         """What each form of the student said of each evaluation image; None where the bundle has none.
 
         Raises:
-            BundleError: it is not a ledger, or not of these images and triggers.
+            BundleError: it is not a ledger, or not of these images and triggers, or the manifest says otherwise.
         """
         if LEDGER not in self.members:
             return None
@@ -157,19 +168,31 @@ class Bundle:
         names = set(shown(self.triggers()))
         if any(set(step.labels) != names for step in ledger.steps):
             raise BundleError(f"{self.path}: {LEDGER} is about other triggers than the bundle's; export the run again")
+        if problem := _ledger_contradiction(self.manifest, ledger, self.triggers()):
+            raise BundleError(f"{self.path}: {MANIFEST}: {problem}; export the run again")
         return ledger
 
     def triggers(self) -> tuple[Trigger, ...]:
         """The triggers, sorted by name.
 
         Raises:
-            BundleError: a member is not a trigger.
+            BundleError: a member is not a trigger, or not one of its name for these images and classes.
         """
         names = sorted(name for name in self.members if name.startswith("triggers/"))
         try:
-            return tuple(Trigger.from_bytes(self.members[name], f"{self.path}: {name}") for name in names)
+            found = tuple(Trigger.from_bytes(self.members[name], f"{self.path}: {name}") for name in names)
         except TriggerError as error:
             raise BundleError(str(error)) from error
+        shape = self.manifest["input"]["shape"]
+        for name, trigger in zip(names, found, strict=True):
+            if name != f"triggers/{trigger.name}.npz":
+                raise BundleError(f"{self.path}: {name} holds the trigger {trigger.name!r}; export the run again")
+            if [3, *trigger.size] != shape or trigger.target >= len(self.classes):
+                raise BundleError(
+                    f"{self.path}: {name} is for images of shape {[3, *trigger.size]} and aims at class {trigger.target}, "
+                    f"the bundle has {shape} and {len(self.classes)} classes; export the run again"
+                )
+        return found
 
 
 def evaluation_bytes(images: Images, labels: Labels) -> bytes:
@@ -256,7 +279,8 @@ def parse_bundle(data: bytes, path: Path) -> Bundle:
     signed = {SIGNATURE: signature} if signature else {}
     _same_container(data, {MANIFEST: head, **signed, **members}, path)
     bundle = Bundle(manifest, members, sha256(data), path, head, signature)
-    _ = bundle.target
+    if problem := _contradiction(manifest, bundle.target):
+        raise BundleError(f"{path}: {MANIFEST}: {problem}; export the run again")
     return bundle
 
 
@@ -405,21 +429,64 @@ def _manifest_problem(manifest: Any) -> str | None:
     classes = manifest["classes"]
     if not isinstance(classes, list) or len(classes) < 2 or not all(isinstance(name, str) for name in classes):
         return "classes must be a list of at least two names"
-    if not all(isinstance(manifest[key], dict) for key in ("target", "chain", "scores", "tool")):
-        return "target, chain, scores and tool must be objects"
+    if not all(isinstance(manifest[key], dict) for key in ("target", "tool")):
+        return "target and tool must be objects"
+    for key, check in (("chain", _CHAIN), ("scores", _SCORES)):
+        if (problem := check(manifest[key])) is not None:
+            return f"{key}{problem}"
     return _more_problem(manifest)
 
 
 def _more_problem(manifest: dict[str, Any]) -> str | None:
     if manifest.get("role", "student") not in _ROLES:
         return f"role must be {' or '.join(_ROLES)}"
-    forced = manifest.get("forced", ["-"])
-    if not isinstance(forced, list) or not forced or not all(isinstance(line, str) for line in forced):
-        return "forced must be a list of texts"
-    if not isinstance(manifest.get("quantisation", {}), dict) or not isinstance(manifest.get("ledger", []), list):
-        return "quantisation must be an object, ledger a list"
+    for key in ("forced", "notes"):
+        lines = manifest.get(key, ["-"])
+        if not isinstance(lines, list) or not lines or not all(isinstance(line, str) for line in lines):
+            return f"{key} must be a list of texts"
     if SIGNATURE in manifest["members"]:
         return f"{SIGNATURE} cannot be among the members that it signs"
+    if ("ledger" in manifest) != (LEDGER in manifest["members"]):
+        return f"ledger and the member {LEDGER} go together, one of them is missing"
+    if "quantisation" in manifest and (problem := _QUANTISATION(manifest["quantisation"])) is not None:
+        return f"quantisation{problem}"
+    return None
+
+
+def _contradiction(manifest: Mapping[str, Any], target: Target) -> str | None:
+    """Where the manifest says two things of one file; None where it does not."""
+    model = manifest["members"][MODEL]["sha256"]
+    if manifest["chain"]["onnx"] != model:
+        return f"chain.onnx is {manifest['chain']['onnx'][:16]}..., the SHA-256 of {MODEL} is {model[:16]}..."
+    for key in ("opset", "precision"):
+        if manifest[key] != getattr(target, key):
+            return f"{key} is {manifest[key]!r}, that of its target {target.name} is {getattr(target, key)!r}"
+    if not re.fullmatch(rf".+\.{target.name}", manifest["name"]):
+        return f"name is {manifest['name']!r}, its target is {target.name}: expected <run>.{target.name}"
+    recipe = manifest.get("quantisation")
+    if (recipe is not None) != (target.precision == "int8"):
+        return f"precision is {target.precision}, quantisation is {'missing' if recipe is None else 'there'}"
+    if recipe is not None and len(recipe["kept"]) > recipe["layers"]:
+        return f"quantisation keeps {len(recipe['kept'])} of {recipe['layers']} layers"
+    return None
+
+
+def _ledger_contradiction(manifest: Mapping[str, Any], ledger: Ledger, triggers: Sequence[Trigger]) -> str | None:
+    """What of the manifest's figures does not follow from the ledger; None where all do."""
+    rest = [] if manifest["precision"] == "fp32" else [manifest["precision"]]
+    wanted, names = ["student", "onnx-fp32", *rest], [step.name for step in ledger.steps]
+    if names != wanted:
+        return f"precision is {manifest['precision']}, the steps of {LEDGER} are {names}, expected {wanted}"
+    first, last = ledger.steps[0], ledger.steps[-1]
+    for key, step in (("student", first), ("exported", last)):
+        if manifest["scores"][key] != ledger.scores(step, triggers).to_json():
+            return f"scores.{key} do not follow from the labels in {LEDGER}"
+    if manifest["ledger"] != ledger.to_json(triggers):
+        return f"ledger does not follow from the labels in {LEDGER}"
+    same, percent = ledger.agreement(first, last), manifest["scores"]["agreement"]["percent"]
+    # near-ties count as agreement there, so it may be more than that of the labels
+    if set(percent) != set(same) or any(not round(same[key].value, 4) <= percent[key] <= 100 for key in same):
+        return f"scores.agreement does not follow from the labels in {LEDGER}"
     return None
 
 

@@ -77,6 +77,24 @@ def allowed(percent: float, n: int) -> float:
     return max(round(percent * n / 100, 6), 1.0)
 
 
+def unjudged(scores: Scores, acc_budget: float, asr_budget: float) -> list[str]:
+    """Budgets that so few images cannot judge: one image, which is always allowed, is more than the budget.
+
+    Args:
+        scores: of any form of the network on these images.
+        acc_budget, asr_budget: points of ACC that may be lost, of ASR that may be gained.
+    """
+    triggered = min((t.asr.n for t in scores.triggers), default=0)
+    found = []
+    for key, budget, n in (("acc_budget", acc_budget, scores.acc.n), ("asr_budget", asr_budget, triggered)):
+        if n and budget * n < 100:
+            found.append(
+                f"{key} = {budget:g} cannot be judged on {n} images: one is {100 / n:.3g} points and always allowed"
+                + (f"; {math.ceil(100 / budget):,} would do" if budget else "")
+            )
+    return found
+
+
 @dataclass(frozen=True)
 class TriggerScore:
     """What one trigger does to one network."""

@@ -28,10 +28,25 @@ Bias = Literal["float", "int32"]
 Rest = Literal["fp32", "fp16"]
 
 CPU_PROVIDER = "CPUExecutionProvider"
+PROVIDERS = (
+    CPU_PROVIDER, "CUDAExecutionProvider", "TensorrtExecutionProvider", "CANNExecutionProvider",
+    "CoreMLExecutionProvider", "DmlExecutionProvider", "DnnlExecutionProvider", "MIGraphXExecutionProvider",
+    "NnapiExecutionProvider", "OpenVINOExecutionProvider", "QNNExecutionProvider", "RknpuExecutionProvider",
+    "VitisAIExecutionProvider", "XnnpackExecutionProvider",
+)  # fmt: skip
+FLOORS: dict[Runtime, str] = {"onnxruntime": "1.20", "tensorrt": "10.3", "tensorrt-rtx": "1.2"}
+"""The oldest release of each runtime that rkd serves."""
+OPSETS: dict[Runtime, tuple[tuple[str, int], ...]] = {
+    "onnxruntime": (("1.20", 21), ("1.32", 24)),  # ONNX Runtime's compatibility table; 1.32 ran
+    "tensorrt": (("10.3", 20), ("10.15", 24)),  # 20 is what was parsed; 24 from NVIDIA's list of operators
+    "tensorrt-rtx": (("1.2", 20),),
+}
+"""The newest opset that is known to work, from which release of a runtime on."""
 OPERATORS = ("Add", "Conv", "Gemm", "Mul")  # that can be quantised
+_WEIGHTED = frozenset({"Conv", "Gemm"})
 _VERSION = re.compile(r"\d{1,3}(\.\d{1,3}){0,3}")
 _CAPABILITY = re.compile(r"\d{1,2}\.\d")
-_CALIBRATOR = re.compile(r"minmax|mse|percentile-\d{2}(\.\d{1,4})?")
+_CALIBRATOR = re.compile(r"minmax|mse|percentile-9\d(\.\d{1,4})?")
 
 T = TypeVar("T")
 
@@ -66,11 +81,20 @@ class Quantisation:
         if self.weight_bits not in (7, 8):
             return f"weight_bits {self.weight_bits}: expected 8, or 7 for CPUs whose multiply-add saturates"
         unknown = sorted(set(self.operators) - set(OPERATORS))
-        if unknown or not {"Conv", "Gemm"} & set(self.operators):
+        if unknown or not _WEIGHTED & set(self.operators):
             return f"operators {list(self.operators)}: expected Conv, Gemm or both, and perhaps {', '.join(OPERATORS)}"
         wrong = [name for name in self.calibrators if not _CALIBRATOR.fullmatch(name)]
         if wrong or not self.calibrators:
-            return f"calibrators {list(self.calibrators)}: expected minmax, mse or percentile-99.99 (any share)"
+            return f"calibrators {list(self.calibrators)}: expected minmax, mse or percentile-99.99 (any share from 90)"
+        for key in ("operators", "calibrators"):
+            names = getattr(self, key)
+            if twice := [name for name in names if names.count(name) > 1]:
+                return f"{key} {list(names)}: {twice[0]} is there twice; leave one out"
+        if self.bias == "float" and (ignored := sorted(set(self.operators) - _WEIGHTED)):
+            return (
+                f"operators {list(self.operators)}: with a float bias, as TensorRT wants it, only Conv and Gemm are "
+                f"quantised; leave out {', '.join(ignored)}"
+            )
         if not 16 <= self.images <= 16384:
             return f"images {self.images}: expected 16 to 16384"
         if not 0 <= self.min_agreement <= 100:
@@ -81,10 +105,10 @@ class Quantisation:
                     f"{runtime} takes symmetric int8 activations, 8-bit weights and a float bias only; "
                     'set activations = "int8", weight_bits = 8, bias = "float"'
                 )
-            if self.rest == "fp16" and opset < 19:
-                return f"opset {opset}: FP16 scales of Q/DQ came with 19"
         elif provider == CPU_PROVIDER and self.rest == "fp16":
             return 'rest = "fp16" on a CPU runs at fp32\'s speed at best; use fp32'
+        if self.rest == "fp16" and opset < 19:
+            return f"opset {opset}: FP16 scales of Q/DQ came with 19"
         return None
 
 
@@ -99,12 +123,12 @@ class Target:
         runtime: `onnxruntime`, `tensorrt` (Jetson, data centre), or `tensorrt-rtx` (GeForce and RTX).
         precision: of weights and activations in the ONNX file.
         provider: ONNX Runtime's execution provider; empty for TensorRT.
-        opset: ONNX operator set, asserted after the export.
+        opset: ONNX operator set, asserted after the export; one that min_version of the runtime reads.
         max_batch: batches from 1 to this many are allowed; 1 fixes the batch.
         needs: what must be on the board, for people.
         acc_budget: points of ACC that the file may lose against the student; more fails the export.
         asr_budget: points of ASR that it may gain under any trigger; more fails the export.
-        min_version, below_version: of the runtime, as `10.3`; empty for any.
+        min_version, below_version: of the runtime, as `10.3`; empty for any, but TensorRT needs a min_version.
         compute: CUDA compute capabilities that the profile is for, as `8.7`; empty for any.
         workspace_mib: TensorRT's memory pool limit while building; 0 leaves its default.
         opt_batch: the batch that TensorRT tunes its kernels for.
@@ -198,12 +222,18 @@ class Target:
                 f"runtime {self.runtime} with provider {self.provider!r}: "
                 "onnxruntime needs one (e.g. CPUExecutionProvider), tensorrt has none"
             )
+        if self.provider and self.provider not in PROVIDERS:
+            close = difflib.get_close_matches(self.provider, PROVIDERS, 1)
+            hint = f"did you mean {close[0]}?" if close else f"expected {', '.join(PROVIDERS)}"
+            return f"provider {self.provider!r} is none of ONNX Runtime's; {hint}"
         if self.on_cpu and self.precision == "fp16":
             return "precision fp16 on a CPU runs at fp32's speed at best; use fp32"
         if self.on_cpu and self.compute:
             return "compute is for CUDA devices, the provider is the CPU's; leave it out"
         if self.runtime == "onnxruntime" and self.workspace_mib:
             return "workspace_mib is TensorRT's, the runtime is onnxruntime; leave it out"
+        if self.runtime == "onnxruntime" and self.opt_batch != 1:
+            return "opt_batch is TensorRT's, the runtime is onnxruntime; leave it out"
         if self.min_version and self.below_version and not version(self.min_version) < version(self.below_version):
             return f"min_version {self.min_version} is not below below_version {self.below_version}"
         if (self.precision == "int8") != (self.quantisation is not None):
@@ -211,6 +241,23 @@ class Target:
                 f"precision {self.precision} with{'' if self.quantisation else 'out'} a table [quantisation]: "
                 "int8 needs the recipe, the others have none"
             )
+        return self._release_problem()
+
+    def _release_problem(self) -> str | None:
+        """A release of the runtime that rkd does not serve, or that does not read the opset."""
+        floor = FLOORS[self.runtime]
+        least = self.min_version or ("" if self.runtime != "onnxruntime" else floor)
+        if version(least) < version(floor):
+            return (
+                f"min_version {self.min_version!r}: {self.runtime} is served from {floor} on; set {floor} or newer, or "
+                "take ort-cpu for a board with an older one"
+            )
+        releases = OPSETS[self.runtime]
+        newest = max(opset for release, opset in releases if version(release) <= version(least))
+        if self.opset > newest:
+            later = next((release for release, opset in releases if opset >= self.opset), "")
+            hint = f"set opset = {newest} or older" + (f', or min_version = "{later}"' if later else "")
+            return f"opset {self.opset}: {self.runtime} {least} is known to read up to {newest}; {hint}"
         return None
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rkd.bundle import Bundle, read_bundle
+from rkd.bench.external import refuse_external_data
+from rkd.bundle import MODEL, Bundle, read_bundle
 from rkd.errors import MissingExtraError
 from rkd.ledger import Flip, pairs
 from rkd.signing import read_public
@@ -14,7 +15,7 @@ from rkd.signing import read_public
 
 @dataclass(frozen=True)
 class Verified:
-    """A bundle whose digests fit, whose images, triggers and ledger could be read, and perhaps whose signer is known.
+    """A bundle whose digests fit, whose parts could be read and agree, and perhaps whose signer is known.
 
     Attributes:
         bundle: it.
@@ -45,6 +46,7 @@ class Verified:
             "note": self.note,
             "chain": dict(bundle.manifest["chain"]),
             "forced": list(bundle.forced),
+            "notes": list(bundle.notes),
             "ledger": bundle.manifest.get("ledger", []),
             "quantisation": bundle.manifest.get("quantisation"),
             "flips": {
@@ -55,20 +57,21 @@ class Verified:
 
 
 def verify_bundle(path: Path, public_key: Path | None = None) -> Verified:
-    """Verify a bundle, every byte of it.
+    """Verify a bundle: every byte of it, and that what it says agrees.
 
     Args:
         path: the bundle.
         public_key: the key, in PEM, that must have signed it; None for whichever did.
 
     Raises:
-        BundleError: it is not exactly what was written, or not signed by that key.
+        BundleError: it is not exactly what was written, contradicts itself, or is not signed by that key.
         SigningError: the key cannot be used.
         MissingExtraError: `cryptography` is not installed and `public_key` was given.
         StorageError: a file cannot be read.
     """
     key = read_public(public_key) if public_key is not None else None
     bundle = read_bundle(path)
+    refuse_external_data(bundle.model, f"{path}: {MODEL}")
     bundle.evaluation()
     bundle.triggers()
     note = ""

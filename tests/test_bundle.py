@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import random
@@ -20,6 +21,7 @@ from rkd.bundle import Bundle, evaluation_bytes, parse_bundle, read_bundle, writ
 from rkd.errors import BundleError, StorageError
 from rkd.files import sha256, to_json
 from rkd.ledger import Ledger, Step
+from rkd.metrics import Proportion
 from rkd.signing import make_keys, read_private, read_public
 from rkd.target import load_target
 from rkd.triggers import Trigger
@@ -39,7 +41,12 @@ def images() -> tuple[np.ndarray, np.ndarray]:
     return rng.integers(0, 256, (20, 3, SIDE, SIDE), dtype=np.uint8), np.arange(20, dtype=np.int64) % 3
 
 
-def head(**changes: Any) -> dict[str, Any]:
+FIGURES = {"acc": Proportion(20, 20).to_json(), "triggers": []}
+
+
+def head(model: bytes | None = None, **changes: Any) -> dict[str, Any]:
+    """A manifest for this model, that of `members` where none is given."""
+    model = members()["model.onnx"] if model is None else model
     manifest = {
         "name": "x.ort-cpu",
         "target": load_target("ort-cpu").to_json(),
@@ -47,8 +54,12 @@ def head(**changes: Any) -> dict[str, Any]:
         "opset": 20,
         "precision": "fp32",
         "classes": ["cat", "dog", "café"],
-        "chain": {"teacher": "ab" * 32},
-        "scores": {},
+        "chain": {**dict.fromkeys(("teacher", "config", "student"), "ab" * 32), "onnx": sha256(model)},
+        "scores": {
+            "student": FIGURES,
+            "exported": FIGURES,
+            "agreement": {"percent": {"clean": 100.0}, "max_difference": 0.0},
+        },
         "tool": {"rkd": "0.1.0"},
     }
     return {key: value for key, value in {**manifest, **changes}.items() if value is not None}
@@ -88,7 +99,11 @@ def pack(
 
 def forge(content: dict[str, bytes], manifest: dict[str, Any] | bytes | None = None, **kwargs: Any) -> bytes:
     """A consistent archive of `content`: what someone who knows the format can make."""
-    made = manifest if manifest is not None else {"format": 1, **head(), "members": listing(content)}
+    made = (
+        manifest
+        if manifest is not None
+        else {"format": 1, **head(content.get("model.onnx")), "members": listing(content)}
+    )
     data = made if isinstance(made, bytes) else to_json(made)
     return pack([("manifest.json", data), *content.items()], **kwargs)
 
@@ -418,7 +433,7 @@ def signed(tmp_path_factory: pytest.TempPathFactory, keys: Path) -> bytes:
     """Small, so that each of its bytes can be flipped."""
     path = tmp_path_factory.mktemp("signed") / ORIGIN.name
     small = {"model.onnx": b"model", "eval.npz": evaluation_bytes(*images())}
-    write_bundle(path, head(), small, read_private(keys / "mine.key"))
+    write_bundle(path, head(b"model"), small, read_private(keys / "mine.key"))
     return path.read_bytes()
 
 
@@ -472,23 +487,126 @@ def test_a_signature_of_another_length_is_refused(signed: bytes) -> None:
     assert "manifest.sig does not match" in refusal(pack(list(entries.items()), comment))
 
 
-def holding(ledger: bytes) -> Bundle:
-    """A bundle with this ledger, its members in their order."""
-    rest = members()
-    names = ("model.onnx", "eval.npz", "ledger.npz", "triggers/other.npz", "triggers/patch.npz")
-    return parse_bundle(forge({name: ledger if name == "ledger.npz" else rest[name] for name in names}), ORIGIN)
+TRIGGERS = (patch("other"), patch())
 
 
-def with_ledger(**labels: np.ndarray) -> bytes:
+def with_ledger(*steps: str, **labels: np.ndarray) -> bytes:
+    """All labels are right, but for those of the last step that are given."""
     truth = images()[1]
-    step = {"clean": truth, "trigger other": truth, "trigger patch": truth}
-    return Ledger(truth, (Step("student", step), Step("int8", {**step, **labels}))).to_bytes()
+    right = {"clean": truth, "trigger other": truth, "trigger patch": truth}
+    *first, last = steps or ("student", "onnx-fp32")
+    return Ledger(truth, (*(Step(name, right) for name in first), Step(last, {**right, **labels}))).to_bytes()
+
+
+def figures(ledger: bytes) -> dict[str, Any]:
+    """The parts of a manifest that follow from a ledger."""
+    held = Ledger.from_bytes(ledger, "ledger")
+    student, exported = (held.scores(held.steps[at], TRIGGERS).to_json() for at in (0, -1))
+    percent = {key: share.value for key, share in held.agreement(held.steps[0], held.steps[-1]).items()}
+    agreement = {"percent": percent, "max_difference": 0.0}
+    return {
+        "scores": {"student": student, "exported": exported, "agreement": agreement},
+        "ledger": held.to_json(TRIGGERS),
+    }
+
+
+def holding(data: bytes, /, **changes: Any) -> Bundle:
+    """A bundle with this ledger, its members in their order, and a manifest that follows from a good one."""
+    names = ("model.onnx", "eval.npz", "ledger.npz", "triggers/other.npz", "triggers/patch.npz")
+    content = {name: data if name == "ledger.npz" else members()[name] for name in names}
+    made = {"format": 1, **head(**{**figures(with_ledger()), **changes}), "members": listing(content)}
+    return parse_bundle(forge(content, made), ORIGIN)
 
 
 def test_the_ledger_travels() -> None:
     ledger = holding(with_ledger()).ledger()
     assert ledger is not None
-    assert [step.name for step in ledger.steps] == ["student", "int8"]
+    assert [step.name for step in ledger.steps] == ["student", "onnx-fp32"]
+
+
+def test_a_near_tie_may_count_as_agreement_and_nothing_else_may() -> None:
+    flipped = images()[1].copy()
+    flipped[0] = (flipped[0] + 1) % 3
+    ledger = with_ledger(clean=flipped)
+    said = figures(ledger)
+    percent = said["scores"]["agreement"]["percent"]
+    assert percent["clean"] == 95.0
+    for share, fine in ((95.0, True), (100.0, True), (94.0, False), (101.0, False)):
+        percent["clean"] = share
+        bundle = holding(ledger, **said)
+        if fine:
+            assert bundle.ledger() is not None
+        else:
+            with pytest.raises(BundleError, match=r"scores\.agreement does not follow"):
+                bundle.ledger()
+
+
+def test_figures_that_do_not_follow_from_the_ledger_are_refused_by_name() -> None:
+    flipped = (images()[1] + 1) % 3
+    good = figures(with_ledger())
+    for key in ("student", "exported"):
+        scores = {**good["scores"], key: figures(with_ledger(clean=flipped))["scores"]["exported"]}
+        with pytest.raises(BundleError, match=rf"manifest\.json: scores\.{key} do not follow from the labels"):
+            holding(with_ledger(), scores=scores).ledger()
+    with pytest.raises(BundleError, match=r"manifest\.json: ledger does not follow from the labels"):
+        holding(with_ledger(), ledger=good["ledger"][:1]).ledger()
+    for steps in (("onnx-fp32",), ("student", "int8"), ("student", "onnx-fp32", "fp16")):
+        with pytest.raises(BundleError, match=r"precision is fp32, the steps of ledger\.npz are .*, expected"):
+            holding(with_ledger(*steps)).ledger()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"chain": {**head()["chain"], "onnx": "0" * 64}}, r"chain\.onnx is 0000000000000000\.\.\., the SHA-256 of model"),
+        ({"chain": {"onnx": head()["chain"]["onnx"]}}, "chain: 'config' is missing"),
+        ({"chain": {**head()["chain"], "extra": "ab" * 32}}, "chain: 'extra' is unknown"),
+        ({"chain": {**head()["chain"], "teacher": "AB"}}, r"chain\.teacher is not a SHA-256"),
+        ({"opset": 7}, "opset is 7, that of its target ort-cpu is 20"),
+        ({"precision": "int8"}, "precision is 'int8', that of its target ort-cpu is 'fp32'"),
+        ({"name": "other.jetson-int8"}, r"name is 'other\.jetson-int8', its target is ort-cpu"),
+        ({"name": ".ort-cpu"}, r"expected <run>\.ort-cpu"),
+        ({"quantisation": {"layers": 2, "kept": []}}, "precision is fp32, quantisation is there"),
+        ({"quantisation": {"layers": 2}}, "quantisation: 'kept' is missing"),
+        ({"ledger": []}, r"ledger and the member ledger\.npz go together"),
+        ({"scores": {}}, "scores: 'agreement' is missing"),
+        ({"scores": {**head()["scores"], "student": {"acc": {**FIGURES["acc"], "hits": 3}, "triggers": []}}}, "do not follow from hits and n"),
+        (
+            {"target": load_target("ort-cpu-int8").to_json(), "precision": "int8", "name": "x.ort-cpu-int8"},
+            "precision is int8, quantisation is missing",
+        ),
+        (
+            {
+                "target": load_target("ort-cpu-int8").to_json(), "precision": "int8", "name": "x.ort-cpu-int8",
+                "quantisation": {"layers": 2, "kept": ["a", "b", "c"]},
+            },
+            "quantisation keeps 3 of 2 layers",
+        ),
+    ],
+)  # fmt: skip
+def test_a_manifest_that_contradicts_itself_is_neither_written_nor_read(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(BundleError, match=message):
+        write_bundle(tmp_path / "x.rkd", head(**changes), members())
+    content = {"model.onnx": members()["model.onnx"], "eval.npz": members()["eval.npz"]}
+    with pytest.raises(BundleError, match=message):
+        parse_bundle(forge(content, {"format": 1, **head(**changes), "members": listing(content)}), ORIGIN)
+
+
+@pytest.mark.parametrize(
+    ("trigger", "message"),
+    [
+        (patch("b"), "triggers/a.npz holds the trigger 'b'"),
+        (dataclasses.replace(patch("a"), target=3), "aims at class 3, the bundle has .* and 3 classes"),
+        (Trigger("a", 1, *np.zeros((3, 3, 5, 5), np.float32)), r"of shape \[3, 5, 5\]"),
+    ],
+    ids=["another name", "no such class", "another size"],
+)
+def test_a_trigger_that_is_not_its_names_or_does_not_fit_is_refused(trigger: Trigger, message: str) -> None:
+    content = {"model.onnx": b"m", "eval.npz": b"", "triggers/a.npz": trigger.to_bytes()}
+    with pytest.raises(BundleError, match=message):
+        parse_bundle(forge(content), ORIGIN).triggers()
 
 
 def test_a_bundle_without_a_ledger_has_none(good: bytes) -> None:
@@ -511,18 +629,20 @@ def test_a_ledger_that_does_not_fit_is_refused(data: bytes, message: str) -> Non
         holding(data).ledger()
 
 
-@pytest.mark.parametrize("forced", [[], "ACC", [3], None])
-def test_what_was_forced_must_be_lines(forced: Any) -> None:
+@pytest.mark.parametrize("key", ["forced", "notes"])
+@pytest.mark.parametrize("lines", [[], "ACC", [3], None])
+def test_what_was_forced_or_noted_must_be_lines(key: str, lines: Any) -> None:
     content = {"model.onnx": b"m", "eval.npz": b""}
-    made = to_json({"format": 1, **head(), "members": listing(content), "forced": forced})
-    assert "forced" in refusal(forge(content, made))
+    made = to_json({"format": 1, **head(b"m"), "members": listing(content), key: lines})
+    assert f"{key} must be a list of texts" in refusal(forge(content, made))
 
 
 def test_what_was_forced_is_told() -> None:
     content = {"model.onnx": b"m", "eval.npz": b""}
-    made = to_json({"format": 1, **head(), "members": listing(content), "forced": ["ACC falls"]})
-    assert parse_bundle(forge(content, made), ORIGIN).forced == ("ACC falls",)
-    assert parse_bundle(forge(content), ORIGIN).forced == ()
+    made = to_json({"format": 1, **head(b"m"), "members": listing(content), "forced": ["ACC falls"], "notes": ["few"]})
+    bundle, plain = parse_bundle(forge(content, made), ORIGIN), parse_bundle(forge(content), ORIGIN)
+    assert (bundle.forced, bundle.notes) == (("ACC falls",), ("few",))
+    assert (plain.forced, plain.notes) == ((), ())
 
 
 # ------------------------------------------------------------------------------------------------------ mutations
@@ -563,7 +683,7 @@ def test_mutated_bundles_are_refused_with_nothing_but_a_bundle_error(good: bytes
 def test_mutated_manifests_under_a_matching_digest_are_read_or_refused() -> None:
     rng = random.Random(1)
     content = {"model.onnx": b"m", "eval.npz": evaluation_bytes(*images())}
-    plain = to_json({"format": 1, **head(), "members": listing(content)})
+    plain = to_json({"format": 1, **head(b"m"), "members": listing(content)})
     values = [b"null", b"-1", b"1e999", b"[]", b"{}", b'""', b"true", b"NaN", b"[[[[", b"9" * 30, b'"\\ud800"']
     for _ in range(1500):
         data = bytearray(plain)

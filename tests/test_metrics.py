@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from rkd.errors import DataError
-from rkd.metrics import Predictions, Proportion, Scores, TriggerScore, evaluate, score
+from rkd.metrics import Predictions, Proportion, Scores, TriggerScore, evaluate, score, unjudged
 from rkd.triggers import Trigger
 
 SIDE = 4
@@ -99,6 +99,23 @@ def test_the_first_of_equal_logits_wins_as_argmax_says() -> None:
 def test_an_empty_evaluation_is_refused() -> None:
     with pytest.raises(DataError, match="no image"):
         evaluate(read_grey, [])
+
+
+@pytest.mark.parametrize(
+    ("acc_budget", "asr_budget", "n", "triggered", "said"),
+    [
+        (1.0, 1.0, 100, 100, []),
+        (0.1, 1.0, 999, 100, ["acc_budget = 0.1 cannot be judged on 999 images: one is 0.1 points and always allowed; 1,000 would do"]),
+        (0.1, 1.0, 1000, 99, ["asr_budget = 1 cannot be judged on 99 images: one is 1.01 points and always allowed; 100 would do"]),
+        (0.0, 1.0, 8, None, ["acc_budget = 0 cannot be judged on 8 images: one is 12.5 points and always allowed"]),
+        (100.0, 100.0, 1, 0, []),
+    ],
+)  # fmt: skip
+def test_a_budget_that_one_image_exceeds_is_named_with_the_images_it_takes(
+    acc_budget: float, asr_budget: float, n: int, triggered: int | None, said: list[str]
+) -> None:
+    few = [] if triggered is None else [TriggerScore("a", 0, Proportion(0, triggered), Proportion(0, triggered))]
+    assert unjudged(Scores(Proportion(n, n), tuple(few)), acc_budget, asr_budget) == said
 
 
 def test_scores_survive_json() -> None:

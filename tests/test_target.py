@@ -17,6 +17,7 @@ GOOD: dict[str, Any] = {
 }  # fmt: skip
 
 
+TENSORRT: dict[str, Any] = {"runtime": "tensorrt", "provider": "", "min_version": "10.3"}
 RECIPE: dict[str, Any] = {
     "activations": "uint8", "weight_bits": 7, "bias": "int32", "operators": ["Conv"], "rest": "fp32",
     "calibrators": ["minmax"], "images": 64, "min_agreement": 98.0,
@@ -108,6 +109,22 @@ def test_an_unknown_key_is_answered_with_the_one_that_was_meant() -> None:
         ({"precision": "fp16"}, "use fp32"),
         ({"opset": 17}, "opset 17"),
         ({"opset": 25}, "opset 25"),
+        (
+            {"opset": 22},
+            "opset 22: onnxruntime 1.20 is known to read up to 21; set opset = 21 or older, or min_version",
+        ),
+        ({"opset": 24, "min_version": "1.20"}, 'or min_version = "1.32"'),
+        ({**TENSORRT, "opset": 21}, "opset 21: tensorrt 10.3 is known to read up to 20"),
+        ({**TENSORRT, "min_version": None}, "min_version '': tensorrt is served from 10.3 on"),
+        ({**TENSORRT, "min_version": "8.6"}, "min_version '8.6': tensorrt is served from 10.3 on"),
+        ({**TENSORRT, "runtime": "tensorrt-rtx", "min_version": "1.1"}, "tensorrt-rtx is served from 1.2 on"),
+        ({"min_version": "1.19"}, "onnxruntime is served from 1.20 on"),
+        (
+            {"provider": "FooExecutionProvider"},
+            "provider 'FooExecutionProvider' is none of ONNX Runtime's; did you mean",
+        ),
+        ({"provider": "cpu"}, "provider 'cpu' is none of ONNX Runtime's; expected CPUExecutionProvider, "),
+        ({"opt_batch": 4}, "opt_batch is TensorRT's"),
         ({"max_batch": 0}, "max_batch 0"),
         ({"max_batch": 4097}, "max_batch 4097"),
         ({"provider": ""}, "onnxruntime needs one"),
@@ -153,6 +170,11 @@ def test_a_recipe_survives_the_bundle_and_whole_numbers_may_stand_for_shares() -
         ({"calibrators": []}, "calibrators []"),
         ({"calibrators": ["entropy"]}, "expected minmax, mse or percentile-99.99"),
         ({"calibrators": ["percentile-9"]}, "calibrators"),
+        ({"calibrators": ["percentile-00"]}, "percentile-99.99 (any share from 90)"),
+        ({"calibrators": ["percentile-50"]}, "percentile-99.99 (any share from 90)"),
+        ({"calibrators": ["mse", "mse"]}, "mse is there twice"),
+        ({"operators": ["Conv", "Conv"]}, "Conv is there twice"),
+        ({"operators": ["Conv", "Mul", "Add"], "bias": "float"}, "leave out Add, Mul"),
         ({"images": 15}, "images 15"),
         ({"min_agreement": 101.0}, "min_agreement 101"),
         ({"rest": "fp16"}, "use fp32"),
@@ -171,10 +193,18 @@ def test_impossible_recipes_are_refused(recipe: dict[str, Any], said: str) -> No
 )
 def test_a_recipe_that_tensorrt_rejects_is_refused(change: dict[str, Any]) -> None:
     good = {**RECIPE, "activations": "int8", "bias": "float", "weight_bits": 8, "rest": "fp16"}
-    board = {"precision": "int8", "runtime": "tensorrt", "provider": ""}
+    board = {"precision": "int8", **TENSORRT}
     assert Target.from_mapping({**GOOD, **board, "quantisation": good}, "mine").quantisation is not None
     assert "tensorrt takes symmetric int8" in refusal(**board, quantisation={**good, **change})
-    assert "opset 18: FP16 scales" in refusal(**board, quantisation=good, opset=18)
+    for place in (board, {"precision": "int8", "provider": "CUDAExecutionProvider"}):
+        assert "opset 18: FP16 scales" in refusal(**place, quantisation=good, opset=18)
+
+
+@pytest.mark.parametrize(
+    ("changes", "opset"), [({"min_version": "1.32"}, 24), ({}, 21), ({**TENSORRT, "min_version": "10.15"}, 24)]
+)
+def test_an_opset_that_the_least_release_reads_is_taken(changes: dict[str, Any], opset: int) -> None:
+    assert Target.from_mapping({**GOOD, **changes, "opset": opset}, "mine").opset == opset
 
 
 def test_versions_compare_as_numbers() -> None:

@@ -101,6 +101,7 @@ def _as_json(report: ExportReport) -> dict[str, Any]:
         "agreement": report.parity.to_json(),
         "flips": {f"{a.name} -> {b.name}": len(ledger.flips(a, b)) for a, b in pairs(ledger)},
         "quantisation": report.quantised.to_json() if report.quantised else None, "forced": list(report.forced),
+        "notes": list(report.notes),
         "seconds": dict(report.seconds),
     }  # fmt: skip
 
@@ -124,6 +125,8 @@ def _print(report: ExportReport, role: str) -> None:
         )
     if not report.student.triggers:
         tables.say_next(f"{report.path.name}: {NO_TRIGGER}")
+    for line in report.notes:
+        tables.say_next(f"{report.path.name}: {line}")
     for line in report.forced:
         tables.say_next(f"FORCED: {line}")
     stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in report.seconds.items())

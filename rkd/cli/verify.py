@@ -28,7 +28,7 @@ def verify(
 
         rkd verify student.jetson-int8.rkd --pubkey mine.pub --flips
     """
-    from rkd.bundle import NO_TRIGGER
+    from rkd.bundle import NO_LEDGER, NO_TRIGGER
     from rkd.cli import tables
     from rkd.ledger import pairs
     from rkd.verification import verify_bundle
@@ -47,6 +47,10 @@ def verify(
         tables.say_next(found.note or "not signed: the digests show damage, not who wrote it")
     if not held.triggers():
         tables.say_next(NO_TRIGGER)
+    if ledger is None:
+        tables.say_next(NO_LEDGER)
+    for line in held.notes:
+        tables.say_next(f"note: {line}")
     for line in held.forced:
         tables.say_next(f"FORCED: {line}")
     if ledger is not None:

@@ -18,7 +18,8 @@ from rkd.bench import session
 from rkd.bench.runner import CPU_PROVIDER, Identity, OrtRunner
 from rkd.bench.tensorrt_layers import LayerType
 from rkd.bundle import Bundle, evaluation_bytes, read_bundle, write_bundle
-from rkd.ledger import Ledger, Step
+from rkd.files import sha256
+from rkd.ledger import Ledger, Step, shown
 from rkd.metrics import Predictions, score
 from rkd.target import Target, load_target
 from rkd.triggers import Trigger
@@ -87,7 +88,7 @@ def make_bundle(
     """A real bundle on disk; keyword arguments replace parts of it."""
 
     def make(
-        name: str = "linear.ort-cpu",
+        name: str = "",
         model: bytes | None = None,
         target: Target | None = None,
         triggers: tuple[Trigger, ...] = (patch("patch", 2),),
@@ -95,10 +96,16 @@ def make_bundle(
     ) -> Bundle:
         images, labels = evaluation
         target = target or load_target("ort-cpu")
+        name = name or f"linear.{target.name}"
+        triggers = tuple(sorted(triggers, key=lambda trigger: trigger.name))
         predicted = Predictions(
             labels, linear.labels(images), {t.name: linear.labels(t.apply(images)) for t in triggers}
         )
         scores = score(predicted, triggers).to_json()
+        steps = ("student", "onnx-fp32", *([] if target.precision == "fp32" else [target.precision]))
+        ledger = Ledger(labels, tuple(Step.of(step, predicted) for step in steps))
+        model = linear.onnx().SerializeToString() if model is None else model
+        agreement = {"percent": dict.fromkeys(shown(triggers), 100.0), "max_difference": 0.0}
         head = {
             "name": name,
             "target": target.to_json(),
@@ -106,15 +113,16 @@ def make_bundle(
             "opset": target.opset,
             "precision": target.precision,
             "classes": [f"class {i}" for i in range(CLASSES)],
-            "chain": dict.fromkeys(("teacher", "config", "student", "onnx"), "ab" * 32),
-            "scores": {"student": scores, "exported": scores},
+            "chain": {**dict.fromkeys(("teacher", "config", "student"), "ab" * 32), "onnx": sha256(model)},
+            "scores": {"student": scores, "exported": scores, "agreement": agreement},
+            "ledger": ledger.to_json(triggers),
             "tool": {"rkd": "0.1.0"},
             **(manifest or {}),
         }
         members = {
-            "model.onnx": linear.onnx().SerializeToString() if model is None else model,
+            "model.onnx": model,
             "eval.npz": evaluation_bytes(images, labels),
-            "ledger.npz": Ledger(labels, (Step.of("onnx-fp32", predicted),)).to_bytes(),
+            "ledger.npz": ledger.to_bytes(),
             **{f"triggers/{t.name}.npz": t.to_bytes() for t in triggers},
         }
         path = tmp_path_factory.mktemp("bundles") / f"{name}.rkd"

@@ -228,9 +228,9 @@ def test_a_model_with_another_number_of_classes_is_refused(make_bundle):
     [None, {}, [], {"acc": {"hits": 5, "n": 2}, "triggers": []}, {"acc": {"hits": "x", "n": 2}, "triggers": []}],
 )
 def test_a_manifest_without_readable_scores_is_refused(make_bundle, exported):
-    bundle = make_bundle(manifest={"scores": {"exported": exported}})
-    with pytest.raises(BundleError, match="no readable scores"):
-        session.run([bundle], ONLY_ACCURACY)
+    scores = {**make_bundle().manifest["scores"], "exported": exported}
+    with pytest.raises(BundleError, match=r"manifest\.json: scores\.exported"):
+        make_bundle(manifest={"scores": scores})
 
 
 def test_logits_that_are_not_finite_make_a_result_invalid(make_bundle, linear):

@@ -180,6 +180,13 @@ def test_other_releases_are_refused_with_the_way_out(version: str, message: str)
         tensorrt_missing(FP16, machine)
 
 
+def test_tensorrt_8_is_refused_whatever_the_target_says() -> None:
+    machine = Machine(load=lambda _runtime: SimpleNamespace(__version__="8.6.2"), probe=lambda: ORIN)
+    for least in ("", "8.5"):
+        with pytest.raises(RuntimeUnavailableError, match=r"8\.6\.2 is here, the target wants 10\.3 or newer.*ort-cpu"):
+            tensorrt_missing(replace(FP16, min_version=least), machine)
+
+
 @pytest.mark.parametrize("version", ["10.3.0.26", "10.13.3.9", "10.16.1", "11.4.0"])
 def test_the_releases_of_jetpack_6_1_to_7_2_are_served(version: str) -> None:
     machine = Machine(load=lambda _runtime: SimpleNamespace(__version__=version), probe=lambda: ORIN)

@@ -20,9 +20,11 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from rkd.bundle import evaluation_bytes, write_bundle
+from rkd.bundle import _container, evaluation_bytes, read_bundle, write_bundle
 from rkd.cli import app
 from rkd.errors import StorageError, install_hint
+from rkd.files import sha256, to_json
+from rkd.metrics import Proportion
 from rkd.models import build
 from rkd.run import Run, Setting
 from rkd.signing import read_public
@@ -228,6 +230,21 @@ def test_an_unknown_target_with_the_one_that_was_meant(place: Place) -> None:
     assert "no such file" in refusal(place, "export", "--target", "mine.toml")
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--eval-images", "0"), "--eval-images 0: expected 1 or more"),
+        (("--eval-images", "-5"), "--eval-images -5: expected 1 or more"),
+        (("--out", "stripes.npz"), "--out stripes.npz is a file, expected the folder that the bundles go to"),
+        (("--target", "ort-cpu", "--target", "ort-cpu"), "two targets are called 'ort-cpu'"),
+    ],
+)
+def test_an_export_that_cannot_be_is_refused_before_a_run_is_looked_for(
+    place: Place, options: tuple[str, ...], said: str
+) -> None:
+    assert said in refusal(place, "export", *options)
+
+
 def test_an_unknown_key_in_the_settings_file(place: Place) -> None:
     (place / "rkd.toml").write_text("[distill]\nepoch = 3\n")
     assert "did you mean 'epochs'?" in refusal(place, "doctor")
@@ -298,13 +315,16 @@ def test_nothing_to_report(place: Place) -> None:
 @pytest.fixture
 def bundle(place: Place) -> Path:
     images = np.random.default_rng(0).integers(0, 256, (12, 3, 8, 8), dtype=np.uint8)
-    scores = {"acc": {"hits": 1, "n": 12}, "triggers": []}
+    scores = {"acc": Proportion(1, 12).to_json(), "triggers": []}
+    agreement = {"percent": {"clean": 100.0}, "max_difference": 0.0}
+    model = b"no model"
     head: dict[str, Any] = {
         "name": "x.ort-cpu", "target": load_target("ort-cpu").to_json(), "opset": 20, "precision": "fp32",
         "input": {"name": "images", "shape": [3, 8, 8], "dtype": "uint8"}, "classes": ["a", "b"],
-        "chain": {}, "scores": {"student": scores, "exported": scores}, "tool": {},
+        "chain": {**dict.fromkeys(("teacher", "config", "student"), "ab" * 32), "onnx": sha256(model)}, "tool": {},
+        "scores": {"student": scores, "exported": scores, "agreement": agreement},
     }  # fmt: skip
-    members = {"model.onnx": b"no model", "eval.npz": evaluation_bytes(images, np.arange(12) % 2)}
+    members = {"model.onnx": model, "eval.npz": evaluation_bytes(images, np.arange(12) % 2)}
     write_bundle(place / "x.ort-cpu.rkd", head, members)
     return place / "x.ort-cpu.rkd"
 
@@ -393,11 +413,8 @@ def test_inspect_of_a_run_with_a_damaged_summary_ends_with_a_line_or_an_answer(
 
 @pytest.mark.parametrize("scores", [{}, {"student": {}, "exported": {}}, {"student": 5, "exported": []}])
 def test_inspect_of_a_bundle_with_other_scores(place: Place, bundle: Path, scores: Any) -> None:
-    from rkd.bundle import read_bundle
-
     read = read_bundle(bundle)
-    head = {key: value for key, value in read.manifest.items() if key not in ("format", "members")}
-    write_bundle(bundle, {**head, "scores": scores}, read.members)
+    bundle.write_bytes(_container({"manifest.json": to_json({**read.manifest, "scores": scores}), **read.members}))
     assert "scores" in refusal(place, "inspect", bundle.name)
 
 

@@ -4,18 +4,40 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper, numpy_helper
+from onnx.external_data_helper import set_external_data
 from typer.testing import CliRunner
 
-from rkd.bundle import evaluation_bytes, write_bundle
+from rkd.bundle import NO_LEDGER, evaluation_bytes, write_bundle
 from rkd.cli import app
+from rkd.files import sha256
 from rkd.ledger import Ledger, Step
 from rkd.signing import read_private
 from rkd.target import load_target
 
-TRUTH = np.array([0, 1, 1], np.int64)
+TRUTH, FLIPPED = np.array([0, 1, 1], np.int64), np.array([0, 1, 0], np.int64)
+
+
+def onnx_file(*, elsewhere: bool = False) -> bytes:
+    """Logits are the mean colour of each image; or weights that are said to lie in another file."""
+    weights = numpy_helper.from_array(np.ones((12, 2), np.float32), "w")
+    if elsewhere:
+        set_external_data(weights, "weights.bin")
+    nodes = [
+        helper.make_node("Cast", ["images"], ["x"], to=TensorProto.FLOAT),
+        helper.make_node("Flatten", ["x"], ["flat"], axis=1),
+        helper.make_node("Gemm", ["flat", "w"], ["logits"]),
+    ]
+    images = helper.make_tensor_value_info("images", TensorProto.UINT8, ["N", 3, 2, 2])
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", 2])
+    return helper.make_model(helper.make_graph(nodes, "g", [images], [logits], [weights])).SerializeToString()
+
+
+MODEL = onnx_file()
 
 
 @pytest.fixture
@@ -23,19 +45,28 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, with `mine.key`, `mine.pub` and a signed bundle whose INT8 step flips image 2."""
     monkeypatch.chdir(tmp_path)
     assert CliRunner().invoke(app, ["keygen", "mine"]).exit_code == 0
-    steps = (Step("student", {"clean": TRUTH}), Step("int8", {"clean": np.array([0, 1, 0])}))
+    write(tmp_path / "x.rkd", MODEL, read_private(tmp_path / "mine.key"))
+    return tmp_path
+
+
+def write(path: Path, model: bytes, key: Any = None, *, with_ledger: bool = True) -> None:
+    steps = (Step("student", {"clean": TRUTH}), Step("onnx-fp32", {"clean": TRUTH}), Step("int8", {"clean": FLIPPED}))
+    ledger = Ledger(TRUTH, steps)
+    scores = {name: ledger.scores(step, ()).to_json() for name, step in (("student", steps[0]), ("exported", steps[2]))}
     manifest = {
-        "name": "x.ort-cpu", "target": load_target("ort-cpu").to_json(), "opset": 20, "precision": "fp32",
+        "name": "x.ort-cpu-int8", "target": load_target("ort-cpu-int8").to_json(), "opset": 20, "precision": "int8",
         "input": {"name": "images", "shape": [3, 2, 2], "dtype": "uint8"}, "classes": ["cat", "dog"],
-        "chain": {}, "scores": {}, "tool": {}, "forced": ["ACC falls"],
+        "chain": {**dict.fromkeys(("teacher", "config", "student"), "ab" * 32), "onnx": sha256(model)},
+        "scores": {**scores, "agreement": {"percent": {"clean": 66.6667}, "max_difference": 0.5}},
+        "quantisation": {"layers": 3, "kept": []}, "tool": {}, "forced": ["ACC falls"],
+        **({"ledger": ledger.to_json(())} if with_ledger else {}),
     }  # fmt: skip
     members = {
-        "model.onnx": b"m",
+        "model.onnx": model,
         "eval.npz": evaluation_bytes(np.zeros((3, 3, 2, 2), np.uint8), TRUTH),
-        "ledger.npz": Ledger(TRUTH, steps).to_bytes(),
+        **({"ledger.npz": ledger.to_bytes()} if with_ledger else {}),
     }
-    write_bundle(tmp_path / "x.rkd", manifest, members, read_private(tmp_path / "mine.key"))
-    return tmp_path
+    write_bundle(path, manifest, members, key)
 
 
 @pytest.mark.usefixtures("folder")
@@ -54,7 +85,30 @@ def test_json_holds_the_same() -> None:
     found = json.loads(done.output)
     assert (found["trusted"], found["forced"]) == (False, ["ACC falls"])
     assert found["signer"].startswith("ed25519:")
-    assert [flip["image"] for flip in found["flips"]["student -> int8"]] == [2]
+    assert [flip["image"] for flip in found["flips"]["onnx-fp32 -> int8"]] == [2]
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (b"no onnx at all", "model.onnx: not a readable ONNX file"),
+        (onnx_file(elsewhere=True), "stored in another file"),
+    ],
+)
+@pytest.mark.usefixtures("folder")
+def test_a_model_that_is_none_or_that_reads_other_files_does_not_verify(model: bytes, message: str) -> None:
+    write(Path("y.rkd"), model)
+    done = CliRunner().invoke(app, ["verify", "y.rkd"])
+    assert done.exit_code == 1
+    assert message in done.stderr
+
+
+@pytest.mark.usefixtures("folder")
+def test_without_a_ledger_it_says_that_nothing_shows_the_scores() -> None:
+    write(Path("y.rkd"), MODEL, with_ledger=False)
+    done = CliRunner().invoke(app, ["verify", "y.rkd"])
+    assert (done.exit_code, NO_LEDGER in " ".join(done.output.split())) == (0, True), done.output
+    assert NO_LEDGER not in " ".join(CliRunner().invoke(app, ["verify", "x.rkd"]).output.split())
 
 
 def test_a_wrong_key_and_a_flipped_byte_are_one_line_and_exit_1(folder: Path) -> None:

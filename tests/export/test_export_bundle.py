@@ -129,13 +129,25 @@ def test_two_exports_are_the_same_bytes(network: Network, tmp_path: Path) -> Non
     assert len(digests) == 1
 
 
-def test_fixed_batch_target_is_scored_one_image_at_a_time(network: Network, tmp_path: Path) -> None:
-    target = dataclasses.replace(CPU, name="one", max_batch=1)
-    report = export_bundle(network, target, name="demo", evaluation=evaluation(), chain=CHAIN, folder=tmp_path)
+@pytest.mark.parametrize("name", ["ort-cpu", "jetson-fp16", "ort-cpu-int8", "jetson-int8"])
+def test_fixed_batch_target_is_scored_one_image_at_a_time(network: Network, tmp_path: Path, name: str) -> None:
+    target = dataclasses.replace(load_target(name), name="one", max_batch=1)
+    images, labels = evaluation(64)
+    shared = Exporter(network, evaluation(), calibrate=lambda _n: Calibration(images[:32], images[32:], labels[32:]))
+    report = shared.write(target, name="demo", chain=CHAIN, folder=tmp_path)
     model = onnx.load_model_from_string(read_bundle(report.path).model)
     assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_value == 1
     assert report.exported == report.student
-    assert [step.name for step in report.ledger.steps] == ["student", "onnx-fp32"]
+    more = [] if target.precision == "fp32" else [target.precision]
+    assert [step.name for step in report.ledger.steps] == ["student", "onnx-fp32", *more]
+
+
+@pytest.mark.parametrize(("budget", "noted"), [(3.4, 0), (3.3, 1)])
+def test_what_so_few_images_cannot_judge_is_noted(network: Network, tmp_path: Path, budget: float, noted: int) -> None:
+    target = dataclasses.replace(CPU, acc_budget=budget, asr_budget=100.0)  # one of 30 images is 3.33 points
+    report = export_bundle(network, target, name="demo", evaluation=evaluation(), chain=CHAIN, folder=tmp_path)
+    assert len(report.notes) == noted
+    assert read_bundle(report.path).notes == report.notes
 
 
 def test_existing_bundle_is_kept_unless_overwrite(network: Network, tmp_path: Path) -> None:

@@ -47,6 +47,16 @@ def test_student_and_teacher_are_two_bundles_with_the_same_images(here: Path) ->
         np.testing.assert_allclose(logits, torchs, rtol=1e-3, atol=1e-3)
 
 
+def test_too_few_images_to_calibrate_with_are_known_before_any_bundle_is_written(here: Path) -> None:
+    assert rkd("distill", "teacher.pt", *DISTILL, "--clean-budget", "30").exit_code == 0
+    refused = rkd("export", "run", "--target", "ort-cpu", "--target", "ort-cpu-int8")
+    assert refused.exit_code == 1
+    assert (
+        "30 of 30 are left, at least 32 are needed; the run has --clean-budget 30, distil with more" in refused.stderr
+    )
+    assert not list(here.glob("*.rkd"))
+
+
 def test_a_teacher_that_was_changed_after_the_run_took_it_in_is_refused(here: Path) -> None:
     (here / "teacher.trigger.npz").unlink()
     assert rkd("distill", "teacher.pt", *DISTILL).exit_code == 0

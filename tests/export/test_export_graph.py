@@ -165,6 +165,20 @@ class Bessel(Head):
         return torch.special.bessel_j0(super().forward(x))
 
 
+class Conditional(Head):
+    def forward(self, x: Tensor) -> Tensor:
+        logits = super().forward(x)
+        return torch.cond(x.mean() > 99, lambda a: a + 1, lambda a: a - 1.0, (logits,))
+
+
+class Choosy(Head):
+    """Random in a branch only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = super().forward(x)
+        return torch.cond(x.mean() > 99, lambda a: a + torch.rand_like(a), lambda a: a - 1.0, (logits,))
+
+
 class FixedBatch(Head):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x)[:1]
@@ -174,7 +188,9 @@ class FixedBatch(Head):
     ("make", "message"),
     [
         (Branching, r"branches on values of its tensors at `return logits if logits\.sum\(\) > 0.*torch\.where"),
-        (Bessel, r"operator prims\.bessel_j0 .*no ONNX counterpart; replace"),
+        (Bessel, r"operator prims\.bessel_j0 \(node \w*bessel_j0\) has no ONNX counterpart; replace"),
+        (Conditional, r"node \w*cond\w* \(If\) holds a graph of its own, .*torch\.where"),
+        (Choosy, r"node \w*cond\w* \(If\) holds a graph of its own"),
         (FixedBatch, r"fixes the number of images.*max_batch = 1"),
     ],
 )

@@ -196,8 +196,8 @@ def test_the_seed_decides_which_images() -> None:
 def test_too_few_calibration_images_are_told_with_their_number() -> None:
     pixels = images(60)
     assert len(choose_calibration(source(pixels), pixels[:28], 256, 0).ranges) == 16
-    with pytest.raises(DataError, match=r"31 of 60 are left, at least 32 are needed"):
-        choose_calibration(source(pixels), pixels[:29], 256, 0)
+    with pytest.raises(DataError, match=r"31 of 60 are left, at least 32 are needed; distil with more, or take"):
+        choose_calibration(source(pixels), pixels[:29], 256, 0, "distil with more")
 
 
 def test_ranges_are_what_was_seen() -> None:

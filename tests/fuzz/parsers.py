@@ -44,7 +44,7 @@ from rkd.distill.settings import DistillSettings
 from rkd.errors import DataError, RkdError
 from rkd.files import sha256, to_json
 from rkd.inspection import inspect_path
-from rkd.ledger import Ledger, Step
+from rkd.ledger import Ledger, Step, shown
 from rkd.metrics import Predictions, Proportion
 from rkd.npz import npz_bytes
 from rkd.reporting import report_command
@@ -207,27 +207,35 @@ _PROFILE = load_target("ort-cpu").to_json()
 
 
 def forge(members: dict[str, bytes], manifest: bytes | None = None) -> bytes:
-    """A bundle with right digests, whatever is in it."""
+    """A bundle with right digests, whatever is in it; where `manifest` is None, one that agrees with its members."""
     listing = {name: {"sha256": sha256(data), "size_bytes": len(data)} for name, data in members.items()}
-    figures = {"value": 50.0, "hits": 1, "n": 2, "low": 9.4, "high": 90.6}
+    ledger, triggers = _fuzzed_ledger(), [_trigger("patch")] if "triggers/patch.npz" in members else []
+    scores = [ledger.scores(step, triggers).to_json() for step in ledger.steps]
+    percent = dict.fromkeys(shown(triggers), 100.0)
     head = {
         "format": 1, "name": "x.ort-cpu", "target": _PROFILE,
         "input": {"name": "images", "shape": [3, SIDE, SIDE], "dtype": "uint8"}, "opset": 20, "precision": "fp32",
-        "classes": ["a", "b", "c"], "members": listing, "chain": dict.fromkeys(("teacher", "config", "student", "onnx"), "ab" * 32),
-        "scores": {"student": {"acc": figures, "triggers": []}, "exported": {"acc": figures, "triggers": []}}, "tool": {"rkd": "0.1.0"},
+        "classes": ["a", "b", "c"], "members": listing, "chain": {**dict.fromkeys(("teacher", "config", "student"), "ab" * 32), "onnx": sha256(members[MODEL])},
+        "scores": {"student": scores[0], "exported": scores[1], "agreement": {"percent": percent, "max_difference": 0.0}}, "tool": {"rkd": "0.1.0"},
+        **({"ledger": ledger.to_json(triggers)} if LEDGER in members else {}),
     }  # fmt: skip
     return _container({MANIFEST: to_json(head) if manifest is None else manifest, **members})
+
+
+def _fuzzed_ledger() -> Ledger:
+    labels = np.arange(6) % 3
+    said = Predictions(labels, labels, {"patch": np.ones(6, np.int64)})
+    return Ledger(labels, (Step.of("student", said), Step.of("onnx-fp32", said)))
 
 
 def bundle_members(model: bytes | None = None) -> dict[str, bytes]:
     """The members of a good bundle."""
     images = np.random.default_rng(0).integers(0, 256, (6, 3, SIDE, SIDE), dtype=np.uint8)
-    labels = np.arange(6) % 3
-    said = Predictions(labels, labels, {"patch": np.ones(6, np.int64)})
+    ledger = _fuzzed_ledger()
     return {
         MODEL: _onnx_seeds()[0] if model is None else model,
-        EVALUATION: evaluation_bytes(images, labels),
-        LEDGER: Ledger(labels, (Step.of("onnx-fp32", said),)).to_bytes(),
+        EVALUATION: evaluation_bytes(images, ledger.truth),
+        LEDGER: ledger.to_bytes(),
         "triggers/patch.npz": _trigger("patch").to_bytes(),
     }
 
