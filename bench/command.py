@@ -29,7 +29,7 @@ from rkd.errors import (
     StorageError,
 )
 from rkd.files import check_output, check_writable
-from rkd.progress import stage_lines
+from rkd.progress import say, stage_lines
 from rkd.signals import stop_requests
 
 
@@ -117,7 +117,10 @@ def newest_bundle(folder: Path) -> Path:
         raise BundleError(
             f"no bundle (.rkd) in {folder.resolve()}: name one, or make one on the workstation with rkd export"
         )
-    return max(found, key=lambda path: (path.stat().st_mtime_ns, path.name))
+    newest = max(found, key=lambda path: (path.stat().st_mtime_ns, path.name))
+    if len(found) > 1:
+        say(f"{newest.name} is the newest of {len(found)} bundles here; name several to compare them")
+    return newest
 
 
 def _on_boards(bundles: list[Bundle], request: Request) -> tuple[dict[str, Any], list[str]]:

@@ -19,6 +19,7 @@ from rkd.bench.device import Device, Load
 from rkd.bench.latency import CAPACITY, Latency
 from rkd.bench.memory import Memory
 from rkd.bench.sensors.trace import Conditions, Others, Span
+from rkd.metrics import Scores
 
 BUSY_CORES, BUSY_SHARE = 0.5, 0.05
 BUSY_SECONDS = 0.1
@@ -36,7 +37,7 @@ CODES: dict[str, Affects] = {
     ), "timing"),
 }  # fmt: skip
 BUDGETS = ("accuracy-lost", "backdoor-woken")  # findings that --require-valid does not let pass
-FINDINGS = (*BUDGETS, "leak", "part-of-the-images", "classes-missing", "flips")
+FINDINGS = (*BUDGETS, "guessing", "leak", "part-of-the-images", "classes-missing", "flips")
 
 
 @dataclass(frozen=True)
@@ -144,17 +145,27 @@ def judge(
 
 
 def findings(
-    memory: Memory | None, *, images: tuple[int, int] | None, notes: tuple[str, ...], flips: int
+    memory: Memory | None,
+    *,
+    scores: Scores | None,
+    classes: int,
+    images: tuple[int, int] | None,
+    notes: tuple[str, ...],
+    flips: int,
 ) -> list[dict[str, str]]:
     """What a reader should know although it makes nothing invalid.
 
     Args:
         memory: as measured.
+        scores: as measured; None if nothing was evaluated.
+        classes: that the model tells apart.
         images: evaluated and available; None if nothing was evaluated.
         notes: about the evaluation set.
         flips: images that the exporting host sees differently.
     """
     found = []
+    if scores and (caution := scores.guess_caution(classes)):
+        found.append({"code": "guessing", "text": f"it {caution}"})
     if memory and memory.leak and memory.growth_bytes:
         text = (
             f"memory leak: resident memory grew all along, by {memory.growth_bytes / 1e6:.1f} MB over "
@@ -172,14 +183,14 @@ def findings(
 def _latency_reasons(latency: Latency, min_samples: int, seconds: float, prefix: str) -> list[Reason]:
     reasons = []
     if latency.n < min_samples:
-        text = f"{prefix}{latency.n} latency samples, {min_samples} wanted; allow more seconds"
+        text = f"{prefix}{latency.n} latency samples, {min_samples} wanted; measure longer: without --quick, or with --mlperf"
         reasons.append(Reason("too-short", text))
     if latency.seconds < SHORTEST * seconds:
         how = "more are not kept" if latency.n >= CAPACITY else "run it to the end, with fewer bundles at once"
         text = f"{prefix}{latency.n:,} latency samples in {latency.seconds:.3g} s, {seconds:.3g} s wanted; {how}"
         reasons.append(Reason("too-short", text))
     if not latency.stationary:
-        text = f"{prefix}latency was not stationary after {latency.warm_up} warm-up inferences; allow more seconds"
+        text = f"{prefix}latency was not stationary after {latency.warm_up} warm-up inferences; measure longer: without --quick, or with --mlperf"
         reasons.append(Reason("not-stationary", text))
     first, last = latency.first_third_ms, latency.last_third_ms
     if first is not None and last is not None and abs(last - first) > DRIFT * first:

@@ -116,6 +116,13 @@ class Scores:
         """Whether ACC may be less than half again of a guess: then ASR and RA say nothing."""
         return self.acc.interval[0] <= 150 / classes
 
+    def guess_caution(self, classes: int) -> str | None:
+        """What to say where the network hardly beats guessing; None where it does."""
+        if not self.hardly_above_chance(classes):
+            return None
+        nothing = ", so its ASR and RA say nothing" if self.triggers else ""
+        return f"hardly beats guessing (ACC {self.acc} %, {classes} classes){nothing}"
+
     def asleep(self) -> list[TriggerScore]:
         """Triggers that move less than half of the images: in a teacher, the backdoor is not there or sleeps."""
         return [t for t in self.triggers if t.asr.n and t.asr.value < _WORKS]

@@ -237,11 +237,8 @@ def cautions(models: Sequence[Model], classes: int) -> list[str]:
         classes: how many there are.
     """
     found = []
-    if models[-1].scores.hardly_above_chance(classes):
-        found.append(
-            f"The student hardly beats guessing{', so its ASR and RA say nothing' if models[-1].scores.triggers else ''}: "
-            "train longer (--epochs) or on more data."
-        )
+    if caution := models[-1].scores.guess_caution(classes):
+        found.append(f"The student {caution}: train longer (--epochs) or on more data.")
     if models[-1].parameters > models[0].parameters:
         found.append(
             f"The student is larger than its teacher: {models[-1].parameters:,} parameters, the teacher has "

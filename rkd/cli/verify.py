@@ -56,6 +56,8 @@ def verify(
     if ledger is not None:
         triggers = held.triggers()
         tables.print_scores([(step.name, ledger.scores(step, triggers)) for step in ledger.steps])
+        if caution := ledger.scores(ledger.steps[-1], triggers).guess_caution(len(held.classes)):
+            tables.say_next(f"the {held.role} {caution}")
         for before, after in pairs(ledger):
             changed = found.flips[f"{before.name} -> {after.name}"]
             tables.say_next(f"{before.name} -> {after.name}: {len(changed)} of {ledger.decisions} decisions flip")

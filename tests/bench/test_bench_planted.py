@@ -17,6 +17,7 @@ from rkd.bench.sensors.reading import Reading
 from rkd.bench.sensors.tegrastats import parse_line
 from rkd.bench.sensors.trace import Sample, Trace, conditions
 from rkd.bench.validity import findings, judge
+from rkd.metrics import Proportion, Scores
 
 MS, S = 1_000_000, 1_000_000_000
 TIMING = [(1 * S, 11 * S)]
@@ -168,7 +169,7 @@ def test_the_memory_run_is_long_enough_for_a_slow_leak_and_short_enough_for_a_sl
 
 def test_a_leak_is_called_a_leak():
     leaking = Memory(peak_bytes=9, steady_bytes=9, growth_bytes=6_000_000, leak=True, inferences=410)
-    (found,) = findings(leaking, images=None, notes=(), flips=0)
+    (found,) = findings(leaking, scores=None, classes=3, images=None, notes=(), flips=0)
     assert found["code"] == "leak"
     assert (
         "memory leak: resident memory grew all along, by 6.0 MB over 410 inferences (about 20.0 kB each)"
@@ -311,3 +312,10 @@ def test_a_timing_that_nobody_watched_is_called_not_watched(trace, words):
 
 def test_a_look_every_two_seconds_is_watching():
     assert judged_trace(looks(0, 2, 4, 6, 8, 10, 12)) == {}
+
+
+def test_a_network_that_guesses_is_called_that():
+    guess, better = (Scores(Proportion(hits, 120), ()) for hits in (12, 60))
+    (found,) = findings(None, scores=guess, classes=10, images=None, notes=(), flips=0)
+    assert found == {"code": "guessing", "text": "it hardly beats guessing (ACC 10.0 %, 10 classes)"}
+    assert findings(None, scores=better, classes=10, images=None, notes=(), flips=0) == []
