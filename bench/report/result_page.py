@@ -137,7 +137,7 @@ def _row(entry: Entry, names: Sequence[str]) -> Markup:
             tag("small", "\N{WARNING SIGN} exported by force", class_="mark") if bundle["forced"] else Markup(),
             tag(
                 "small",
-                " \N{MIDDLE DOT} ".join((_role(bundle), bundle["target"], bundle["precision"], bundle["runtime"])),
+                " \N{MIDDLE DOT} ".join((_role(bundle), bundle["target"], bundle["precision"], _runtime(entry))),
             ),
             tag("small", entry.place),
             scope="row",
@@ -147,6 +147,12 @@ def _row(entry: Entry, names: Sequence[str]) -> Markup:
         _time_cell(entry, "p50"),
         _memory_cell(entry.data["memory"]),
     )
+
+
+def _runtime(entry: Entry) -> str:
+    """What ran it; with what the bundle was made for, where that is something else."""
+    made_for, ran = entry.data["bundle"]["runtime"], str(entry.data["software"]["runtime"])
+    return ran if ran == made_for else f"{ran}, not {made_for}"
 
 
 def _time_cell(entry: Entry, percentile: str) -> Markup:
@@ -177,7 +183,7 @@ def _latency(entries: Sequence[Entry]) -> Markup:
     timed = [entry for entry in entries if entry.data["latency"]]
     if not timed:
         return Markup()
-    batches = sorted({entry.data["latency"]["batch"] for entry in timed})
+    batches = sorted({one["batch"] for entry in timed for one in (entry.data["latency"], *entry.data["sweep"])})
     lead = f"Milliseconds for a batch of {' or '.join(f'{batch:,}' for batch in batches)}. Lower is better."
     if len(batches) > 1:
         lead += " Batches differ: compare images per second instead."
@@ -298,15 +304,19 @@ def _trade(entries: Sequence[Entry]) -> Markup:
         worst, scores = entry.worst, entry.scores
         rate, accuracy = worst.asr.value if worst else math.nan, scores.acc.value if scores else math.nan
         name = f"{entry.mark}{entry.key}"
+        how = {"best": entry.key in front, "valid": entry.valid}
         acc.append(
-            Spot(entry.p50, accuracy, rate / 100, f"{name} \N{MIDDLE DOT} ASR {decimal(rate)}", entry.key in front)
-        )
+            Spot(entry.p50, accuracy, rate / 100, f"{name} \N{MIDDLE DOT} ASR {decimal(rate)}", **how,
+                 interval=scores.acc.interval if scores else None)
+        )  # fmt: skip
         asr.append(
-            Spot(entry.p50, rate, accuracy / 100, f"{name} \N{MIDDLE DOT} ACC {decimal(accuracy)}", entry.key in front)
-        )
+            Spot(entry.p50, rate, accuracy / 100, f"{name} \N{MIDDLE DOT} ACC {decimal(accuracy)}", **how,
+                 interval=worst.asr.interval if worst else None)
+        )  # fmt: skip
     lead = (
         "Letters are those of the table. A double ring: no other valid bundle is as fast, as accurate and as safe, and "
-        "better in one of the three (Pareto front). ASR is the highest of the bundle's triggers."
+        "better in one of the three (Pareto front). Hollow: not valid. A line is the 95 % interval. ASR is the highest of "
+        "the bundle's triggers."
     )
     pictures = [
         figure(
@@ -350,7 +360,9 @@ def _against_host(entries: Sequence[Entry]) -> Markup:
         evaluated, differences = entry.data["evaluated"], entry.data["differences"]
         images = f"{evaluated['images']:,} of {evaluated['of']:,} images of {evaluated['source']}"
         if differences is None:
-            rows.append((entry.label, images, "not compared: not all images were evaluated", "", ""))
+            own = evaluated["source"] == "bundle"
+            why = "not all images were evaluated" if own else "these are other images than the host's"
+            rows.append((entry.label, images, f"not compared: {why}", "", ""))
         elif not differences:
             rows.append((entry.label, images, "every count equals the host's", "", ""))
         else:

@@ -40,6 +40,8 @@ class Spot:
         size: its share of the largest marker's area, 0 to 1.
         label: beside it.
         best: whether no other point is better in every respect; it gets a second ring.
+        interval: the lowest and the highest that y may be; none is drawn where it is not told.
+        valid: whether its place may be relied on; it is drawn hollow and dashed otherwise.
     """
 
     x: float
@@ -47,6 +49,8 @@ class Spot:
     size: float
     label: str
     best: bool = False
+    interval: tuple[float, float] | None = None
+    valid: bool = True
 
 
 @dataclass(frozen=True)
@@ -191,7 +195,8 @@ def scatter(label: str, spots: Sequence[Spot], x_label: str, y_label: str) -> Ma
         return Markup()
     xs, height = [spot.x for spot in shown], 268.0
     across = Axis(min(xs) / 1.5, max(xs) * 1.5, 38.0, WIDTH - 6, log=True)
-    down = Axis(*_padded([spot.y for spot in shown]), height - 40, 36.0)
+    reached = [y for spot in shown for y in (spot.y, *(spot.interval or ())) if math.isfinite(y)]
+    down = Axis(*_padded(reached), height - 40, 36.0)
     parts = [_frame(across, down, x_label, height), text(0, 12, y_label, class_="q")]
     discs = []
     for spot in shown:
@@ -200,7 +205,15 @@ def scatter(label: str, spots: Sequence[Spot], x_label: str, y_label: str) -> Ma
     for spot, (x, y, r) in zip(shown, discs, strict=True):
         if spot.best:
             parts.append(tag("circle", cx=x, cy=y, r=r + 3, fill="none", stroke="var(--ink)", stroke_width=1.2))
-        disc = {"class_": "spot", "fill": "var(--asr)", "fill-opacity": "0.35", "stroke": "var(--ink)"}
+        if spot.interval is not None:
+            parts.append(line(x, down.place(spot.interval[0]), x, down.place(spot.interval[1]), "whisker"))
+        disc = {
+            "class_": "spot",
+            "fill": "var(--asr)",
+            "fill-opacity": "0.35" if spot.valid else "0",
+            "stroke": "var(--ink)",
+        }
+        disc |= {} if spot.valid else {"stroke-dasharray": "2 2"}
         parts.append(tag("circle", cx=x, cy=y, r=r, **disc))
     discs = [(x, y, r + 3 if spot.best else r) for spot, (x, y, r) in zip(shown, discs, strict=True)]
     taken: list[Box] = [(across.start, down.start - 1, across.end, down.start + 1)]

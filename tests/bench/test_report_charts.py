@@ -143,6 +143,18 @@ def test_scatter_labels_do_not_cover_each_other():
         assert all(abs(x - other[0]) > 70 or abs(y - other[1]) >= 12 for other in places[:i])
 
 
+def test_scatter_draws_intervals_inside_the_chart_and_what_is_not_valid_hollow():
+    spots = [
+        Spot(1.0, 99.2, 0.1, "a", interval=(97.0, 99.8)),
+        Spot(2.0, 99.6, 0.1, "b", interval=(98.0, 99.9), valid=False),
+    ]
+    root = parse(scatter("s", spots, "ms", "ACC"))
+    whiskers = [(float(n.get("y1")), float(n.get("y2"))) for n in by_class(root, "whisker")]
+    assert len(whiskers) == 2
+    assert all(36 <= y <= 228 for ends in whiskers for y in ends)
+    assert [n.get("fill-opacity") for n in by_class(root, "spot")] == ["0.35", "0"]
+
+
 def test_a_profile_of_many_channels_keeps_its_extremes_and_stays_small():
     markup = profile("p", list(np.linspace(0, 0.9, 2048)), 0.9, "channels")
     outline = next(parse(markup).iter("path")).get("d")
