@@ -2,10 +2,11 @@
 
 Thresholds: other programs kept more than 0.5 cores (or 5 % of them, if that is more) busy just before the start or in
 more than a tenth of the seconds of the timing; the GPU was more than 5 % busy before a model that runs on it was loaded
-(its load during the timing is ours too); a clock's median in the last third of the timing differs from that of
-the first third by more than 5 %; the medians of latency in the same thirds by more than 10 %; anything throttled, also
+(its load during the timing is ours too); a clock's median in the last third of the timing differs from that of the
+first third by more than 5 %; the medians of latency in the same thirds by more than 10 %; anything throttled, also
 where it did so before the start (a cooling device that is there for nothing else is above 0, or a cap was lifted in the
-end; a cap alone may be the user's power mode); fewer samples or seconds of them than asked for; the sensors not read for two seconds of the timing.
+end; a cap alone may be the user's power mode); fewer samples or seconds of them than asked for; the sensors not read
+for two seconds of the timing, or tegrastats stopped.
 """
 
 from __future__ import annotations
