@@ -309,6 +309,8 @@ def layers(*types: str, field: str = "Format/Datatype") -> str:
         ("Thirty-two wide channel vectorized row major Int8 format.", "Format/Datatype", "int8"),
         ("Float", "Format/Datatype", "fp32"),
         ("Half", "DataType", "fp16"),
+        ("BFloat16", "DataType", "bf16"),
+        ("Row major linear BF16 format", "Format/Datatype", "bf16"),
         ("N/A due to dynamic shapes", "Format/Datatype", "unknown"),
     ],
 )
@@ -338,6 +340,24 @@ def test_an_engine_that_silently_computes_in_another_type_is_refused(
     else:
         with pytest.raises(RuntimeUnavailableError, match=f"does not compute in {precision}"):
             verify_precision(found, precision, "x")
+
+
+@pytest.mark.parametrize(("int8", "quantised", "fine"), [(20, 20, True), (10, 20, True), (9, 20, False), (1, 20, False)])
+def test_an_int8_engine_is_compared_with_the_layers_that_the_file_has_in_int8(
+    int8: int, quantised: int, fine: bool
+) -> None:
+    found = read_layers(layers(*["Int8"] * int8, *["Half"] * (20 - int8)))
+    if fine:
+        assert verify_precision(found, "int8", "x", quantised).endswith(f"; the file has {quantised} in INT8")
+    else:
+        with pytest.raises(RuntimeUnavailableError, match=rf"x: {int8} layers of the engine compute in INT8, 20 of the"):
+            verify_precision(found, "int8", "x", quantised)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_types_that_the_inspector_does_not_tell_are_said_not_to_be_verified(precision: Any) -> None:
+    for found in (read_layers(layers("N/A")), read_layers('{"Layers": ["conv1", "conv2"]}'), read_layers('{"Layers": []}')):
+        assert f"NOT VERIFIED to compute in {precision}" in verify_precision(found, precision, "x", 2)
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"Layers": 3}', '{"Layers": [3]}'])
