@@ -122,7 +122,9 @@ def verify_precision(layers: tuple[LayerType, ...], precision: Precision, origin
     allowed = {"fp32": {"fp32"}, "fp16": {"fp16"}, "int8": {"int8", "fp16"}}[precision]
     known = {name: count for name, count in counts.items() if name != UNKNOWN}
     if not known:
-        return f"layers: {shown}; NOT VERIFIED to compute in {precision}: TensorRT's inspector does not tell their types"
+        return (
+            f"layers: {shown}; NOT VERIFIED to compute in {precision}: TensorRT's inspector does not tell their types"
+        )
     weighted = any(layer.weighted for layer in layers)
     wrong = sorted(set(known) - allowed) if weighted else []
     if wrong or precision not in known:

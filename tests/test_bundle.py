@@ -99,7 +99,11 @@ def pack(
 
 def forge(content: dict[str, bytes], manifest: dict[str, Any] | bytes | None = None, **kwargs: Any) -> bytes:
     """A consistent archive of `content`: what someone who knows the format can make."""
-    made = manifest if manifest is not None else {"format": 1, **head(content.get("model.onnx")), "members": listing(content)}
+    made = (
+        manifest
+        if manifest is not None
+        else {"format": 1, **head(content.get("model.onnx")), "members": listing(content)}
+    )
     data = made if isinstance(made, bytes) else to_json(made)
     return pack([("manifest.json", data), *content.items()], **kwargs)
 

@@ -143,9 +143,7 @@ def test_fixed_batch_target_is_scored_one_image_at_a_time(network: Network, tmp_
 
 
 @pytest.mark.parametrize(("budget", "noted"), [(3.4, 0), (3.3, 1)])
-def test_what_so_few_images_cannot_judge_is_noted(
-    network: Network, tmp_path: Path, budget: float, noted: int
-) -> None:
+def test_what_so_few_images_cannot_judge_is_noted(network: Network, tmp_path: Path, budget: float, noted: int) -> None:
     target = dataclasses.replace(CPU, acc_budget=budget, asr_budget=100.0)  # one of 30 images is 3.33 points
     report = export_bundle(network, target, name="demo", evaluation=evaluation(), chain=CHAIN, folder=tmp_path)
     assert len(report.notes) == noted

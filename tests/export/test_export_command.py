@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +49,24 @@ def test_student_and_teacher_are_two_bundles_with_the_same_images(here: Path) ->
         np.testing.assert_allclose(logits, torchs, rtol=1e-3, atol=1e-3)
 
 
+def test_two_processes_export_the_same_bytes(here: Path) -> None:
+    assert rkd("distill", "teacher.pt", *DISTILL).exit_code == 0
+    names = ("run.ort-cpu-int8.rkd", "run.jetson-int8.rkd")
+    targets = ("--target", "ort-cpu-int8", "--target", "jetson-int8", "--force")
+    for folder in ("a", "b"):
+        command = [sys.executable, "-m", "rkd", "export", "run", *targets, "--out", folder]
+        subprocess.run(command, check=True, capture_output=True, timeout=600)
+    for name in names:
+        assert (here / "a" / name).read_bytes() == (here / "b" / name).read_bytes(), name
+
+
 def test_too_few_images_to_calibrate_with_are_known_before_any_bundle_is_written(here: Path) -> None:
     assert rkd("distill", "teacher.pt", *DISTILL, "--clean-budget", "30").exit_code == 0
     refused = rkd("export", "run", "--target", "ort-cpu", "--target", "ort-cpu-int8")
     assert refused.exit_code == 1
-    assert "30 of 30 are left, at least 32 are needed; the run has --clean-budget 30, distil with more" in refused.stderr
+    assert (
+        "30 of 30 are left, at least 32 are needed; the run has --clean-budget 30, distil with more" in refused.stderr
+    )
     assert not list(here.glob("*.rkd"))
 
 
