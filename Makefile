@@ -23,8 +23,12 @@ test-promises: $(STAMP)
 test-slow: $(STAMP)
 	RKD_SLOW=1 RKD_PROMISES=1 $(BIN)/python -m pytest
 
-test-gpu: $(STAMP)
-	RKD_GPU=1 $(BIN)/python -m pytest -m gpu
+# On a board: JetPack's TensorRT and CUDA through --system-site-packages, and nothing of torch. Not run on a Jetson.
+BOARD := $(or $(RKD_BOARD_VENV),.venv-board)
+test-gpu:
+	test -x $(BOARD)/bin/python || $(PYTHON) -m venv --system-site-packages $(BOARD)
+	$(BOARD)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[trt,ort]' pytest pytest-timeout onnx
+	RKD_GPU=1 $(BOARD)/bin/python -m pytest -m gpu tests/bench/test_tensorrt.py
 
 test-ray: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]'
@@ -63,4 +67,4 @@ $(STAMP): pyproject.toml constraints.txt
 
 clean:
 	rm -rf build dist demo .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""Refuse ONNX files whose tensors live in other files, without onnx.
+"""Refuse ONNX files whose tensors live in other files, and count quantised layers, without onnx.
 
 ONNX Runtime resolves external data of a model that was loaded from bytes against the current folder, so a bundle could
 make the bench read any file there. The check walks the protobuf wire format (protobuf.dev/programming-guides/encoding)
@@ -26,7 +26,9 @@ _FIELDS: dict[str, dict[int, str]] = {
 }
 _EXTERNAL_DATA, _DATA_LOCATION = 13, 14  # TensorProto
 _SUBGRAPHS = (6, 11)  # AttributeProto's g and graphs
-_OP_TYPE = 4  # NodeProto
+_NAME, _OP_TYPE = 3, 4  # NodeProto
+_NODES = {("Model", 7): "Graph", ("Graph", 1): "Node"}
+WEIGHTS = b".weight.dequantise"  # how the exporter names the node in front of a quantised layer
 _READS_FILES = b"EPContext"  # an operator whose attribute names a compiled engine to load
 _FLATBUFFER = b"ORTM"  # ONNX Runtime takes a model with this at byte 4 for one of its own format
 _MAX_FIELDS = 500_000  # twenty times what large models have; walked in a second
@@ -75,6 +77,23 @@ def refuse_external_data(model: bytes, origin: str) -> None:
                     pending.append((inner, low, high))
         except (ValueError, IndexError) as error:
             raise BundleError(f"{origin}: not a readable ONNX file ({error}); export it again") from error
+
+
+def quantised_layers(model: bytes) -> int:
+    """How many layers of a file that rkd wrote have their weights in INT8.
+
+    Args:
+        model: an ONNX file that passed `refuse_external_data`.
+    """
+    view, pending, found = memoryview(model), [("Model", 0, len(model))], 0
+    while pending:
+        message, start, end = pending.pop()
+        for field, wire, low, high in _fields(view, start, end):
+            if message == "Node" and field == _NAME and wire == _LENGTH:
+                found += bytes(view[low:high]).endswith(WEIGHTS)
+            elif wire == _LENGTH and (inner := _NODES.get((message, field))):
+                pending.append((inner, low, high))
+    return found
 
 
 def _fields(view: memoryview, at: int, end: int) -> Iterator[tuple[int, int, int, int]]:

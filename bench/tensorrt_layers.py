@@ -21,8 +21,8 @@ UNKNOWN = "unknown"
 MOST_LAYERS, MOST_NAME = 1000, 200  # of them in a result, and characters of a name
 _TYPES = (
     ("int8", re.compile(r"int8|\bi8\b", re.IGNORECASE)),
+    ("bf16", re.compile(r"bf16|bfloat16", re.IGNORECASE)),  # before fp16, whose names end in the same
     ("fp16", re.compile(r"half|fp16|float16", re.IGNORECASE)),
-    ("bf16", re.compile(r"bf16|bfloat16", re.IGNORECASE)),
     ("fp8", re.compile(r"fp8|float8", re.IGNORECASE)),
     ("fp32", re.compile(r"float|fp32", re.IGNORECASE)),
 )
@@ -99,13 +99,20 @@ def _short(text: str) -> str:
     return shortened(text[: 10 * MOST_NAME], MOST_NAME)
 
 
-def verify_precision(layers: tuple[LayerType, ...], precision: Precision, origin: str) -> str:
+def verify_precision(layers: tuple[LayerType, ...], precision: Precision, origin: str, quantised: int = 0) -> str:
     """Refuse an engine that silently computes in another type.
 
-    FP32: every convolution in FP32. FP16: none in FP32. INT8: at least one in INT8, none in FP32.
+    FP32: every convolution in FP32. FP16: none in FP32. INT8: none in FP32, and in INT8 at least half as many as in the
+    file. (TensorRT joins layers, and computes one in FP16 where it has no INT8 kernel for it.)
+
+    Args:
+        layers: of the engine.
+        precision: the file's.
+        origin: names the engine in errors.
+        quantised: layers that the file has in INT8.
 
     Returns:
-        One line about the types of all layers.
+        One line about the types of all layers; where the inspector tells none, that they were not verified.
 
     Raises:
         RuntimeUnavailableError: the engine is not in the target's precision.
@@ -115,7 +122,9 @@ def verify_precision(layers: tuple[LayerType, ...], precision: Precision, origin
     allowed = {"fp32": {"fp32"}, "fp16": {"fp16"}, "int8": {"int8", "fp16"}}[precision]
     known = {name: count for name, count in counts.items() if name != UNKNOWN}
     if not known:
-        return f"layers: {shown}; the inspector does not tell their types"
+        return (
+            f"layers: {shown}; NOT VERIFIED to compute in {precision}: TensorRT's inspector does not tell their types"
+        )
     weighted = any(layer.weighted for layer in layers)
     wrong = sorted(set(known) - allowed) if weighted else []
     if wrong or precision not in known:
@@ -123,4 +132,11 @@ def verify_precision(layers: tuple[LayerType, ...], precision: Precision, origin
             f"{origin}: the engine does not compute in {precision}: {shown}; this TensorRT ignores the file's types: "
             "update it, or export for another precision"
         )
-    return f"layers: {shown}"
+    if precision != "int8" or not weighted:
+        return f"layers: {shown}"
+    if 2 * known["int8"] < quantised:
+        raise RuntimeUnavailableError(
+            f"{origin}: {known['int8']} layers of the engine compute in INT8, {quantised} of the file do: {shown}; update "
+            "TensorRT, or export for precision fp16"
+        )
+    return f"layers: {shown}; the file has {quantised} in INT8"

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from rkd.bench.cuda import Cuda, Gpu, open_cuda, probe_gpu
 from rkd.bench.device import available_bytes
+from rkd.bench.external import quantised_layers
 from rkd.bench.tensorrt_api import ICudaEngine, IExecutionContext, Module, check_version, import_tensorrt
 from rkd.bench.tensorrt_engine import (
     INPUT,
@@ -265,7 +266,8 @@ class TensorRtRunner:
         inspector = engine.create_engine_inspector()
         inspector.execution_context = context  # with dynamic shapes, types are known for a shape only
         self.layers = read_layers(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
-        self.precision = verify_precision(self.layers, self._options.precision, self._origin)
+        quantised = quantised_layers(self._model) if self._options.precision == "int8" else 0
+        self.precision = verify_precision(self.layers, self._options.precision, self._origin, quantised)
         self._tell(self.precision)
 
     def _open(self) -> Cuda:

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from rkd.errors import BundleError, MissingExtraError, SigningError, first_line
+from rkd.errors import BundleError, MissingExtraError, SigningError
 from rkd.files import open_regular, storage_errors, write_file
 
 if TYPE_CHECKING:
@@ -69,10 +69,8 @@ def read_private(path: Path) -> Ed25519PrivateKey:
     try:
         key: Any = serialization.load_pem_private_key(data, password=None)
     except Exception as error:  # ValueError, TypeError (encrypted), UnsupportedAlgorithm
-        why = "it is encrypted" if isinstance(error, TypeError) else first_line(error)
-        raise SigningError(
-            f"{path} is not a private key that rkd can read ({why}); make one with: rkd keygen"
-        ) from error
+        why = "it is encrypted" if isinstance(error, TypeError) else "it is not a private key in PEM, or damaged"
+        raise SigningError(f"{path} cannot be used: {why}; make one with: rkd keygen") from error
     if not isinstance(key, ed25519.Ed25519PrivateKey):
         raise SigningError(f"{path} holds another kind of key than Ed25519; make one with: rkd keygen")
     return cast("Ed25519PrivateKey", key)
@@ -91,8 +89,9 @@ def read_public(path: Path) -> Ed25519PublicKey:
     try:
         key: Any = serialization.load_pem_public_key(data)
     except Exception as error:
-        hint = "this is a private key, give the .pub file" if b"PRIVATE KEY" in data else first_line(error)
-        raise SigningError(f"{path} is not a public key ({hint})") from error
+        private = b"PRIVATE KEY" in data
+        hint = "this is a private key, give the .pub file" if private else "expected the .pub file of rkd keygen"
+        raise SigningError(f"{path} is not a public key in PEM; {hint}") from error
     if not isinstance(key, ed25519.Ed25519PublicKey):
         raise SigningError(f"{path} holds another kind of key than Ed25519; rkd signs with Ed25519 only")
     return cast("Ed25519PublicKey", key)

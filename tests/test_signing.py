@@ -98,9 +98,9 @@ def test_wrong_keys_are_refused_by_name_in_one_line(tmp_path: Path) -> None:
 
 
 def test_the_two_halves_are_told_apart(keys: tuple[Path, Path]) -> None:
-    with pytest.raises(SigningError, match=r"is not a public key \(this is a private key, give the \.pub file\)"):
+    with pytest.raises(SigningError, match=r"is not a public key in PEM; this is a private key, give the \.pub file"):
         read_public(keys[0])
-    with pytest.raises(SigningError, match="is not a private key"):
+    with pytest.raises(SigningError, match="is not a private key in PEM"):
         read_private(keys[1])
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from rkd.cli.app import app, guarded
+from rkd.errors import ConfigError
 
 
 @app.command()
@@ -29,6 +30,8 @@ def keygen(
     from rkd.cli import tables
     from rkd.signing import make_keys
 
+    if not name.name or name.name == "..":
+        raise ConfigError(f"{str(name)!r} names no file; give a name such as mine, for mine.key and mine.pub")
     private, public = (name.with_name(f"{name.name}.{ending}") for ending in ("key", "pub"))
     fingerprint = make_keys(private, public)
     tables.say_next(f"wrote {private} (keep it secret) and {public}: {fingerprint}")

@@ -125,6 +125,26 @@ def test_a_wrong_key_and_a_flipped_byte_are_one_line_and_exit_1(folder: Path) ->
     assert "x.rkd" in broken.output
 
 
+@pytest.mark.parametrize("name", ["", ".", "..", "/"])
+def test_keys_without_a_name_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["keygen", name])
+    assert (done.exit_code, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert "names no file; give a name such as mine" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_file_that_is_no_key_is_one_line_of_ours() -> None:
+    Path("junk.key").write_bytes(b"junk")
+    signing = CliRunner().invoke(app, ["export", "--sign", "junk.key"])
+    assert signing.stderr == (
+        "rkd: junk.key cannot be used: it is not a private key in PEM, or damaged; make one with: rkd keygen\n"
+    )
+    verifying = CliRunner().invoke(app, ["verify", "x.rkd", "--pubkey", "junk.key"])
+    assert verifying.stderr == "rkd: junk.key is not a public key in PEM; expected the .pub file of rkd keygen\n"
+
+
 @pytest.mark.usefixtures("folder")
 def test_keys_are_not_replaced() -> None:
     again = CliRunner().invoke(app, ["keygen", "mine"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,17 @@ def test_student_and_teacher_are_two_bundles_with_the_same_images(here: Path) ->
             logits = runner.infer(np.ascontiguousarray(images[:20]))
         torchs = Network.load(file).predictor(torch.device("cpu"))(images[:20])
         np.testing.assert_allclose(logits, torchs, rtol=1e-3, atol=1e-3)
+
+
+def test_two_processes_export_the_same_bytes(here: Path) -> None:
+    assert rkd("distill", "teacher.pt", *DISTILL).exit_code == 0
+    names = ("run.ort-cpu-int8.rkd", "run.jetson-int8.rkd")
+    targets = ("--target", "ort-cpu-int8", "--target", "jetson-int8", "--force")
+    for folder in ("a", "b"):
+        command = [sys.executable, "-m", "rkd", "export", "run", *targets, "--out", folder]
+        subprocess.run(command, check=True, capture_output=True, timeout=600)
+    for name in names:
+        assert (here / "a" / name).read_bytes() == (here / "b" / name).read_bytes(), name
 
 
 def test_too_few_images_to_calibrate_with_are_known_before_any_bundle_is_written(here: Path) -> None:

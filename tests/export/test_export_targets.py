@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,14 +9,20 @@ import numpy as np
 import pytest
 import torch
 
+from rkd.bench.external import quantised_layers
 from rkd.bench.runner import CPU_PROVIDER, OrtRunner
-from rkd.bench.tensorrt_api import import_tensorrt
+from rkd.bench.tensorrt_api import Module, import_tensorrt
 from rkd.bench.tensorrt_engine import BuildOptions, build_engine
 from rkd.bundle import read_bundle
+from rkd.errors import BundleError
 from rkd.export import Calibration, Exporter
+from rkd.export.calibration import observe, ranges_of
+from rkd.export.onnx_model import to_onnx
+from rkd.export.precision import to_fp16
+from rkd.export.quantise import Graph
 from rkd.models import STUDENTS, build
 from rkd.network import NORMALISATIONS, Network
-from rkd.target import Target, builtin_targets
+from rkd.target import Quantisation, Target, builtin_targets, load_target
 
 CHAIN = {"teacher": "1" * 64, "config": "2" * 64, "student": "3" * 64}
 QUICK = ("wrn-10-1", "resnet20")
@@ -40,14 +45,21 @@ def relaxed(target: Target) -> Target:
     )
 
 
+def builder() -> Module:
+    """The builder that stands for TensorRT's: without it these tests show nothing, and say so."""
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx builds the files for TensorRT: pip install '.[rtx]'")
+    return import_tensorrt("tensorrt-rtx")
+
+
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(found.name, marks=[] if found.name in QUICK else [pytest.mark.slow], id=found.name)
+        pytest.param(found.name, marks=[] if found.name in QUICK else [pytest.mark.promise], id=found.name)
         for found in STUDENTS
     ],
 )
 def test_student_is_exported_verified_and_run_or_built_for_every_target(name: str, tmp_path: Path) -> None:
+    trt = builder()
     network = student(name)
     pixels = np.random.default_rng(0).integers(0, 256, (48, 3, 32, 32), dtype=np.uint8)
     labels = network.predictor(torch.device("cpu"))(pixels).argmax(axis=1)
@@ -64,8 +76,45 @@ def test_student_is_exported_verified_and_run_or_built_for_every_target(name: st
             with OrtRunner(bundle.model, CPU_PROVIDER, 1, target.name) as runner:
                 logits = runner.infer(np.ascontiguousarray(bundle.evaluation()[0]))
             assert logits.argmax(axis=1).tolist() == ledger.steps[-1].labels["clean"].tolist(), target.name
-        elif importlib.util.find_spec("tensorrt_rtx"):
-            trt = import_tensorrt("tensorrt-rtx")
+        else:
             engine, _ = build_engine(trt, bundle.model, BuildOptions.of(target), report.path.name)
             assert len(engine) > 1000, target.name
     assert sizes["jetson-int8"] < sizes["jetson-fp16"] < sizes["jetson-fp32"]
+
+
+@pytest.fixture(scope="module")
+def fp32() -> bytes:
+    return to_onnx(student("wrn-10-1"), 20)
+
+
+def quantised(model: bytes, recipe: Quantisation, kept: int) -> tuple[bytes, int]:
+    """The file with its first layers kept in the higher precision, and how many layers it has in all."""
+    graph = Graph(model, recipe)
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 3, 32, 32), dtype=np.uint8)
+    ranges = ranges_of(observe(model, graph.tensors(), pixels), "minmax", recipe)
+    return graph.quantised(ranges, [layer.node for layer in graph.layers[:kept]]), len(graph.layers)
+
+
+@pytest.mark.parametrize("kept", [0, 3])
+def test_int8_with_layers_kept_in_fp16_is_built_and_its_int8_layers_are_counted(fp32: bytes, kept: int) -> None:
+    target = load_target("jetson-int8")
+    assert target.quantisation is not None
+    model, layers = quantised(fp32, target.quantisation, kept)
+    mixed = to_fp16(model)
+    assert layers > kept
+    assert quantised_layers(mixed) == layers - kept
+    engine, _ = build_engine(builder(), mixed, BuildOptions.of(target), "x.rkd")
+    assert len(engine) > 1000
+
+
+@pytest.mark.parametrize(
+    "change", [{"activations": "uint8"}, {"bias": "int32"}], ids=["activations with a zero point", "quantised bias"]
+)
+def test_what_tensorrts_parser_rejects_is_rejected_by_the_one_that_stands_for_it(
+    fp32: bytes, change: dict[str, str]
+) -> None:
+    target = load_target("jetson-int8")
+    assert target.quantisation is not None
+    model, _ = quantised(fp32, replace(target.quantisation, **change), 0)
+    with pytest.raises(BundleError, match=r"cannot parse the model: node '.*quantise"):
+        build_engine(builder(), model, BuildOptions.of(target), "x.rkd")
