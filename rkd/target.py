@@ -80,6 +80,26 @@ class Quantisation:
         """What is impossible about the recipe, for this runtime; None if nothing is."""
         if self.weight_bits not in (7, 8):
             return f"weight_bits {self.weight_bits}: expected 8, or 7 for CPUs whose multiply-add saturates"
+        if problem := self._listed_problem():
+            return problem
+        if not 16 <= self.images <= 16384:
+            return f"images {self.images}: expected 16 to 16384"
+        if not 0 <= self.min_agreement <= 100:
+            return f"min_agreement {self.min_agreement:g}: expected 0 to 100 percent"
+        if runtime != "onnxruntime":
+            if self.activations != "int8" or self.bias != "float" or self.weight_bits != 8:
+                return (
+                    f"{runtime} takes symmetric int8 activations, 8-bit weights and a float bias only; "
+                    'set activations = "int8", weight_bits = 8, bias = "float"'
+                )
+        elif provider == CPU_PROVIDER and self.rest == "fp16":
+            return 'rest = "fp16" on a CPU runs at fp32\'s speed at best; use fp32'
+        if self.rest == "fp16" and opset < 19:
+            return f"opset {opset}: FP16 scales of Q/DQ came with 19"
+        return None
+
+    def _listed_problem(self) -> str | None:
+        """What is impossible about the operators and the calibrators."""
         unknown = sorted(set(self.operators) - set(OPERATORS))
         if unknown or not _WEIGHTED & set(self.operators):
             return f"operators {list(self.operators)}: expected Conv, Gemm or both, and perhaps {', '.join(OPERATORS)}"
@@ -95,20 +115,6 @@ class Quantisation:
                 f"operators {list(self.operators)}: with a float bias, as TensorRT wants it, only Conv and Gemm are "
                 f"quantised; leave out {', '.join(ignored)}"
             )
-        if not 16 <= self.images <= 16384:
-            return f"images {self.images}: expected 16 to 16384"
-        if not 0 <= self.min_agreement <= 100:
-            return f"min_agreement {self.min_agreement:g}: expected 0 to 100 percent"
-        if runtime != "onnxruntime":
-            if self.activations != "int8" or self.bias != "float" or self.weight_bits != 8:
-                return (
-                    f"{runtime} takes symmetric int8 activations, 8-bit weights and a float bias only; "
-                    'set activations = "int8", weight_bits = 8, bias = "float"'
-                )
-        elif provider == CPU_PROVIDER and self.rest == "fp16":
-            return 'rest = "fp16" on a CPU runs at fp32\'s speed at best; use fp32'
-        if self.rest == "fp16" and opset < 19:
-            return f"opset {opset}: FP16 scales of Q/DQ came with 19"
         return None
 
 
