@@ -431,13 +431,13 @@ def _manifest_problem(manifest: Any) -> str | None:
         return "classes must be a list of at least two names"
     if not all(isinstance(manifest[key], dict) for key in ("target", "tool")):
         return "target and tool must be objects"
-    for key, check in (("chain", _CHAIN), ("scores", _SCORES)):
-        if (problem := check(manifest[key])) is not None:
-            return f"{key}{problem}"
     return _more_problem(manifest)
 
 
 def _more_problem(manifest: dict[str, Any]) -> str | None:
+    for key, check in (("chain", _CHAIN), ("scores", _SCORES)):
+        if (problem := check(manifest[key])) is not None:
+            return f"{key}{problem}"
     if manifest.get("role", "student") not in _ROLES:
         return f"role must be {' or '.join(_ROLES)}"
     for key in ("forced", "notes"):

@@ -82,7 +82,8 @@ def unjudged(scores: Scores, acc_budget: float, asr_budget: float) -> list[str]:
 
     Args:
         scores: of any form of the network on these images.
-        acc_budget, asr_budget: points of ACC that may be lost, of ASR that may be gained.
+        acc_budget: points of ACC that may be lost.
+        asr_budget: points of ASR that may be gained, under each trigger.
     """
     triggered = min((t.asr.n for t in scores.triggers), default=0)
     found = []

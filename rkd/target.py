@@ -78,6 +78,10 @@ class Quantisation:
 
     def problem(self, runtime: Runtime, provider: str, opset: int) -> str | None:
         """What is impossible about the recipe, for this runtime; None if nothing is."""
+        return self._value_problem() or self._runtime_problem(runtime, provider, opset)
+
+    def _value_problem(self) -> str | None:
+        """A value that is impossible for any runtime."""
         if self.weight_bits not in (7, 8):
             return f"weight_bits {self.weight_bits}: expected 8, or 7 for CPUs whose multiply-add saturates"
         unknown = sorted(set(self.operators) - set(OPERATORS))
@@ -90,15 +94,19 @@ class Quantisation:
             names = getattr(self, key)
             if twice := [name for name in names if names.count(name) > 1]:
                 return f"{key} {list(names)}: {twice[0]} is there twice; leave one out"
+        if not 16 <= self.images <= 16384:
+            return f"images {self.images}: expected 16 to 16384"
+        if not 0 <= self.min_agreement <= 100:
+            return f"min_agreement {self.min_agreement:g}: expected 0 to 100 percent"
+        return None
+
+    def _runtime_problem(self, runtime: Runtime, provider: str, opset: int) -> str | None:
+        """Values that are impossible together, or for this runtime."""
         if self.bias == "float" and (ignored := sorted(set(self.operators) - _WEIGHTED)):
             return (
                 f"operators {list(self.operators)}: with a float bias, as TensorRT wants it, only Conv and Gemm are "
                 f"quantised; leave out {', '.join(ignored)}"
             )
-        if not 16 <= self.images <= 16384:
-            return f"images {self.images}: expected 16 to 16384"
-        if not 0 <= self.min_agreement <= 100:
-            return f"min_agreement {self.min_agreement:g}: expected 0 to 100 percent"
         if runtime != "onnxruntime":
             if self.activations != "int8" or self.bias != "float" or self.weight_bits != 8:
                 return (
