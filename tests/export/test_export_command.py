@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from typer.testing import CliRunner
 
@@ -49,6 +50,7 @@ def test_student_and_teacher_are_two_bundles_with_the_same_images(here: Path) ->
         np.testing.assert_allclose(logits, torchs, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.promise
 def test_two_processes_export_the_same_bytes(here: Path) -> None:
     assert rkd("distill", "teacher.pt", *DISTILL).exit_code == 0
     names = ("run.ort-cpu-int8.rkd", "run.jetson-int8.rkd")
