@@ -121,7 +121,7 @@ def _table(entries: Sequence[Entry]) -> Markup:
     names = trigger_names(scores)
     head = table_head("Bundle", scores, names, (("p50 ms", "median latency"), ("Memory", "peak")))
     table = tag("table", head, tag("tbody", *(_row(entry, names) for entry in entries)), class_="pin wide")
-    return section("Results", "", scroller("Results of every bundle", table), glossary({**SCORES, **_COST}))
+    return section("Results", "", scroller("Results of every bundle", table, wide=True), glossary({**SCORES, **_COST}))
 
 
 def _row(entry: Entry, names: Sequence[str]) -> Markup:
@@ -135,7 +135,7 @@ def _row(entry: Entry, names: Sequence[str]) -> Markup:
             tag("small", "\N{WARNING SIGN} exported by force", class_="mark") if bundle["forced"] else Markup(),
             tag(
                 "small",
-                " \N{MIDDLE DOT} ".join((_role(bundle), bundle["target"], bundle["precision"], bundle["runtime"])),
+                " \N{MIDDLE DOT} ".join((_role(bundle), bundle["target"], bundle["precision"], _runtime(entry))),
             ),
             tag("small", entry.place),
             scope="row",
@@ -145,6 +145,12 @@ def _row(entry: Entry, names: Sequence[str]) -> Markup:
         _time_cell(entry, "p50"),
         _memory_cell(entry.data["memory"]),
     )
+
+
+def _runtime(entry: Entry) -> str:
+    """What ran it, which need not be what its target asks for."""
+    ran, wanted = str(entry.data["software"]["runtime"]), entry.data["bundle"]["runtime"]
+    return ran if ran == wanted else f"{ran} instead of {wanted}"
 
 
 def _time_cell(entry: Entry, percentile: str) -> Markup:
@@ -175,10 +181,13 @@ def _latency(entries: Sequence[Entry]) -> Markup:
     timed = [entry for entry in entries if entry.data["latency"]]
     if not timed:
         return Markup()
-    batches = sorted({entry.data["latency"]["batch"] for entry in timed})
-    lead = f"Milliseconds for a batch of {' or '.join(f'{batch:,}' for batch in batches)}. Lower is better."
+    batches = {one["batch"] for entry in timed for one in (entry.data["latency"], *entry.data["sweep"])}
+    lead = f"Milliseconds for a batch of {min(batches):,}. Lower is better."
     if len(batches) > 1:
-        lead += " Batches differ: compare images per second instead."
+        lead = (
+            "Milliseconds for one batch of the size in its row: lower is better, and images per second compare sizes. "
+            "Pictures show each bundle's first size."
+        )
     heads = ("Bundle", *(f"{_NAMES[percentile]} ms" for percentile in _PERCENTILES), "Images/s", "Batch", "Threads")
     head = tag("thead", tag("tr", *(tag("th", name, scope="col") for name in heads)))
     table = tag(
@@ -199,7 +208,7 @@ def _latency(entries: Sequence[Entry]) -> Markup:
     return section(
         "Latency",
         lead,
-        scroller("Latency of every bundle", table),
+        scroller("Latency of every bundle", table, wide=True),
         _stages(timed),
         glossary(_LATENCY),
         panels(shown, broad=True),
@@ -290,20 +299,29 @@ def _trade(entries: Sequence[Entry]) -> Markup:
     if len(shown) < 2:
         return Markup()
     front = best(shown)
-    acc, asr = [], []
+    acc: list[Spot] = []
+    asr: list[Spot] = []
     for entry in shown:
         worst, scores = entry.worst, entry.scores
-        rate, accuracy = worst.asr.value if worst else math.nan, scores.acc.value if scores else math.nan
-        name = f"{entry.mark}{entry.key}"
-        acc.append(
-            Spot(entry.p50, accuracy, rate / 100, f"{name} \N{MIDDLE DOT} ASR {decimal(rate)}", entry.key in front)
-        )
-        asr.append(
-            Spot(entry.p50, rate, accuracy / 100, f"{name} \N{MIDDLE DOT} ACC {decimal(accuracy)}", entry.key in front)
-        )
+        rate, accuracy = worst.asr if worst else Proportion(0, 0), scores.acc if scores else Proportion(0, 0)
+        for spots, here, other, what in ((acc, accuracy, rate, "ASR"), (asr, rate, accuracy, "ACC")):
+            value, share = (one.value if one.n else math.nan for one in (here, other))
+            spots.append(
+                Spot(
+                    entry.p50,
+                    value,
+                    share / 100,
+                    f"{entry.mark}{entry.key} \N{MIDDLE DOT} {what} {decimal(share)}",
+                    best=entry.key in front,
+                    hollow=not entry.valid,
+                    x_ends=entry.percentile("p50")[1:],
+                    y_ends=here.interval if here.n else (value, value),
+                )
+            )
     lead = (
-        "Letters are those of the table. A double ring: no other valid bundle is as fast, as accurate and as safe, and "
-        "better in one of the three (Pareto front). ASR is the highest of the bundle's triggers."
+        "Letters are those of the table, thin lines 95 % intervals. A double ring: no other valid bundle is as fast, as "
+        "accurate and as safe, and better in one of the three (Pareto front). A hollow disc is not valid as evidence. "
+        "ASR is the highest of the bundle's triggers."
     )
     pictures = [
         figure(
@@ -347,7 +365,7 @@ def _against_host(entries: Sequence[Entry]) -> Markup:
         evaluated, differences = entry.data["evaluated"], entry.data["differences"]
         images = f"{evaluated['images']:,} of {evaluated['of']:,} images of {evaluated['source']}"
         if differences is None:
-            rows.append((entry.label, images, "not compared: not all images were evaluated", "", ""))
+            rows.append((entry.label, images, f"not compared: {_why_not_compared(evaluated)}", "", ""))
         elif not differences:
             rows.append((entry.label, images, "every count equals the host's", "", ""))
         else:
@@ -356,6 +374,14 @@ def _against_host(entries: Sequence[Entry]) -> Markup:
     table = plain_table("Board against exporting host", heads, rows)
     lead = "The same evaluation images, run by the host that exported the file. A difference is not an error by itself."
     return section("Board against host", lead, table, _agreement(entries), *(_flips(entry) for entry in entries))
+
+
+def _why_not_compared(evaluated: Mapping[str, Any]) -> str:
+    if not evaluated["images"]:
+        return "no image was evaluated"
+    if evaluated["source"] != "bundle":
+        return "the host did not see these images"
+    return "not all images were evaluated"
 
 
 def _agreement(entries: Sequence[Entry]) -> Markup:
