@@ -67,9 +67,16 @@ def figure(heading: str, caption: str, picture: Markup) -> Markup:
     return tag("figure", tag("h3", heading), tag("figcaption", caption) if caption else Markup(), picture)
 
 
-def scroller(label: str, table: Markup) -> Markup:
-    """Keep a wide table from widening the page; the container scrolls and can be reached by keyboard."""
-    return tag("div", table, class_="scroll", role="region", aria_label=label, tabindex=0)
+def scroller(label: str, table: Markup, *, wide: bool = False) -> Markup:
+    """Keep a wide table from widening the page; the container scrolls and can be reached by keyboard.
+
+    Args:
+        label: what the table shows.
+        table: it.
+        wide: whether it is wider than a phone, which a line above it then says there.
+    """
+    box = tag("div", table, class_="scroll", role="region", aria_label=label, tabindex=0)
+    return join(tag("p", "More columns: scroll sideways \N{RIGHTWARDS ARROW}", class_="sideways"), box) if wide else box
 
 
 def plain_table(label: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Markup:

@@ -123,7 +123,7 @@ def _table(entries: Sequence[Entry]) -> Markup:
     names = trigger_names(scores)
     head = table_head("Bundle", scores, names, (("p50 ms", "median latency"), ("Memory", "peak")))
     table = tag("table", head, tag("tbody", *(_row(entry, names) for entry in entries)), class_="pin wide")
-    return section("Results", "", scroller("Results of every bundle", table), glossary({**SCORES, **_COST}))
+    return section("Results", "", scroller("Results of every bundle", table, wide=True), glossary({**SCORES, **_COST}))
 
 
 def _row(entry: Entry, names: Sequence[str]) -> Markup:
@@ -150,9 +150,9 @@ def _row(entry: Entry, names: Sequence[str]) -> Markup:
 
 
 def _runtime(entry: Entry) -> str:
-    """What ran it; with what the bundle was made for, where that is something else."""
-    made_for, ran = entry.data["bundle"]["runtime"], str(entry.data["software"]["runtime"])
-    return ran if ran == made_for else f"{ran}, not {made_for}"
+    """What ran it, which need not be what its target asks for."""
+    ran, wanted = str(entry.data["software"]["runtime"]), entry.data["bundle"]["runtime"]
+    return ran if ran == wanted else f"{ran} instead of {wanted}"
 
 
 def _time_cell(entry: Entry, percentile: str) -> Markup:
@@ -183,10 +183,13 @@ def _latency(entries: Sequence[Entry]) -> Markup:
     timed = [entry for entry in entries if entry.data["latency"]]
     if not timed:
         return Markup()
-    batches = sorted({one["batch"] for entry in timed for one in (entry.data["latency"], *entry.data["sweep"])})
-    lead = f"Milliseconds for a batch of {' or '.join(f'{batch:,}' for batch in batches)}. Lower is better."
+    batches = {one["batch"] for entry in timed for one in (entry.data["latency"], *entry.data["sweep"])}
+    lead = f"Milliseconds for a batch of {min(batches):,}. Lower is better."
     if len(batches) > 1:
-        lead += " Batches differ: compare images per second instead."
+        lead = (
+            "Milliseconds for one batch of the size in its row: lower is better, and images per second compare sizes. "
+            "Pictures show each bundle's first size."
+        )
     heads = ("Bundle", *(f"{_NAMES[percentile]} ms" for percentile in _PERCENTILES), "Images/s", "Batch", "Threads")
     head = tag("thead", tag("tr", *(tag("th", name, scope="col") for name in heads)))
     table = tag(
@@ -207,7 +210,7 @@ def _latency(entries: Sequence[Entry]) -> Markup:
     return section(
         "Latency",
         lead,
-        scroller("Latency of every bundle", table),
+        scroller("Latency of every bundle", table, wide=True),
         _stages(timed),
         glossary(_LATENCY),
         panels(shown, broad=True),
@@ -299,24 +302,29 @@ def _trade(entries: Sequence[Entry]) -> Markup:
     if len(shown) < 2:
         return Markup()
     front = best(shown)
-    acc, asr = [], []
+    acc: list[Spot] = []
+    asr: list[Spot] = []
     for entry in shown:
         worst, scores = entry.worst, entry.scores
-        rate, accuracy = worst.asr.value if worst else math.nan, scores.acc.value if scores else math.nan
-        name = f"{entry.mark}{entry.key}"
-        how = {"best": entry.key in front, "valid": entry.valid}
-        acc.append(
-            Spot(entry.p50, accuracy, rate / 100, f"{name} \N{MIDDLE DOT} ASR {decimal(rate)}", **how,
-                 interval=scores.acc.interval if scores else None)
-        )  # fmt: skip
-        asr.append(
-            Spot(entry.p50, rate, accuracy / 100, f"{name} \N{MIDDLE DOT} ACC {decimal(accuracy)}", **how,
-                 interval=worst.asr.interval if worst else None)
-        )  # fmt: skip
+        rate, accuracy = worst.asr if worst else Proportion(0, 0), scores.acc if scores else Proportion(0, 0)
+        for spots, here, other, what in ((acc, accuracy, rate, "ASR"), (asr, rate, accuracy, "ACC")):
+            value, share = (one.value if one.n else math.nan for one in (here, other))
+            spots.append(
+                Spot(
+                    entry.p50,
+                    value,
+                    share / 100,
+                    f"{entry.mark}{entry.key} \N{MIDDLE DOT} {what} {decimal(share)}",
+                    best=entry.key in front,
+                    hollow=not entry.valid,
+                    x_ends=entry.percentile("p50")[1:],
+                    y_ends=here.interval if here.n else (value, value),
+                )
+            )
     lead = (
-        "Letters are those of the table. A double ring: no other valid bundle is as fast, as accurate and as safe, and "
-        "better in one of the three (Pareto front). Hollow: not valid. A line is the 95 % interval. ASR is the highest of "
-        "the bundle's triggers."
+        "Letters are those of the table, thin lines 95 % intervals. A double ring: no other valid bundle is as fast, as "
+        "accurate and as safe, and better in one of the three (Pareto front). A hollow disc is not valid as evidence. "
+        "ASR is the highest of the bundle's triggers."
     )
     pictures = [
         figure(
@@ -360,9 +368,7 @@ def _against_host(entries: Sequence[Entry]) -> Markup:
         evaluated, differences = entry.data["evaluated"], entry.data["differences"]
         images = f"{evaluated['images']:,} of {evaluated['of']:,} images of {evaluated['source']}"
         if differences is None:
-            own = evaluated["source"] == "bundle"
-            why = "not all images were evaluated" if own else "these are other images than the host's"
-            rows.append((entry.label, images, f"not compared: {why}", "", ""))
+            rows.append((entry.label, images, f"not compared: {_why_not_compared(evaluated)}", "", ""))
         elif not differences:
             rows.append((entry.label, images, "every count equals the host's", "", ""))
         else:
@@ -371,6 +377,14 @@ def _against_host(entries: Sequence[Entry]) -> Markup:
     table = plain_table("Board against exporting host", heads, rows)
     lead = "The same evaluation images, run by the host that exported the file. A difference is not an error by itself."
     return section("Board against host", lead, table, _agreement(entries), *(_flips(entry) for entry in entries))
+
+
+def _why_not_compared(evaluated: Mapping[str, Any]) -> str:
+    if not evaluated["images"]:
+        return "no image was evaluated"
+    if evaluated["source"] != "bundle":
+        return "the host did not see these images"
+    return "not all images were evaluated"
 
 
 def _agreement(entries: Sequence[Entry]) -> Markup:

@@ -127,7 +127,9 @@ def _comparison(models: Sequence[ModelRow]) -> Markup:
     by_role = {model.role: model for model in models}
     body = tag("tbody", *(_row(model, names, by_role.get(model.control)) for model in models))
     table = tag("table", head, body, class_="pin wide")
-    return section("Results", "", scroller("Results of every model", table), glossary({**SCORES, **COMPARISON}))
+    return section(
+        "Results", "", scroller("Results of every model", table, wide=True), glossary({**SCORES, **COMPARISON})
+    )
 
 
 def _row(model: ModelRow, names: Sequence[str], control: ModelRow | None) -> Markup:

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rkd.bench.report.markup import Markup, significant, tag
-from rkd.bench.report.svg import WIDTH, Axis, line, linear_ticks, shorten, svg, text, tick_texts
+from rkd.bench.report.svg import WIDTH, Axis, apart, line, linear_ticks, shorten, svg, text, tick_texts
 
-_ROW, _HILL, _TOP = 62.0, 34.0, 16.0
+_ROW, _HILL, _TOP = 76.0, 34.0, 16.0
+_MARK = 26.0  # a generous width of a percentile's name
 _LEFT, _RIGHT = 4.0, WIDTH - 6
 _LOG_ABOVE = 4.0  # an axis with a wider ratio than this is logarithmic
 
@@ -59,7 +60,7 @@ def spreads(label: str, rows: Sequence[Spread], colours: int = 6) -> Markup:
 
 
 def _hill(axis: Axis, y: float, row: Spread, colour: str) -> list[Markup]:
-    base, edges = y + 10 + _HILL, _edges(row)
+    base, edges = y + 20 + _HILL, _edges(row)
     highest = max(row.counts)
     points = [f"M{axis.place(edges[0]):.2f} {base:.2f}"]
     for index, count in enumerate(row.counts):
@@ -71,12 +72,11 @@ def _hill(axis: Axis, y: float, row: Spread, colour: str) -> list[Markup]:
         tag("path", d="".join(points), fill=colour, fill_opacity="0.8"),
         line(axis.start, base, axis.end, base, "axis"),
     ]
-    for number, (name, value) in enumerate(row.marks.items()):
-        x = axis.place(min(max(value, axis.low), axis.high))
+    marks = sorted((axis.place(min(max(value, axis.low), axis.high)), name) for name, value in row.marks.items())
+    places = apart([x for x, _ in marks], _MARK, axis.start + _MARK / 2, axis.end - _MARK / 2)
+    for (x, name), at in zip(marks, places, strict=True):  # names above the hill, where no line crosses them
         parts.append(line(x, base - _HILL - 2, x, base + 3, "whisker"))
-        left = x > axis.end - 24 or (number == 0 and x > axis.start + 24)
-        anchor = "end" if left else "start"
-        parts.append(text(x - 3 if anchor == "end" else x + 3, base - _HILL + 6, name, anchor=anchor, class_="q"))
+        parts.append(text(at, base - _HILL - 5, name, anchor="middle", class_="q"))
     return parts
 
 

@@ -84,6 +84,8 @@ tbody th small,td.n small{display:block;font-weight:400;line-height:1.4;overflow
 td.n{white-space:nowrap}
 td.n b{font-weight:600;font-size:1.06rem}
 td.n .excess{color:var(--ink)}
+.sideways{display:none;font-size:.8rem;color:var(--muted);margin:.9rem 0 -.8rem}
+@media screen and (max-width:45.99rem){.sideways{display:block}}
 @media(max-width:45.99rem){.pin tbody th{position:sticky;left:0;background:var(--paper);min-width:7.6rem;
 max-width:7.6rem;font-size:.9rem;padding-right:.6rem;z-index:1}}
 .glossary{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,17rem),1fr));gap:.9rem 2rem;
@@ -106,6 +108,7 @@ svg .strong{font-weight:600}
 .track{fill:var(--track)}
 .halo{stroke:var(--paper);stroke-width:4}
 .whisker{stroke:var(--ink);stroke-width:1.5}
+.interval{stroke:var(--ink);stroke-width:1}
 .leader{stroke:var(--muted);stroke-width:.7;fill:none}
 .line{fill:none;stroke-width:1.8;stroke-linejoin:round;stroke-linecap:round}
 .pixels{image-rendering:pixelated}

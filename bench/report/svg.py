@@ -15,6 +15,10 @@ from rkd.bench.report.markup import Markup, coordinate, decimal, join, significa
 
 WIDTH: Final = 360.0
 _GLYPH = 7.0  # a generous width of one letter at 12 units, to keep names inside the chart
+_WIDE, _NARROW = (
+    frozenset("mwMW@%\N{WARNING SIGN}\N{HORIZONTAL ELLIPSIS}"),
+    frozenset(" .,:;'|-\N{MIDDLE DOT}ijlftr[]()"),
+)
 _DASHES = (None, "7 3", "2 3", "9 3 2 3", "4 2", "1 3")
 _MARKED = 6  # markers along one line
 _COLOURS = 6
@@ -40,8 +44,8 @@ class Spot:
         size: its share of the largest marker's area, 0 to 1.
         label: beside it.
         best: whether no other point is better in every respect; it gets a second ring.
-        interval: the lowest and the highest that y may be; none is drawn where it is not told.
-        valid: whether its place may be relied on; it is drawn hollow and dashed otherwise.
+        hollow: whether it must not be used as evidence.
+        x_ends, y_ends: of its intervals; NaN where there is none.
     """
 
     x: float
@@ -49,8 +53,9 @@ class Spot:
     size: float
     label: str
     best: bool = False
-    interval: tuple[float, float] | None = None
-    valid: bool = True
+    hollow: bool = False
+    x_ends: tuple[float, float] = (math.nan, math.nan)
+    y_ends: tuple[float, float] = (math.nan, math.nan)
 
 
 @dataclass(frozen=True)
@@ -127,11 +132,22 @@ def line(x1: float, y1: float, x2: float, y2: float, class_: str) -> Markup:
 
 def shorten(name: str, width: float) -> str:
     """A name that fits into `width` units, cut in its middle if it must be."""
-    room = max(5, int(width / _GLYPH))
-    if len(name) <= room:
+    if text_width(name) <= width:
         return name
-    tail = (room - 1) // 3
-    return f"{name[: room - 1 - tail]}\N{HORIZONTAL ELLIPSIS}{name[len(name) - tail :]}"
+    cut = name
+    for room in range(min(len(name) - 1, int(width / 4)), 3, -1):
+        tail = room // 3
+        cut = f"{name[: room - tail]}\N{HORIZONTAL ELLIPSIS}{name[len(name) - tail :]}"
+        if text_width(cut) <= width:
+            break
+    return cut
+
+
+def text_width(name: str) -> float:
+    """About how wide a name is at 12 units in a wide face: what holds it has at least this room."""
+    return sum(
+        12.0 if c in _WIDE or ord(c) > 0x2E7F else 5.0 if c in _NARROW else 9.5 if c.isupper() else 7.6 for c in name
+    )
 
 
 def marker(index: int, x: float, y: float, radius: float = 3.4) -> Markup:
@@ -179,7 +195,7 @@ def line_chart(label: str, series: Sequence[Series], x_label: str) -> Markup:
         parts.append(_curve(index, drawn))
         ends.append((drawn[-1][-1][1], drawn[-1][-1][0], index))
     ends = sorted(ends) if named else []
-    for (y, x, index), at in zip(ends, _apart([y for y, _, _ in ends], 15.0, 12.0, height - 40), strict=True):
+    for (y, x, index), at in zip(ends, apart([y for y, _, _ in ends], 15.0, 12.0, height - 40), strict=True):
         edge = WIDTH - room
         parts.append(_path(((x + 4, y, edge - 3, at),), class_="leader"))
         parts.append(marker(index, edge + 4, at))
@@ -193,36 +209,43 @@ def scatter(label: str, spots: Sequence[Spot], x_label: str, y_label: str) -> Ma
     shown = [spot for spot in spots if math.isfinite(spot.x) and math.isfinite(spot.y) and spot.x > 0]
     if not shown:
         return Markup()
-    xs, height = [spot.x for spot in shown], 268.0
+    height = 268.0
+    xs = [x for spot in shown for x in (spot.x, *spot.x_ends) if math.isfinite(x) and x > 0]
+    ys = [y for spot in shown for y in (spot.y, *spot.y_ends) if math.isfinite(y)]
     across = Axis(min(xs) / 1.5, max(xs) * 1.5, 38.0, WIDTH - 6, log=True)
-    reached = [y for spot in shown for y in (spot.y, *(spot.interval or ())) if math.isfinite(y)]
-    down = Axis(*_padded(reached), height - 40, 36.0)
+    down = Axis(*_padded(ys), height - 40, 36.0)
     parts = [_frame(across, down, x_label, height), text(0, 12, y_label, class_="q")]
     discs = []
+    crosses = [_cross(across, down, spot) for spot in shown]
     for spot in shown:
         share = min(1.0, max(0.0, spot.size)) if math.isfinite(spot.size) else 0.0
         discs.append((across.place(spot.x), down.place(spot.y), 4 + 8 * math.sqrt(share)))
-    for spot, (x, y, r) in zip(shown, discs, strict=True):
+    for spot, (x, y, r), cross in zip(shown, discs, crosses, strict=True):
         if spot.best:
             parts.append(tag("circle", cx=x, cy=y, r=r + 3, fill="none", stroke="var(--ink)", stroke_width=1.2))
-        if spot.interval is not None:
-            parts.append(line(x, down.place(spot.interval[0]), x, down.place(spot.interval[1]), "whisker"))
-        disc = {
-            "class_": "spot",
-            "fill": "var(--asr)",
-            "fill-opacity": "0.35" if spot.valid else "0",
-            "stroke": "var(--ink)",
-        }
-        disc |= {} if spot.valid else {"stroke-dasharray": "2 2"}
-        parts.append(tag("circle", cx=x, cy=y, r=r, **disc))
+        fill = {"fill": "none", "stroke_dasharray": "3 2"} if spot.hollow else {"fill": "var(--asr)"}
+        parts.append(tag("circle", cx=x, cy=y, r=r, class_="spot", fill_opacity=0.35, stroke="var(--ink)", **fill))
+        parts += [line(*ends, "interval") for ends in cross]
     discs = [(x, y, r + 3 if spot.best else r) for spot, (x, y, r) in zip(shown, discs, strict=True)]
     taken: list[Box] = [(across.start, down.start - 1, across.end, down.start + 1)]
     taken += [(x - r, y - r, x + r, y + r) for x, y, r in discs]
+    taken += [(x1 - 1, y1 - 1, x2 + 1, y2 + 1) for cross in crosses for x1, y1, x2, y2 in cross]
     for spot, (x, y, r) in zip(shown, discs, strict=True):
         box = _free_place(x, y, r, len(spot.label) * _GLYPH, taken)
         taken.append(box)
         parts.append(text(box[0], box[3] - 3, spot.label))
     return svg(label, WIDTH, height, *parts)
+
+
+def _cross(across: Axis, down: Axis, spot: Spot) -> list[Box]:
+    """Both intervals of a spot, as lines."""
+    x, y, (left, right), (low, high) = across.place(spot.x), down.place(spot.y), spot.x_ends, spot.y_ends
+    parts: list[Box] = []
+    if left > 0 and math.isfinite(right):
+        parts.append((across.place(left), y, across.place(right), y))
+    if math.isfinite(low) and math.isfinite(high):
+        parts.append((x, down.place(high), x, down.place(low)))
+    return parts
 
 
 def _free_place(x: float, y: float, r: float, width: float, taken: Sequence[Box]) -> Box:
@@ -337,7 +360,7 @@ def _padded(values: Sequence[float]) -> tuple[float, float]:
     return (low - air if low < 0 else max(0.0, low - air)), high + air
 
 
-def _apart(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+def apart(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
     """Move sorted places as little as needed so that neighbours are `gap` apart, within [low, high] where they fit."""
     moved: list[float] = []
     for place in places:

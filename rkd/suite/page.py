@@ -88,7 +88,7 @@ def _standings(table: Table, budget: str) -> Markup:
     return section(
         f"Defences{f', budget {budget}' if many else ''}",
         "Over the cases that transfer: the only ones that can show a defence working.",
-        scroller("Defences over the cases that transfer", tag("table", head, body, class_="pin wide")),
+        scroller("Defences over the cases that transfer", tag("table", head, body, class_="pin wide"), wide=True),
     )
 
 
@@ -136,7 +136,7 @@ def _case(table: Table, case: Case) -> Markup:
     if attacked:
         bars.append(_bars("ASR", "triggered images", [(row.defence, row.asr_pooled) for row in rows], "asr"))
         bars.append(_bars("RA", "triggered images", [(row.defence, row.ra_pooled) for row in rows], "ra"))
-    grid = scroller(_title(case), tag("table", head, body, class_="pin wide"))
+    grid = scroller(_title(case), tag("table", head, body, class_="pin wide"), wide=True)
     return section(_title(case), lead, grid, folded("The same as bars", panels(bars)))
 
 

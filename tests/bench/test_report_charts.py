@@ -10,6 +10,7 @@ from scipy.stats import binomtest
 
 from rkd.bench.report.bars import LatencyRow, latency_rows, share_bars
 from rkd.bench.report.scores import difference
+from rkd.bench.report.spread import Spread, spreads
 from rkd.bench.report.svg import (
     WIDTH,
     Series,
@@ -19,6 +20,7 @@ from rkd.bench.report.svg import (
     profile,
     scatter,
     shorten,
+    text_width,
     tick_texts,
 )
 from rkd.metrics import Proportion
@@ -143,16 +145,35 @@ def test_scatter_labels_do_not_cover_each_other():
         assert all(abs(x - other[0]) > 70 or abs(y - other[1]) >= 12 for other in places[:i])
 
 
-def test_scatter_draws_intervals_inside_the_chart_and_what_is_not_valid_hollow():
-    spots = [
-        Spot(1.0, 99.2, 0.1, "a", interval=(97.0, 99.8)),
-        Spot(2.0, 99.6, 0.1, "b", interval=(98.0, 99.9), valid=False),
-    ]
-    root = parse(scatter("s", spots, "ms", "ACC"))
-    whiskers = [(float(n.get("y1")), float(n.get("y2"))) for n in by_class(root, "whisker")]
-    assert len(whiskers) == 2
-    assert all(36 <= y <= 228 for ends in whiskers for y in ends)
-    assert [n.get("fill-opacity") for n in by_class(root, "spot")] == ["0.35", "0"]
+def test_scatter_draws_both_intervals_within_its_axes():
+    spot = Spot(2.0, 99.0, 0.1, "A", x_ends=(1.0, 4.0), y_ends=(90.0, 99.9))
+    root = parse(scatter("s", [spot, Spot(2.0, 99.5, 0.1, "B", hollow=True)], "ms", "ACC"))
+    wide, tall = ([float(node.get(key)) for key in ("x1", "y1", "x2", "y2")] for node in by_class(root, "interval"))
+    x, y = (float(by_class(root, "spot")[0].get(key)) for key in ("cx", "cy"))
+    assert wide == pytest.approx([2 * x - wide[2], y, wide[2], y], abs=0.02)  # 1 and 4 are as far from 2
+    assert (tall[0], tall[2]) == (x, x)
+    assert (y - tall[1]) / (tall[3] - y) == pytest.approx(0.9 / 9, abs=0.01)
+    assert 0 <= wide[0] < wide[2] <= WIDTH
+    assert 0 <= tall[1] < tall[3] <= 268 - 40
+    assert [disc.get("fill") for disc in by_class(root, "spot")] == ["var(--asr)", "none"]
+
+
+@pytest.mark.parametrize("p99", [0.2, 0.21, 9.0])
+def test_no_line_crosses_the_name_of_a_percentile(p99):
+    root = parse(spreads("s", [Spread("a", 0.1, 10.0, [1, 5, 1], {"p50": 0.2, "p99": p99})]))
+    lines = [[float(node.get(key)) for key in ("x1", "y1", "y2")] for node in by_class(root, "whisker")]
+    names = [(float(n.get("x")), float(n.get("y"))) for n in root.iter("text") if n.text in ("p50", "p99")]
+    assert len(names) == len(lines) == 2
+    assert names[1][0] - names[0][0] >= 25
+    for at, baseline in names:
+        assert not [x for x, top, bottom in lines if abs(x - at) < 13 and top < baseline < bottom]
+
+
+@pytest.mark.parametrize("letter", ["m", "W", "x", "i", "\N{CJK UNIFIED IDEOGRAPH-6F22}"])
+def test_a_shortened_name_leaves_room_whatever_its_letters(letter):
+    widths = {"m": 11.7, "W": 11.9, "x": 7.1, "i": 3.3}  # DejaVu Sans at 12 units
+    assert len(shorten(letter * 300, 100)) * widths.get(letter, 12.0) <= 100 + 12
+    assert text_width(shorten(letter * 300, 100)) <= 100
 
 
 def test_a_profile_of_many_channels_keeps_its_extremes_and_stays_small():

@@ -443,6 +443,42 @@ def test_scatter_needs_two_bundles():
     assert "What speed costs" not in Page(result_page([document(entry())])).sections
 
 
+@pytest.mark.parametrize(
+    ("evaluated", "said"),
+    [
+        ({"source": "one.npz", "images": 57, "of": 57}, "57 of 57 images of one.npznot compared: the host did not see"),
+        ({"source": "bundle", "images": 256, "of": 500}, "of bundlenot compared: not all images were evaluated"),
+        ({"source": "bundle", "images": 0, "of": 500}, "of bundlenot compared: no image was evaluated"),
+    ],
+)
+def test_why_a_board_is_not_compared_with_the_host_is_true(evaluated, said):
+    one = entry()
+    one.update(differences=None, evaluated=evaluated)
+    assert said in Page(result_page([document(one)])).text
+
+
+def test_a_bundle_is_headed_by_the_runtime_that_ran_it():
+    one = entry()
+    one["bundle"]["runtime"] = "tensorrt"
+    assert "onnxruntime instead of tensorrt" in Page(result_page([document(one)])).text
+    assert "instead of" not in Page(result_page([document(entry())])).text
+
+
+def test_a_sweep_is_not_called_a_batch_of_one():
+    one = entry()
+    assert "Milliseconds for a batch of 1." in Page(result_page([document(one)])).text
+    one["sweep"] = [{**one["latency"], "batch": 8}]
+    text = Page(result_page([document(one)])).text
+    assert "Milliseconds for one batch of the size in its row" in text
+    assert "batch of 1." not in text
+
+
+def test_an_invalid_bundle_is_hollow_beside_a_valid_one():
+    page = Page(result_page([document(entry(), entry(p50=3.0, reasons=["drifted"]))]))
+    discs = [attributes for element, attributes in page.elements if attributes.get("class") == "spot"]
+    assert [disc["fill"] == "none" for disc in discs] == [False, True] * 2
+
+
 def test_what_was_not_measured_is_a_dash_and_draws_nothing():
     read = Page(PAGES["result-bare"])
     assert read.all("svg") == []
