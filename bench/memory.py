@@ -134,7 +134,7 @@ def measure_memory(
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return _missing(f"its process did not finish within {timeout_seconds:.0f} s; measure without --quick")
+        return _missing(f"its process did not finish within {timeout_seconds:.2g} s; measure without --quick")
     except OSError as error:
         return _missing(f"no process could be started ({error.strerror or error})")
     if done.returncode < 0:

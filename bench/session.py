@@ -40,7 +40,6 @@ from rkd.errors import BundleError, ConfigError, DataError, PartialError, shorte
 from rkd.files import sha256
 from rkd.metrics import Flip, Images, Labels, Predictions, Proportion, Scores, class_accuracies, evaluate, flips
 
-_LEAST_MEMORY_SECONDS = 10.0  # that a child may take to load and run a model, however little time is left
 _QUICK_MEMORY = (60, 0.5, 0.5)  # inferences, seconds, seconds at most
 _QUICK_SECONDS, _QUICK_BATCH = 20.0, 16
 _LATENCY_SHARE, _ACCURACY_SHARE = 0.4, 0.75  # of these seconds, by the end of the stage
@@ -307,7 +306,7 @@ def _memory(jobs: Sequence[_Job], options: BenchOptions, on_stage: OnStage, budg
     for done, job in enumerate(jobs):
         on_stage("memory", done, len(jobs))
         shape = (options.batch, *job.bundle.manifest["input"]["shape"])
-        timeout = min(TIMEOUT_SECONDS, max(budget.left() / (len(jobs) - done), _LEAST_MEMORY_SECONDS))
+        timeout = min(TIMEOUT_SECONDS, max(budget.left() / (len(jobs) - done), 1.0))
         job.memory = measure_memory(job.bundle.model, job.choice, shape, timeout, *length)
     on_stage("memory", len(jobs), len(jobs))
 

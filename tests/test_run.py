@@ -12,27 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from runs import FACTS, MODEL
 
 from rkd import files
 from rkd.errors import RunError, StorageError
 from rkd.files import sha256
-from rkd.metrics import Proportion, Scores, TriggerScore
-from rkd.run import METRICS, SUMMARY, Model, Run, Setting, free_name, models_of
+from rkd.run import METRICS, SUMMARY, Run, Setting, free_name, models_of
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     return Run.create(tmp_path / "runs" / "a", "distill", {"seed": Setting(7, "command line")})
-
-
-SCORES = Scores(Proportion(9, 10), (TriggerScore("t", 1, Proportion(1, 9), Proportion(8, 9)),))
-MODEL = Model("student", "wrn-10-1", SCORES, 77_850, 12_000_000, 320_000)
-FACTS: dict[str, Any] = {
-    "data": {"name": "x", "digest": "d" * 64, "classes": ["a", "b"], "notes": []},
-    "teacher": {"sha256": "0" * 64, "file": "t.pt", "arch": "wrn-10-2", "notes": []},
-    "student": {"sha256": "1" * 64, "arch": "wrn-10-1"},
-    "models": [MODEL.to_json(), MODEL.to_json()],
-}  # what a finished distillation has
 
 
 def members(step: int) -> dict[str, bytes]:

@@ -91,7 +91,8 @@ def test_every_core_is_set_back_also_after_one_that_refuses(board, capsys):
 
 
 STOPPED_TWICE = """
-import os, sys
+import os, signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests may ignore it, as nohup does
 from rkd.bench.sensors.clocks import locked_clocks
 from rkd.signals import stop_requests
 try:

@@ -344,7 +344,8 @@ def test_ctrl_c_in_the_middle_saves_what_there_is_and_marks_it(folder, make_bund
 
 
 IN_A_TERMINAL = """
-import fcntl, os, sys, termios
+import fcntl, os, signal, sys, termios
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests may ignore it, as nohup does
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 os.execv(sys.executable, [sys.executable, "-m", "rkd", "bench", *sys.argv[1:], "--threads", "1"])
 """

@@ -214,7 +214,7 @@ def test_a_name_that_ssh_could_take_for_an_option_is_refused(make_bundle, host):
 
 
 def test_a_board_that_is_named_twice_is_refused(make_bundle):
-    with pytest.raises(ConfigError, match="twice"):
+    with pytest.raises(ConfigError, match="one and one are one board"):
         bench_hosts([make_bundle()], OPTIONS, ["one", "one"])
 
 

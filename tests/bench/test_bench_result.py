@@ -101,7 +101,7 @@ def test_every_key_is_needed_and_no_other_is_known(measured):
 
 def test_a_missing_part_is_one_plain_sentence():
     with pytest.raises(RkdError) as caught:
-        result.verify({"schema": 3, "interrupted": False, "entries": []}, "r.json")
+        result.verify({"schema": result.SCHEMA, "interrupted": False, "entries": []}, "r.json")
     assert str(caught.value) == "r.json is not a result of rkd bench: 'comparisons' is missing; bench again"
 
 

@@ -516,6 +516,7 @@ def test_ctrl_c_while_python_still_imports_is_silent(entry: str) -> None:
     )
     code = f"""
 import importlib, os, runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 class Stop:
     def find_spec(self, name, path, target=None):
         if name == "typer":

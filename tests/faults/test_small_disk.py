@@ -9,6 +9,7 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
+from runs import FACTS
 
 from rkd import run as run_module
 from rkd.errors import RkdError, StorageError
@@ -82,7 +83,7 @@ def test_a_clock_that_was_set_back_does_not_make_an_older_run_the_newest(
     monkeypatch.setattr(run_module, "datetime", Clock)
     for name, jump in (("first", 0), ("second", -3600), ("third", 86400), ("fourth", -7 * 86400)):
         now += timedelta(seconds=jump)
-        Run.create(tmp_path / name, "distill", {}).finish()
+        Run.create(tmp_path / name, "distill", {}).finish(**FACTS)
         assert Run.newest(tmp_path).path.name == name
 
 
