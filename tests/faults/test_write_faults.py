@@ -197,6 +197,7 @@ def bundles(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.rkd"))}
 
 
+@pytest.mark.promise
 def test_wherever_the_disk_fails_an_export_leaves_whole_bundles_only(to_export: Path) -> None:
     whole = Disk()
     assert rkd(whole, *EXPORT).exit_code == 0
@@ -239,8 +240,7 @@ def test_stopped_at_any_stage_an_export_leaves_whole_bundles_only(
 
 
 # ------------------------------------------------------------------------------------------------- bench, report, keygen
-
-
+@pytest.mark.promise
 def test_wherever_the_disk_fails_a_bench_s_result_is_whole_or_not_there_and_is_printed(
     to_export: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
