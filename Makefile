@@ -7,7 +7,7 @@ STAMP := $(VENV)/.rkd-ready
 # One thread a process: the tests and the demo are many small computations.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-promises test-slow test-gpu test-ray test-board lint types bench fuzz soak clean setup
+.PHONY: demo test test-promises test-slow test-gpu test-cuda test-ray test-board lint types bench fuzz soak clean setup
 
 demo: $(STAMP)
 	$(BIN)/rkd demo --overwrite
@@ -29,6 +29,10 @@ test-gpu:
 	test -x $(BOARD)/bin/python || $(PYTHON) -m venv --system-site-packages $(BOARD)
 	$(BOARD)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[trt,ort]' pytest pytest-timeout onnx
 	RKD_GPU=1 $(BOARD)/bin/python -m pytest -m gpu tests/bench/test_tensorrt.py
+
+# Distillation on a workstation's GPU
+test-cuda: $(STAMP)
+	RKD_GPU=1 $(BIN)/python -m pytest -m gpu tests/test_session.py
 
 test-ray: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]'
