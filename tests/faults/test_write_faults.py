@@ -215,6 +215,7 @@ def test_wherever_the_disk_fails_an_export_leaves_whole_bundles_only(to_export: 
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
 )
+@pytest.mark.promise
 def test_stopped_at_any_stage_an_export_leaves_whole_bundles_only(
     to_export: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
 ) -> None:
