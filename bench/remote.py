@@ -77,7 +77,9 @@ def bench_hosts(
             raise ConfigError(f"--host {printable(host)!r}: expected user@board or a name from ~/.ssh/config")
     boards_named = [host.rpartition("@")[2].lower() for host in hosts]
     if twice := [host for host, name in zip(hosts, boards_named, strict=True) if boards_named.count(name) > 1]:
-        raise ConfigError(f"--host: {' and '.join(twice)} are one board, which would disturb itself; name it once")
+        raise ConfigError(
+            f"--host: {' and '.join(twice)} are one board named twice, which would disturb itself; name it once"
+        )
     if shutil.which("ssh") is None:
         raise RemoteError("there is no ssh on this machine; install OpenSSH's client, or run rkd bench on the board")
     with (

@@ -220,7 +220,7 @@ def test_a_board_that_is_named_twice_is_refused(make_bundle):
 
 @pytest.mark.parametrize("hosts", [("pi@board", "root@board"), ("board", "pi@Board")])
 def test_a_board_is_one_whoever_logs_in(make_bundle, hosts):
-    with pytest.raises(ConfigError, match=f"--host: {hosts[0]} and {hosts[1]} are one board"):
+    with pytest.raises(ConfigError, match=f"--host: {hosts[0]} and {hosts[1]} are one board named twice"):
         bench_hosts([make_bundle()], OPTIONS, hosts)
 
 
