@@ -479,16 +479,21 @@ def test_a_real_process_ends_the_same_way(place: Place, arguments: tuple[str, ..
     "arguments",
     [
         ("bench", "pipe.rkd"),
-        ("bench", "x.ort-cpu.rkd", "--data", "pipe.npz"),
-        ("report", "pipe.json"),
-        ("verify", "pipe.rkd"),
         ("inspect", "pipe.npz"),
-        ("inspect", "pipe.toml"),
         ("distill", "pipe.pt", "--data", "stripes.npz"),
-        ("distill", "pipe.safetensors", "--data", "stripes.npz"),
-        ("teacher", "--data", "pipe.npz", "--out", "other.pt"),
-        ("export", "--target", "pipe.toml"),
-        ("suite", "pipe.toml"),
+        *(
+            pytest.param(arguments, marks=pytest.mark.promise)
+            for arguments in (
+                ("bench", "x.ort-cpu.rkd", "--data", "pipe.npz"),
+                ("report", "pipe.json"),
+                ("verify", "pipe.rkd"),
+                ("inspect", "pipe.toml"),
+                ("distill", "pipe.safetensors", "--data", "stripes.npz"),
+                ("teacher", "--data", "pipe.npz", "--out", "other.pt"),
+                ("export", "--target", "pipe.toml"),
+                ("suite", "pipe.toml"),
+            )
+        ),
     ],
 )
 def test_a_pipe_is_refused_and_not_waited_for(place: Place, bundle: Path, arguments: tuple[str, ...]) -> None:

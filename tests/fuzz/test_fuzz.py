@@ -19,7 +19,8 @@ PROMISED = {
         ("suite", "trigger", "data", "image", "private-key", "public-key", "result", "run", "run-log"), 4_000
     ),
 }
-FEW = dict.fromkeys(PROMISED, 300)
+A_FEW = 200
+FEW = dict.fromkeys(PROMISED, A_FEW)
 AMOUNTS = [pytest.param(FEW, id="few"), pytest.param(PROMISED, id="promised", marks=pytest.mark.promise)]
 THROUGH_A_COMMAND = 40
 MEMORY_BYTES = 2 * 2**30
@@ -69,7 +70,7 @@ def test_malformed_files_are_read_or_refused_and_nothing_else(
 
 
 def test_what_was_found_before_is_refused(made: Callable[[dict[str, int], int], Parts]) -> None:
-    tallies = made(FEW, 300)["corpus"]
+    tallies = made(FEW, A_FEW)["corpus"]
     assert tallies
     for tally in tallies.values():
         assert tally["findings"] == []
@@ -77,7 +78,7 @@ def test_what_was_found_before_is_refused(made: Callable[[dict[str, int], int], 
 
 
 def test_a_parser_that_takes_too_much_memory_is_a_finding(made: Callable[[dict[str, int], int], Parts]) -> None:
-    (finding,) = made(FEW, 300)["mutants"]["takes_3_gib"]["findings"]
+    (finding,) = made(FEW, A_FEW)["mutants"]["takes_3_gib"]["findings"]
     assert "memory ran out" in finding["what"]
 
 
