@@ -47,7 +47,7 @@ from rkd.checks import (
     string,
     whole,
 )
-from rkd.errors import RkdError, RunError, StorageError, first_line
+from rkd.errors import RkdError, RunError, StorageError, first_line, shortened
 from rkd.files import (
     append_line,
     fill_directory,
@@ -208,7 +208,7 @@ class Run:
             raise RunError(f"{path / SUMMARY} is damaged: {first_line(error)}") from error
         if not isinstance(summary, dict) or summary.get("schema") != SCHEMA:
             seen = summary.get("schema") if isinstance(summary, dict) else None
-            raise RunError(f"{path / SUMMARY} has schema {seen!r}, this rkd reads {SCHEMA}")
+            raise RunError(f"{path / SUMMARY} has schema {shortened(repr(seen), 80)}, this rkd reads {SCHEMA}")
         if (problem := _problem(summary)) is not None:
             raise RunError(f"{path / SUMMARY} is damaged: run.json{problem}")
         return cls(path, summary)
