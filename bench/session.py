@@ -196,7 +196,7 @@ def _jobs(bundles: Sequence[Bundle], options: BenchOptions) -> list[_Job]:
         _Job(
             bundle,
             choose_runner(bundle.target, options.threads),
-            _exported_scores(bundle),
+            Scores.from_json(bundle.manifest["scores"]["exported"]),
             evaluation_set(bundle, options.data, quick=options.quick),
             host_labels(bundle) if options.data is None else None,
         )
@@ -309,15 +309,6 @@ def _memory(jobs: Sequence[_Job], options: BenchOptions, on_stage: OnStage, budg
         timeout = min(TIMEOUT_SECONDS, max(budget.left() / (len(jobs) - done), 1.0))
         job.memory = measure_memory(job.bundle.model, job.choice, shape, timeout, *length)
     on_stage("memory", len(jobs), len(jobs))
-
-
-def _exported_scores(bundle: Bundle) -> Scores:
-    try:
-        scores = Scores.from_json(bundle.manifest["scores"]["exported"])
-        scores.to_json()
-    except Exception as error:  # a manifest's scores are free-form JSON from outside
-        raise BundleError(f"{bundle.path}: manifest.json has no readable scores of the exported file") from error
-    return scores
 
 
 def _conditions(jobs: Sequence[_Job], machine: _Machine) -> Conditions | None:

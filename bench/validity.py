@@ -25,6 +25,7 @@ from rkd.metrics import Scores
 BUSY_CORES, BUSY_SHARE = 0.5, 0.05
 BUSY_SECONDS = 0.1
 BUSY_GPU_PERCENT = 5.0
+_LONGER = "measure longer: without --quick, or with --mlperf"
 DRIFT, CLOCK_DRIFT, CAP_DROP = 0.10, 0.05, 0.01
 SHORTEST = 0.99  # of the planned seconds
 _REST_AT_0 = re.compile(r"throttle|alert|cpufreq|devfreq", re.IGNORECASE)  # cooling devices that only heat raises
@@ -184,14 +185,14 @@ def findings(
 def _latency_reasons(latency: Latency, min_samples: int, seconds: float, prefix: str) -> list[Reason]:
     reasons = []
     if latency.n < min_samples:
-        text = f"{prefix}{latency.n} latency samples, {min_samples} wanted; measure longer: without --quick, or with --mlperf"
+        text = f"{prefix}{latency.n} latency samples, {min_samples} wanted; {_LONGER}"
         reasons.append(Reason("too-short", text))
     if latency.seconds < SHORTEST * seconds:
         how = "more are not kept" if latency.n >= CAPACITY else "run it to the end, with fewer bundles at once"
         text = f"{prefix}{latency.n:,} latency samples in {latency.seconds:.3g} s, {seconds:.3g} s wanted; {how}"
         reasons.append(Reason("too-short", text))
     if not latency.stationary:
-        text = f"{prefix}latency was not stationary after {latency.warm_up} warm-up inferences; measure longer: without --quick, or with --mlperf"
+        text = f"{prefix}latency was not stationary after {latency.warm_up} warm-up inferences; {_LONGER}"
         reasons.append(Reason("not-stationary", text))
     first, last = latency.first_third_ms, latency.last_third_ms
     if first is not None and last is not None and abs(last - first) > DRIFT * first:

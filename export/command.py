@@ -64,7 +64,7 @@ def export_command(
     run = Run.open(run_path) if run_path is not None else Run.newest(Path("runs"))
     if not run.finished:
         raise RunError(f"{run.path} is not finished; go on with it by: rkd distill --resume {run.path}")
-    if run.summary.get("kind") != "distill":
+    if run.summary["kind"] != "distill":
         raise RunError(f"{run.path} made a teacher, not a student; distil it first")
     for caution in [] if teacher else cautions_of(run):
         say(caution)
@@ -129,7 +129,7 @@ def _student(run: Run) -> tuple[Network, str]:
     path = run.path / STUDENT
     with storage_errors(path):
         digest = sha256(path.read_bytes())
-    if digest != run.summary.get("student", {}).get("sha256"):
+    if digest != run.summary["student"]["sha256"]:
         raise RunError(f"{path} is not the student that this run made: its digest differs from run.json")
     return Network.load(path), digest
 
@@ -148,7 +148,7 @@ def _teacher(run: Run, arch: str) -> tuple[Network, str]:
 def _data(run: Run, data: str, network: Network) -> Dataset:
     settings = DistillSettings.from_run(run)
     dataset = open_with_progress(data or settings.data, network.size, settings.split_seed)
-    if dataset.digest != run.summary.get("data", {}).get("digest"):
+    if dataset.digest != run.summary["data"]["digest"]:
         raise DataError(
             f"{data or settings.data} is not the data that {run.path} was made with: its test images cannot stand for it"
         )

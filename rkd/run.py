@@ -118,12 +118,15 @@ _ALWAYS = {"schema", "kind", "state", "settings"}
 _FINISHED = {"distill": {"data", "teacher", "student", "models"}, "teacher": {"data"}}
 
 
+_KNOWN = object_of(_FIELDS, optional=set(_FIELDS) - _ALWAYS, others=True)
+
+
 def _problem(summary: Any) -> str | None:
     """What of run.json is damaged."""
-    known = object_of(_FIELDS, optional=set(_FIELDS) - _ALWAYS, others=True)
-    if (problem := known(summary)) is not None or summary["state"] != "finished":
+    if (problem := _KNOWN(summary)) is not None or summary["state"] != "finished":
         return problem
-    return object_of(_FIELDS, optional=set(_FIELDS) - _ALWAYS - _FINISHED[summary["kind"]], others=True)(summary)
+    missing = _FINISHED[summary["kind"]] - set(summary)
+    return f": {min(missing)!r} is missing" if missing else None
 
 
 @dataclass(frozen=True)
