@@ -4,8 +4,9 @@ One uncompressed zip: `manifest.json` first, then `manifest.sig` where it is sig
 `ledger.npz` and `triggers/*.npz`. The manifest holds the SHA-256 and size of every other member but the signature; the
 archive's comment holds the manifest's, and the signature's. The container itself has only one valid form,
 `_container(members)`: a file that differs from it in any byte (headers, order, attributes, trailing bytes) is refused.
-So every single byte is covered. What the manifest says twice, or says of another member, must agree. (Digests detect damage and tampering on the way; only a signature, checked with
-`verify_signature` against a key that you trust, says who wrote the file.)
+So every single byte is covered. What the manifest says twice, or says of another member, must agree. (Digests detect
+damage and tampering on the way; only a signature, checked with `verify_signature` against a key that you trust, says who
+wrote the file.)
 
     write_bundle(path, manifest, members); read_bundle(path) == Bundle(manifest, members)
 """
@@ -24,7 +25,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rkd.checks import by_name, digest, list_of, number, object_of, scores_of, text, whole
+from rkd.checks import (
+    by_name,
+    digest,
+    list_of,
+    matching,
+    number,
+    object_of,
+    one_of,
+    row_of,
+    scores_of,
+    string,
+    text,
+    whole,
+    whole_between,
+)
 from rkd.errors import BundleError, TargetError, TriggerError
 from rkd.files import read_bytes, sha256, storage_errors, to_json, write_file
 from rkd.ledger import Ledger, shown
@@ -50,15 +65,35 @@ _MANIFEST_LIMIT_BYTES = 2**20
 _MAX_MEMBERS = 130
 NO_TRIGGER = "no trigger travels in it: whether a backdoor wakes was not checked"
 NO_LEDGER = "no ledger travels in it: nothing shows that its scores are its file's"
-_KEYS = frozenset(
-    {"format", "name", "target", "input", "opset", "precision", "classes", "members", "chain", "scores", "tool"}
-)
-_MORE_KEYS = frozenset({"role", "ledger", "quantisation", "forced", "notes"})
-_ROLES = ("student", "teacher")
-_CHAIN = object_of(dict.fromkeys(("teacher", "config", "student", "onnx"), digest))
-_AGREEMENT = object_of({"percent": by_name(number), "max_difference": number})
-_SCORES = object_of({"student": scores_of(text), "exported": scores_of(text), "agreement": _AGREEMENT})
-_QUANTISATION = object_of({"layers": whole(1), "kept": list_of(text)}, others=True)
+_ANY_OBJECT = object_of({}, others=True)
+_SIDE = whole_between(1, 4096)
+_MANIFEST_CHECK = object_of(
+    {
+        "format": whole(FORMAT),
+        "name": matching(re.compile(r"[\w.-]{1,200}", re.ASCII), "letters, digits, '.', '_' and '-'"),
+        "role": one_of("student", "teacher"),
+        "target": _ANY_OBJECT,  # `Bundle.target` checks it
+        "input": object_of(
+            {"name": text, "dtype": one_of("uint8"), "shape": row_of(whole_between(3, 3), _SIDE, _SIDE)}, ("name",)
+        ),
+        "opset": whole(1),
+        "precision": text,
+        "classes": list_of(string, 2),
+        "members": by_name(object_of({"sha256": digest, "size_bytes": whole()})),
+        "chain": object_of(dict.fromkeys(("teacher", "config", "student", "onnx"), digest)),
+        "scores": object_of({
+            "student": scores_of(text),
+            "exported": scores_of(text),
+            "agreement": object_of({"percent": by_name(number), "max_difference": number}),
+        }),
+        "quantisation": object_of({"layers": whole(1), "kept": list_of(text)}, others=True),
+        "ledger": list_of(_ANY_OBJECT),  # `Bundle.ledger` compares it
+        "forced": list_of(string, 1),
+        "notes": list_of(string, 1),
+        "tool": _ANY_OBJECT,
+    },
+    optional=("role", "quantisation", "ledger", "forced", "notes"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -410,46 +445,15 @@ def _manifest_problem(manifest: Any) -> str | None:
         return "it has no format version"
     if manifest["format"] != FORMAT:
         return f"format {manifest['format']!r}, this rkd reads {FORMAT}"
-    if odd := (_KEYS - set(manifest)) | (set(manifest) - _KEYS - _MORE_KEYS):
-        return f"keys {sorted(odd)} are missing or unknown"
-    members, shape = manifest["members"], manifest["input"]
-    if not isinstance(members, dict) or not {MODEL, EVALUATION} <= set(members):
+    if (problem := _MANIFEST_CHECK(manifest)) is not None:
+        return problem.lstrip(".: ")
+    members = manifest["members"]
+    if not {MODEL, EVALUATION} <= set(members):
         return f"members must name {MODEL} and {EVALUATION}"
-    for entry in members.values():
-        if (
-            not isinstance(entry, dict)
-            or not isinstance(entry.get("sha256"), str)
-            or type(entry.get("size_bytes")) is not int
-        ):
-            return "each member needs sha256 and size_bytes"
-    if not isinstance(shape, dict) or shape.get("dtype") != "uint8" or not _is_image_shape(shape.get("shape")):
-        return "input must be uint8 of shape [3, H, W]"
-    if not isinstance(manifest["name"], str) or not re.fullmatch(r"[\w.-]{1,200}", manifest["name"], re.ASCII):
-        return "name must be letters, digits, '.', '_' and '-'"
-    classes = manifest["classes"]
-    if not isinstance(classes, list) or len(classes) < 2 or not all(isinstance(name, str) for name in classes):
-        return "classes must be a list of at least two names"
-    if not all(isinstance(manifest[key], dict) for key in ("target", "tool")):
-        return "target and tool must be objects"
-    return _more_problem(manifest)
-
-
-def _more_problem(manifest: dict[str, Any]) -> str | None:
-    for key, check in (("chain", _CHAIN), ("scores", _SCORES)):
-        if (problem := check(manifest[key])) is not None:
-            return f"{key}{problem}"
-    if manifest.get("role", "student") not in _ROLES:
-        return f"role must be {' or '.join(_ROLES)}"
-    for key in ("forced", "notes"):
-        lines = manifest.get(key, ["-"])
-        if not isinstance(lines, list) or not lines or not all(isinstance(line, str) for line in lines):
-            return f"{key} must be a list of texts"
-    if SIGNATURE in manifest["members"]:
+    if SIGNATURE in members:
         return f"{SIGNATURE} cannot be among the members that it signs"
-    if ("ledger" in manifest) != (LEDGER in manifest["members"]):
+    if ("ledger" in manifest) != (LEDGER in members):
         return f"ledger and the member {LEDGER} go together, one of them is missing"
-    if "quantisation" in manifest and (problem := _QUANTISATION(manifest["quantisation"])) is not None:
-        return f"quantisation{problem}"
     return None
 
 
@@ -488,16 +492,6 @@ def _ledger_contradiction(manifest: Mapping[str, Any], ledger: Ledger, triggers:
     if set(percent) != set(same) or any(not round(same[key].value, 4) <= percent[key] <= 100 for key in same):
         return f"scores.agreement does not follow from the labels in {LEDGER}"
     return None
-
-
-def _is_image_shape(shape: Any) -> bool:
-    return (
-        isinstance(shape, list)
-        and len(shape) == 3
-        and all(type(side) is int for side in shape)
-        and shape[0] == 3
-        and 1 <= min(shape[1:]) <= max(shape[1:]) <= 4096
-    )
 
 
 def _evaluation(data: bytes, manifest: Mapping[str, Any], origin: str) -> tuple[Images, Labels]:

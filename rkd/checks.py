@@ -61,6 +61,20 @@ def list_of(inner: Check, least: int = 0, most: int = LARGEST) -> Check:
     return check
 
 
+def row_of(*inner: Check) -> Check:
+    """As many values as there are checks, each of which passes its own."""
+
+    def check(value: Any) -> str | None:
+        if not isinstance(value, list) or len(value) != len(inner):
+            return f" is not a list of {len(inner)}"
+        for i, (one, passes) in enumerate(zip(value, inner, strict=True)):
+            if (problem := passes(one)) is not None:
+                return f"[{i}]{problem}"
+        return None
+
+    return check
+
+
 def by_name(inner: Check) -> Check:
     """Any names, each with a value that passes `inner`."""
 
@@ -83,6 +97,12 @@ def or_null(inner: Check) -> Check:
 def whole(low: int = 0) -> Check:
     """A whole number from `low`."""
     return lambda v: None if type(v) is int and low <= v < LARGEST else f" is not a whole number from {low}"
+
+
+def whole_between(low: int, high: int) -> Check:
+    """A whole number from `low` to `high`."""
+    wanted = f"a whole number from {low} to {high}" if low < high else str(low)
+    return lambda v: None if type(v) is int and low <= v <= high else f" is not {wanted}"
 
 
 def number(value: Any) -> str | None:
