@@ -73,7 +73,7 @@ _KEEP = 2  # checkpoints; the newest may be damaged
 
 
 _NAMES = list_of(string)
-_DATA = object_of({"name": string, "digest": string, "classes": _NAMES, "notes": _NAMES}, others=True)
+_DATA = object_of({"name": string, "digest": string, "classes": list_of(string, 2), "notes": _NAMES}, others=True)
 _MODEL = object_of(
     {
         "role": string, "arch": string, "scores": scores_of(string),

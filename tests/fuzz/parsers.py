@@ -306,7 +306,8 @@ def _of_toml(name: str, file: str, seeds: tuple[str, ...], read: Callable[[Path]
 
 def _settings() -> Parser:
     seed = 'data = "digits"\n[distill]\nstudent = "mobilenet"\nepochs = 3\ntrigger = ["a.npz", "b.npz"]\n[bench]\nquick = true\n'
-    return _of_toml("settings", "rkd.toml", (seed,), lambda path: command_defaults(path, command_options()))
+    options = command_options()
+    return _of_toml("settings", "rkd.toml", (seed,), lambda path: command_defaults(path, options))
 
 
 def _target() -> Parser:
