@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec, TypeVar, get_type_hints
 
 import typer
+from typer.core import TyperCommand
 
 from rkd import __version__
 from rkd.errors import ConfigError, MissingExtraError, RkdError, printable, ran_out_of_memory
@@ -25,13 +28,20 @@ _EXTRAS = {
 
 _MAX_MESSAGE = 4000  # a hostile file may have names of megabytes
 
+
+def as_typed(text: str | None) -> str:
+    """A help text in which paragraphs with indented lines, such as examples, are not wrapped."""
+    paragraphs = inspect.cleandoc(text or "").split("\n\n")
+    return "\n\n".join(f"\b\n{one}" if re.search("^ ", one, re.MULTILINE) else one for one in paragraphs)
+
+
 app = typer.Typer(
     name="rkd",
     no_args_is_help=True,
-    rich_markup_mode="markdown",
+    rich_markup_mode=None,  # plain help: rich's takes twice as long to come
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="""Distil a teacher you cannot trust into a student you can ship.
+    help=as_typed("""Distil a teacher you cannot trust into a student you can ship.
 
     The three lines of the job:
 
@@ -40,8 +50,22 @@ app = typer.Typer(
         rkd bench
 
     See it all happen on built-in data: `rkd demo`.
-    """,
+    """),
 )
+
+
+class Sectioned(TyperCommand):
+    """A command whose options with a `rich_help_panel` have a section of their own in the plain help."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:  # noqa: D102
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            if (row := param.get_help_record(ctx)) is not None:
+                usual = "Arguments" if param.param_type_name == "argument" else "Options"
+                sections.setdefault(getattr(param, "rich_help_panel", None) or usual, []).append(row)
+        for title, rows in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(rows)
 
 
 def _version(wanted: bool) -> None:
@@ -126,6 +150,7 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
             internal(error)
         raise AssertionError  # `fail` always raises
 
+    run.__doc__ = as_typed(command.__doc__)
     return run
 
 

@@ -73,15 +73,14 @@ def bench(
     out: Annotated[Path, typer.Option(help="Where the result goes.")] = Path("result.json"),
     json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of a table.")] = False,
 ) -> None:
-    """Measure bundles on this machine or on boards: latency, memory, power, ACC, ASR and RA. Needs no torch.
+    """Measure bundles on this machine or on boards.
+
+    Latency, memory, power, ACC, ASR and RA; needs no torch.
 
     Examples:
         rkd bench
-
         rkd bench student.ort-cpu.rkd student-teacher.ort-cpu.rkd --batch 1,8
-
         rkd bench --gate 'acc>=90, asr<=2, p99<=5ms' --require-valid
-
         rkd bench student.jetson-fp16.rkd --host nvidia@orin --host nvidia@thor
     """
     from rkd.bench.command import Request, bench_command

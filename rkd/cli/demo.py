@@ -18,7 +18,7 @@ def demo(
     jobs: Annotated[int, typer.Option(help="Students trained at once, one thread each; 0 for one a core.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove an earlier demo's folder first.")] = False,
 ) -> None:
-    """Run the whole job on built-in handwritten digits, in minutes on a CPU.
+    """Run the whole job on built-in handwritten digits, in minutes.
 
     A clean and a backdoored teacher, an undefended and a RobustKD student with their controls, export, bench and report:
     each step is an `rkd` command that is shown before it runs.

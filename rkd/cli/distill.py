@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from rkd.cli.app import app, code_from_command_line, guarded, only_resume, origins
+from rkd.cli.app import Sectioned, app, code_from_command_line, guarded, only_resume, origins
 
 METHOD_HELP = (
     "robustkd (distil features, and harden the student); ofd, kd, at (these trust the teacher: features, logits, attention); ce "
@@ -18,7 +18,7 @@ ABLATION = "Parts of RobustKD, for ablations"
 BASELINE = "Baselines that purify the teacher"
 
 
-@app.command()
+@app.command(cls=Sectioned)
 @guarded
 def distill(
     context: typer.Context,
@@ -179,17 +179,13 @@ def distill(
         typer.Option(help="Their highest learning rate; 0 for the method's own.", rich_help_panel=BASELINE),
     ] = 0.0,
 ) -> None:
-    """Distil a student that does not keep what may be hidden in its teacher.
+    """Distil a student that does not keep what a teacher may hide.
 
     Examples:
         rkd distill teacher.pt --student mobilenet --data photos/
-
         rkd distill hub.pth.tar --student wrn-16-1 --data cifar10 --normalize none
-
         rkd distill teacher.pt --undefended --trigger patch.npz
-
         rkd distill teacher.pt --method nad+ofd
-
         rkd distill --resume runs/mobilenet-robustkd-s0
     """
     from rkd.cli import tables

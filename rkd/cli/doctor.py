@@ -12,7 +12,7 @@ from rkd.cli.app import app, guarded
 @app.command()
 @guarded
 def doctor(json_output: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False) -> None:
-    """Say what of this machine rkd can use, and what is missing for what.
+    """Say what of this machine rkd can use, and what is missing.
 
     Examples:
         rkd doctor

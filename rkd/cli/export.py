@@ -52,15 +52,12 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing bundles.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
-    """Write a run's student as bundles (.rkd) that boards can run and verify.
+    """Write a run's student as bundles (.rkd) for boards.
 
     Examples:
         rkd export --target jetson-fp16
-
         rkd export runs/mobilenet-robustkd-s0 --target ort-cpu --target jetson-fp16 --out ship/
-
         rkd export --target jetson-int8 --sign mine.key
-
         rkd export --teacher --target ort-cpu
     """
     from rkd.cli import tables

@@ -25,9 +25,7 @@ def inspect(
 
     Examples:
         rkd inspect hub.pth.tar                      # which network, how many classes
-
         rkd inspect runs/mobilenet-robustkd-s0       # results, and where each setting came from
-
         rkd inspect student.ort-cpu.rkd              # verified digests, scores, target
     """
     from rkd.cli import tables

@@ -22,9 +22,7 @@ def keygen(
 
     Examples:
         rkd keygen mine
-
         rkd export --sign mine.key
-
         rkd verify student.ort-cpu.rkd --pubkey mine.pub
     """
     from rkd.cli import tables

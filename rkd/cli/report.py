@@ -32,13 +32,11 @@ def report(
         typer.Option(help="The HTML file. Default: report.html, in the run where there is one.", show_default=False),
     ] = None,
 ) -> None:
-    """Write one self-contained HTML page about runs or about bench results.
+    """Write a self-contained HTML page about runs or bench results.
 
     Examples:
         rkd report runs/mobilenet-robustkd-s0
-
         rkd report runs/robustkd --control runs/control-robustkd --out compare.html
-
         rkd report orin.json pi.json --out boards.html
     """
     from rkd.cli.tables import say_next

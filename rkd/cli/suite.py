@@ -53,13 +53,13 @@ def suite(
     ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print the table (or the plan) as JSON.")] = False,
 ) -> None:
-    """Attacks x defences x networks x data sets x seeds, to one table; run it again to go on.
+    """Run attacks x defences x networks x data sets to one table.
+
+    Run it again to go on; it skips what is done.
 
     Examples:
         rkd suite suites/smoke.toml
-
         rkd suite suites/cpu.toml --data-root DATA --dry-run
-
         rkd suite suites/cpu.toml --table-only
     """
     from rkd.cli import tables

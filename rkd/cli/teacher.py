@@ -92,9 +92,7 @@ def teacher(
 
     Examples:
         rkd teacher --data digits --arch wrn-10-2 --attack backweak --out teacher.pt
-
         rkd teacher --data photos/ --arch resnet18 --epochs 60 --out clean.pt
-
         rkd teacher --data photos/ --attack backweak --clean clean.pt --out bad.pt
     """
     from rkd.attacks.session import CLEAN, TeacherSettings, make_teacher, start_teacher

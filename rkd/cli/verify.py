@@ -21,11 +21,12 @@ def verify(
     flips: Annotated[bool, typer.Option("--flips", help="List each image whose label changed in the export.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
-    """Verify a bundle: every byte, its signature, and what the export changed. Nothing in it is run.
+    """Verify a bundle: every byte, its signature, its export.
+
+    Says what the export changed; nothing in the bundle is run.
 
     Examples:
         rkd verify student.jetson-int8.rkd
-
         rkd verify student.jetson-int8.rkd --pubkey mine.pub --flips
     """
     from rkd.bundle import NO_LEDGER, NO_TRIGGER

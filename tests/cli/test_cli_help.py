@@ -75,6 +75,18 @@ def test_the_first_help_shows_the_three_lines_of_the_job_as_they_are_typed() -> 
         assert line in lines
 
 
+def test_no_commands_summary_is_cut_short() -> None:
+    done = CliRunner(env={"COLUMNS": "80"}).invoke(app, ["--help"])
+    assert "..." not in done.stdout.partition("Commands")[2]
+
+
+def test_the_parts_for_ablations_have_a_section_of_their_own() -> None:
+    usual, _, parts = text_of("distill", "--help").partition("Parts of RobustKD, for ablations:\n")
+    assert re.search("^  --epochs", usual, re.MULTILINE)
+    assert re.search("^  --cap", parts, re.MULTILINE)
+    assert "--cap " not in usual
+
+
 def test_without_a_command_the_help_is_shown() -> None:
     done = CliRunner().invoke(app, [])
     assert "Usage: rkd" in done.output
