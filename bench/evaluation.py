@@ -1,6 +1,7 @@
 """What ACC, ASR and RA are measured on: the bundle's images, or a folder or .npz of the user's.
 
-One batch is held at a time besides what the bundle holds anyway; a folder is decoded as it is read (with Pillow).
+One batch is held at a time besides what the bundle holds anyway: a folder is decoded as it is read (with Pillow), and an
+.npz of any length is read from its first image to its last.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from rkd.errors import DataError, shortened
 from rkd.files import open_regular, storage_errors
 from rkd.ledger import Ledger, Step
 from rkd.metrics import Images, Labels, Predictions
+from rkd.npz import read_npz, read_npz_rows
 
 _BATCH = 64  # fixed, so that two machines run the same batches
 _QUICK_IMAGES = 256
+_LABELS_LIMIT_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -142,28 +145,69 @@ def _part(count: int, *, quick: bool) -> Labels:
 
 
 def _npz(bundle: Bundle, path: Path, *, quick: bool) -> EvaluationSet:
-    from rkd.npz import read_npz
-
-    limit_bytes = 2**31
+    height, width = _size(bundle)
     try:
         with storage_errors(path), open_regular(path) as file:
-            arrays = read_npz(file, limit_bytes)
+            arrays = read_npz(file, _LABELS_LIMIT_BYTES, only=("y", "y_test"))
     except ValueError as error:
         raise DataError(f"{path} is not an evaluation set: {error}") from error
-    key = "x_test" if "x_test" in arrays else "x"
-    x, y = arrays.get(key), arrays.get(key.replace("x", "y"))
-    height, width = _size(bundle)
-    if x is None or y is None or x.dtype != np.uint8 or x.shape[1:] != (height, width, 3) or y.shape != (len(x),):
-        raise DataError(
-            f"{path}: expected x uint8 (N, {height}, {width}, 3) and y (N,), or x_test and y_test, as {bundle.name} has"
-        )
-    if not len(x):
+    key = "y_test" if "y_test" in arrays else "y"
+    if key not in arrays or arrays[key].ndim != 1:
+        raise DataError(_expected(path, bundle.name, (height, width)))
+    y = arrays[key]
+    if not len(y):
         raise DataError(f"{path} holds no image; expected at least one")
     if y.dtype.kind not in "iu" or int(y.min()) < 0 or int(y.max()) >= len(bundle.classes):
         raise DataError(f"{path}: labels must be 0 to {len(bundle.classes) - 1}, the classes of {bundle.name}")
-    images, labels = x.transpose(0, 3, 1, 2), y.astype(np.int64)
-    rows = _part(len(labels), quick=quick)
-    return EvaluationSet(path.name, labels[rows], rows, len(labels), _Held(images, labels, rows))
+    file_images = _NpzImages(path, key.replace("y", "x"), y.astype(np.int64), (height, width), bundle.name)
+    rows = _part(len(y), quick=quick)
+    held = file_images.pick(rows if quick else rows[:0])
+    batches: Callable[[int], Iterator[tuple[Images, Labels]]] = (
+        _Held(held, file_images.labels[rows], np.arange(len(rows))) if quick else file_images
+    )
+    return EvaluationSet(path.name, file_images.labels[rows], rows, len(y), batches)
+
+
+@dataclass(frozen=True)
+class _NpzImages:
+    """The images of an .npz, read from the file again for each pass."""
+
+    path: Path
+    key: str
+    labels: Labels
+    size: tuple[int, int]
+    bundle: str
+
+    def __call__(self, size: int) -> Iterator[tuple[Images, Labels]]:
+        at = 0
+        try:
+            with storage_errors(self.path), open_regular(self.path) as file:
+                for x in read_npz_rows(file, self.key, np.uint8, (*self.size, 3), size):
+                    yield x.transpose(0, 3, 1, 2), self.labels[at : at + len(x)]
+                    at += len(x)
+        except ValueError as error:
+            raise DataError(f"{self.path} is not an evaluation set: {error}") from error
+        except TypeError as error:
+            raise DataError(_expected(self.path, self.bundle, self.size, str(error))) from error
+        if at != len(self.labels):
+            raise DataError(_expected(self.path, self.bundle, self.size, f"{at} images and {len(self.labels)} labels"))
+
+    def pick(self, rows: Labels) -> Images:
+        """Read the whole file, as a check of it, and keep these images, in this order."""
+        order = np.argsort(rows)
+        wanted, kept, at = rows[order], np.empty((len(rows), 3, *self.size), np.uint8), 0
+        for images, _ in self(max(1, 2**20 // math.prod(self.size))):
+            low, high = np.searchsorted(wanted, (at, at + len(images)))
+            kept[order[low:high]] = images[wanted[low:high] - at]
+            at += len(images)
+        return kept
+
+
+def _expected(path: Path, bundle: str, size: tuple[int, int], seen: str = "") -> str:
+    return (
+        f"{path}: expected x uint8 (N, {size[0]}, {size[1]}, 3) and y (N,), or x_test and y_test, as {bundle} has"
+        + (f"; {seen}" if seen else "")
+    )
 
 
 def _folder(bundle: Bundle, root: Path, *, quick: bool) -> EvaluationSet:

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from rkd.npz import npz_bytes, read_npz
+from rkd.npz import npz_bytes, read_npz, read_npz_rows
 
 LIMIT = 2**20
 
@@ -186,3 +186,76 @@ def test_text_with_a_character_that_does_not_exist_is_refused(order: str) -> Non
     assert read(archive({"name.npy": npy(header, spelled)}))["name"][0] == "A\U0010ffff"
     with pytest.raises(ValueError, match=r"name\.npy: holds a character that does not exist"):
         read(archive({"name.npy": npy(header, struct.pack(f"{order}2I", 0x41, 0x110000))}))
+
+
+# ---------------------------------------------------------------------------------------------------- row by row
+
+
+def rows(data: bytes, size: int = 3, row: tuple[int, ...] = (2, 5)) -> list[np.ndarray]:
+    return list(read_npz_rows(io.BytesIO(data), "x", np.uint8, row, size))
+
+
+def compressed(**arrays: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 100])
+@pytest.mark.parametrize("write", [npz_bytes, lambda arrays: compressed(**arrays)])
+def test_rows_are_those_of_the_whole_array(size: int, write: Any) -> None:
+    x = np.random.default_rng(0).integers(0, 256, (7, 2, 5), dtype=np.uint8)
+    parts = rows(write({"a": np.zeros(3), "x": x, "z": np.ones(2)}), size)
+    assert all(len(part) == size for part in parts[:-1])
+    np.testing.assert_array_equal(np.concatenate(parts), x)
+
+
+def test_no_more_rows_are_held_than_were_asked_for() -> None:
+    data = compressed(x=np.zeros((2000, 100, 100), np.uint8))  # 20 MB
+    tracemalloc.start()
+    try:
+        assert sum(len(part) for part in read_npz_rows(io.BytesIO(data), "x", np.uint8, (100, 100), 10)) == 2000
+        assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("x", "says"),
+    [
+        (np.zeros((4, 2, 6), np.uint8), r"x is uint8\(4, 2, 6\)"),
+        (np.zeros((4, 2, 5), np.float32), r"x is float32\(4, 2, 5\)"),
+        (np.zeros(4, np.uint8), r"x is uint8\(4,\)"),
+        (np.zeros((5, 2, 4), np.uint8).T.copy().reshape(4, 2, 5, order="F"), "x is in Fortran's order"),
+    ],
+)
+def test_rows_of_another_kind_are_named(x: np.ndarray, says: str) -> None:
+    with pytest.raises(TypeError, match=says):
+        rows(npz_bytes({"x": x}) if "Fortran" not in says else fortran(x))
+
+
+def fortran(x: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, x=np.asfortranarray(x))
+    return buffer.getvalue()
+
+
+def test_an_absent_array_is_named() -> None:
+    with pytest.raises(TypeError, match="there is no x"):
+        rows(npz_bytes({"y": np.zeros(3)}))
+
+
+def test_a_damaged_row_is_a_value_error_once_all_are_read() -> None:
+    good = npz_bytes({"x": np.arange(70, dtype=np.uint8).reshape(7, 2, 5)})
+    at = good.index(bytes(range(10, 30)))
+    with pytest.raises(ValueError, match="CRC"):
+        rows(good[:at] + b"\xff" + good[at + 1 :])
+    with pytest.raises(ValueError, match="cut short"):
+        rows(archive({"x.npy": npy(header("(9, 2, 5)", "'|u1'"), bytes(70))}))
+
+
+def test_arrays_that_were_not_asked_for_are_not_read_and_do_not_count() -> None:
+    data = npz_bytes({"x": np.zeros(LIMIT, np.uint8), "y": np.arange(3)})
+    assert list(read(data, 1000, only=("y", "z"))) == ["y"]
+    with pytest.raises(ValueError, match="at most"):
+        read(data, 1000)

@@ -145,6 +145,36 @@ def test_data_of_the_user_replaces_the_bundles_images(bench, folder, evaluation)
     assert entry["differences"] is None
 
 
+def test_a_quick_run_takes_some_of_an_npz_of_any_length(bench, folder, evaluation, linear):
+    images, _ = evaluation
+    many = np.resize(images, (3000, *images.shape[1:])).transpose(0, 2, 3, 1)
+    np.savez_compressed(folder / "many.npz", x_test=many, y_test=np.resize(linear.labels(images), 3000))
+    assert bench("--data", "many.npz", "--quick").exit_code == 0
+    (entry,) = entries()
+    assert entry["evaluated"] == {"source": "many.npz", "images": 256, "of": 3000}
+    assert entry["scores"]["acc"]["percent"] == 100.0  # each with its own label
+
+
+@pytest.mark.parametrize(
+    ("arrays", "says"),
+    [
+        ({"y": np.zeros(3, np.int64)}, "expected x uint8 (N, 8, 8, 3) and y (N,)"),
+        ({"x": np.zeros((3, 8, 8, 3), np.uint8)}, "expected x uint8 (N, 8, 8, 3) and y (N,)"),
+        ({"x": np.zeros((3, 9, 9, 3), np.uint8), "y": np.zeros(3, np.int64)}, "x is uint8(3, 9, 9, 3)"),
+        ({"x": np.zeros((3, 8, 8, 3), np.uint8), "y": np.zeros(4, np.int64)}, "3 images and 4 labels"),
+        ({"x": np.zeros((3, 8, 8, 3), np.uint8), "y": np.full(3, 5)}, "labels must be 0 to 4"),
+    ],
+)
+@pytest.mark.parametrize("more", [(), ("--quick",)])
+def test_an_npz_that_does_not_fit_is_refused_before_anything_is_measured(bench, folder, arrays, says, more):
+    np.savez(folder / "odd.npz", **arrays)
+    done = bench("--data", "odd.npz", *more)
+    assert done.exit_code == 1
+    assert done.stderr.startswith("rkd: odd.npz: ")
+    assert says in done.stderr
+    assert not (folder / "result.json").exists()
+
+
 def test_a_folder_is_decoded_as_it_is_read_and_its_missing_classes_are_named(bench, folder, evaluation):
     from PIL import Image
 
