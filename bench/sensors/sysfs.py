@@ -26,7 +26,7 @@ _THROTTLED = "sys/devices/platform/soc/soc:firmware/get_throttled"
 _NOT_THROTTLING = re.compile(
     r"fan|powerclamp|backlight|lcd|display|tcc.offset|charger|battery|wlan|iwlwifi", re.IGNORECASE
 )
-_GPU = re.compile(r"gpu|gpc|gv11b|ga10b|gp10b|gm20b")
+_GPU = re.compile(r"gpu(?!-nvd)|gv11b|ga10b|gp10b|gm20b")  # Thor's gpu-gpc-0 computes, its gpu-nvd-0 decodes video
 _PI_NOW = ("under-voltage", "clock capped", "throttled", "soft temperature limit")  # bits 0 to 3; 16 to 19 are the past
 _NO_SENSOR_C = -200.0
 

@@ -76,6 +76,58 @@ def test_an_orin_nano(tmp_path):
     }
 
 
+def ina3221(number: int, *channels: tuple[str, int, int] | None) -> dict[str, str]:
+    """A monitor's channels: label, millivolts, milliamperes; None where the board's device tree disables one."""
+    base = f"sys/class/hwmon/hwmon{number}"
+    files = {f"{base}/name": "ina3221", f"{base}/in7_label": "sum of shunt voltages", f"{base}/in7_input": "4"}
+    for i, channel in enumerate(channels, 1):
+        label, millivolts, milliamperes = channel or ("NC", 0, 0)
+        files |= {f"{base}/in{i}_label": label, f"{base}/in{i}_enable": str(int(channel is not None))}
+        files |= {f"{base}/in{i}_input": str(millivolts), f"{base}/curr{i}_input": str(milliamperes)}
+    return files
+
+
+# Labels and addresses (0x40 is read first): arch/arm64/boot/dts/nvidia/tegra194-p2888.dtsi and tegra234-p3701.dtsi of
+# Linux; Thor's are those of its tegrastats lines (test_bench_tegrastats.py). The GPUs' devfreq names are those that public
+# monitors look for; Thor's gpu-nvd-0 is the clock of its video engines.
+BOARDS = {
+    "AGX Orin": (
+        ina3221(2, ("VDD_GPU_SOC", 19080, 123), ("VDD_CPU_CV", 19088, 20), ("VIN_SYS_5V0", 5016, 802))
+        | ina3221(3, None, ("VDDQ_VDD2_1V8AO", 5016, 60), None)
+        | {"sys/class/devfreq/17000000.ga10b/cur_freq": "306000000"},
+        {"VDD_GPU_SOC": 2.34684, "VDD_CPU_CV": 0.38176, "VIN_SYS_5V0": 4.022832, "VDDQ_VDD2_1V8AO": 0.30096},
+        2.34684 + 0.38176 + 4.022832,
+        {"gpu": 306e6},
+    ),
+    "AGX Xavier, JetPack 5": (
+        ina3221(4, ("GPU", 19096, 24), ("CPU", 19096, 32), ("SOC", 19080, 153))
+        | ina3221(5, ("CV", 19096, 0), ("VDDRQ", 19096, 16), ("SYS5V", 19064, 173))
+        | {"sys/class/devfreq/17000000.gv11b/cur_freq": "114750000"},
+        {"GPU": 0.458304, "CPU": 0.611072, "SOC": 2.91924, "CV": 0.0, "VDDRQ": 0.305536, "SYS5V": 3.298072},
+        0.458304 + 0.611072 + 2.91924 + 0.305536 + 3.298072,
+        {"gpu": 114.75e6},
+    ),
+    "Thor": (
+        ina3221(1, ("VDD_GPU", 12008, 410), ("VDD_CPU_SOC_MSS", 12000, 662), ("VIN_SYS_5V0", 4992, 1335))
+        | {"sys/class/hwmon/hwmon4/name": "ina238", "sys/class/hwmon/hwmon4/power1_input": "24780000"}
+        | {"sys/class/devfreq/gpu-gpc-0/cur_freq": "1575000000", "sys/class/devfreq/gpu-nvd-0/cur_freq": "1692000000"},
+        {"VDD_GPU": 4.92328, "VDD_CPU_SOC_MSS": 7.944, "VIN_SYS_5V0": 6.66432, "VIN": 24.78},
+        24.78,
+        {"gpu": 1575e6},
+    ),
+}
+
+
+@pytest.mark.parametrize("board", BOARDS)
+def test_the_rails_of_larger_boards_and_what_they_sum_to(tmp_path, board):
+    files, watts, total, hertz = BOARDS[board]
+    put(tmp_path, files)
+    found = Sysfs(tmp_path).read()
+    assert found.watts == pytest.approx(watts)
+    assert sum(found.watts[rail] for rail in total_rails(found.watts)) == pytest.approx(total)
+    assert found.hertz == hertz
+
+
 def test_a_xavier_of_jetpack_4_has_its_rails_under_iio(tmp_path):
     base = "sys/bus/i2c/drivers/ina3221x/1-0040/iio:device0"
     put(
