@@ -10,10 +10,12 @@ to save, and its partial result is fetched. Ctrl-C again waits for no result.
 from __future__ import annotations
 
 import json
+import os
 import re
 import secrets
 import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
 import threading
@@ -22,7 +24,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rkd.bench import result as bench_result
 from rkd.bench.options import BenchOptions
@@ -40,6 +42,7 @@ _NOT_FOUND, _SSH_FAILED = 127, 255
 _SAVED = (0, 129, 130, 143)  # done, or stopped by a signal after saving
 _QUICK_S, _COPY_S, _CLEAN_S = 60, 1800, 10
 _LIMIT_BYTES = 64 * 2**20
+_LINE_BYTES = 64 * 2**10
 
 Say = Callable[[str], None]
 
@@ -223,7 +226,7 @@ class _Board:
         script = self._there(f"{_PATH}echo $$ > pid && [ ! -e stop ] && exec {self.command} bench {line}")
         with self._start(script, subprocess.DEVNULL, measuring=True) as child:
             last = ""
-            for raw in child.stderr or ():
+            for raw in iter(lambda: child.stderr.readline(_LINE_BYTES) if child.stderr else b"", b""):
                 last = printable(raw.decode(errors="replace")).strip() or last
                 if last:
                     self.tell(f"{self.host}: {last}")
@@ -239,7 +242,9 @@ class _Board:
     def _fetch(self) -> dict[str, Any]:
         done = self._ssh(self._there("cat result.json"), _QUICK_S, aside=True)
         self._check_stopped(unless=not done.returncode)
-        if done.returncode or len(done.stdout) > _LIMIT_BYTES:
+        if len(done.stdout) > _LIMIT_BYTES:
+            raise RemoteError(f"{self.host}: its result has more than {_LIMIT_BYTES:,} bytes: not rkd bench's")
+        if done.returncode:
             raise RemoteError(f"{self.host}: its result could not be fetched: {_last_line(done.stderr)}")
         try:
             value = json.loads(done.stdout)
@@ -288,15 +293,16 @@ class _Board:
         self, line: str, timeout_s: float, stdin: Any = subprocess.DEVNULL, *, aside: bool = False
     ) -> subprocess.CompletedProcess[bytes]:
         with self._start(line, stdin, aside=aside) as child:
-            try:
-                out, err = child.communicate(timeout=timeout_s)
-            except subprocess.TimeoutExpired as error:
-                raise RemoteError(
-                    f"{self.host}: no answer within {timeout_s:g} s; is the board up and reachable?"
-                ) from error
-            finally:
-                child.kill()  # nothing, where it has ended
+            late = threading.Timer(timeout_s, _end, (child,))
+            late.start()
+            with ThreadPoolExecutor(2) as readers:
+                out, err = readers.map(lambda stream: _read(stream, child), (child.stdout, child.stderr))
+            child.wait()
+            ended = late.is_alive()
+            late.cancel()
         self._check_stopped(unless=aside)
+        if not ended:
+            raise RemoteError(f"{self.host}: no answer within {timeout_s:g} s; is the board up and reachable?")
         return subprocess.CompletedProcess(child.args, child.returncode, out, err)
 
     def _unreachable(self, done: subprocess.CompletedProcess[bytes]) -> RemoteError:
@@ -333,6 +339,20 @@ def _arguments(options: BenchOptions, *, per_class: bool) -> list[str]:
 def _plain(name: str) -> str:
     """A file name that no shell and no option parser takes for anything else."""
     return re.sub(r"[^\w.-]", "_", name, flags=re.ASCII)
+
+
+def _read(stream: IO[bytes] | None, child: subprocess.Popen[bytes]) -> bytes:
+    """What a child says, and its end where that has more than 64 MiB."""
+    said = stream.read(_LIMIT_BYTES + 1) if stream else b""
+    if len(said) > _LIMIT_BYTES:
+        _end(child)
+    return said
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """Kill a child and its children, which could hold its pipes open."""
+    with suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
 
 
 def _last_line(text: bytes) -> str:

@@ -35,6 +35,7 @@ _TYPES: dict[Any, tuple[tuple[type, ...], str]] = {
     bool: ((bool,), "true or false"),
     int: ((int,), "a whole number"),
     float: ((int, float), "a number"),
+    Path: ((str,), "a path in quotes"),
 }
 
 
@@ -102,6 +103,8 @@ def _value(key: str, value: object, annotation: Any, where: str) -> object:
     accepted, called = _TYPES.get(kind, ((str, int, float), "a text"))
     if not all(isinstance(one, accepted) and (kind is bool or not isinstance(one, bool)) for one in values):
         raise ConfigError(f"{where}: {key} = {value!r}, expected {called}")
+    if any("\0" in one for one in values if isinstance(one, str)):
+        raise ConfigError(f"{where}: {key} = {value!r} holds a zero byte; remove it")
     return values if repeats else value
 
 

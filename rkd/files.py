@@ -15,7 +15,7 @@ import shutil
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from io import BufferedReader
+from io import BufferedReader, BufferedWriter
 from pathlib import Path
 from typing import Any
 
@@ -50,25 +50,29 @@ def open_regular(path: Path) -> BufferedReader:
     return path.open("rb")
 
 
-def read_bytes(path: Path) -> bytes:
+def read_bytes(path: Path, limit_bytes: int = 2**30) -> bytes:
     """All of a file from outside.
 
     Raises:
-        OSError: as for `open_regular`.
+        OSError: as for `open_regular`; also when the file is larger than `limit_bytes`.
     """
     with open_regular(path) as file:
-        return file.read()
+        size_bytes = os.fstat(file.fileno()).st_size
+        data = b"" if size_bytes > limit_bytes else file.read(limit_bytes + 1)
+    if max(size_bytes, len(data)) > limit_bytes:
+        raise OSError(errno.EFBIG, f"{size_bytes:,} bytes, files of its kind have at most {limit_bytes:,}")
+    return data
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, limit_bytes: int = 2**24) -> Any:
     """Read a JSON file.
 
     Raises:
-        StorageError: it cannot be read.
+        StorageError: it cannot be read, or is larger than `limit_bytes`.
         ValueError: it is not JSON.
     """
     with storage_errors(path):
-        data = read_bytes(path)
+        data = read_bytes(path, limit_bytes)
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -91,6 +95,8 @@ def _explain(error: OSError, path: Path) -> str:
         return f"no permission for {path}: check its owner and mode, or choose another folder"
     if error.errno == errno.ENOENT:
         return f"no such file or folder: {path}"
+    if error.errno == errno.ELOOP:
+        return f"{path} is a symbolic link, through which nothing is written; remove it"
     return f"{path}: {error.strerror or error}"
 
 
@@ -117,6 +123,43 @@ def write_file(path: Path, data: bytes, mode: int = 0o666) -> None:
             temporary.unlink(missing_ok=True)
             raise
         _sync_directory(path.parent)
+
+
+def write_new_file(path: Path, data: bytes, mode: int = 0o666) -> bool:
+    """As `write_file`, but never in the place of another file: of two processes that try, one does.
+
+    Returns:
+        False where something is there already.
+
+    Raises:
+        StorageError: as for `write_file`; nothing is there then.
+    """
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode))
+        except FileExistsError:
+            return False
+    try:
+        write_file(path, data, mode)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    return True
+
+
+@contextmanager
+def open_log(path: Path) -> Iterator[BufferedWriter]:
+    """A log to append to; a link in its place is not followed.
+
+    Raises:
+        StorageError: it cannot be opened, or what the block writes to it cannot be written.
+    """
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
+        with os.fdopen(descriptor, "ab") as file:
+            yield file
 
 
 def check_writable(path: Path) -> None:
@@ -227,7 +270,7 @@ def append_line(path: Path, line: str) -> None:
         StorageError: the disk is full, read-only or fails.
     """
     with storage_errors(path):
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
         try:
             size_bytes = os.fstat(descriptor).st_size
             try:

@@ -24,6 +24,7 @@ from rkd.files import read_bytes, storage_errors, write_file
 from rkd.metrics import Images, Predict
 from rkd.models import build
 
+LARGEST_BYTES = 16 * 2**30  # of a file of weights
 _HEADER_KEY = "rkd"
 _MAX_DEPTH = 202  # of a wide ResNet that a file names; making one of 9,994 takes a minute
 
@@ -148,7 +149,7 @@ class Network:
             StorageError: it cannot be read.
         """
         with storage_errors(path):
-            data = read_bytes(path)
+            data = read_bytes(path, LARGEST_BYTES)
         try:
             tensors = load_safetensors(data)
         except Exception as error:  # safetensors raises its own errors

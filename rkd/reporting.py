@@ -305,7 +305,7 @@ def _trigger_panels(run: Run) -> list[TriggerPanel]:
         try:
             trigger = Trigger.load(path)
             with storage_errors(examples):
-                arrays = read_npz(io.BytesIO(read_bytes(examples)), _EXAMPLES_LIMIT_BYTES)
+                arrays = read_npz(io.BytesIO(read_bytes(examples, _EXAMPLES_LIMIT_BYTES)), _EXAMPLES_LIMIT_BYTES)
             captions = [
                 f"true: {classes[y]}; teacher says: {classes[t]}; student says: {classes[s]}"
                 for y, t, s in zip(arrays["y"], arrays["teacher"], arrays["student"], strict=True)

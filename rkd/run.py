@@ -69,6 +69,7 @@ SUMMARY, METRICS, STUDENT, TEACHER, MASKS, PERTURBATIONS, PURIFIED, LABELS, EXAM
     "purified.safetensors", "labels.npz", "examples", "triggers", "report.html",
 )  # fmt: skip
 _DIGESTS = "digests.json"
+_LOG_LIMIT_BYTES = 2**26
 _KEEP = 2  # checkpoints; the newest may be damaged
 
 
@@ -329,7 +330,7 @@ class Run:
         if not path.exists():
             return []
         with storage_errors(path):
-            written = read_bytes(path).decode(errors="replace").split("\n")[:-1]
+            written = read_bytes(path, _LOG_LIMIT_BYTES).decode(errors="replace").split("\n")[:-1]
         lines = []
         for place, line in enumerate(written, 1):
             try:

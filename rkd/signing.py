@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from rkd.errors import BundleError, MissingExtraError, SigningError
-from rkd.files import open_regular, storage_errors, write_file
+from rkd.files import open_regular, storage_errors, write_new_file
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -37,19 +37,19 @@ def make_keys(private: Path, public: Path) -> str:
         StorageError: the disk said no.
     """
     _, ed25519, serialization = _library()
-    for path in (private, public):
-        if path.exists():
-            raise SigningError(f"{path} exists; choose another name, rkd does not replace keys")
     key = ed25519.Ed25519PrivateKey.generate()
     pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     public_pem = key.public_key().public_bytes(
         serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
     )
+    made: list[Path] = []
     try:
-        write_file(private, pem, mode=0o600)
-        write_file(public, public_pem)
+        for path, content, mode in ((private, pem, 0o600), (public, public_pem, 0o666)):
+            if not write_new_file(path, content, mode):
+                raise SigningError(f"{path} exists; choose another name, rkd does not replace keys")
+            made.append(path)
     except BaseException:  # half a pair would be in the way of the next try
-        for path in (private, public):
+        for path in made:
             with suppress(OSError):
                 path.unlink(missing_ok=True)
         raise

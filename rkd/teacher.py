@@ -32,11 +32,10 @@ from rkd.metrics import Images, Labels, Proportion
 from rkd.models import build
 from rkd.models.infer import infer_arch, output_count
 from rkd.models.keys import known_names
-from rkd.network import NORMALISATIONS, Network, Normalisation, safe_arch, safetensors_header
+from rkd.network import LARGEST_BYTES, NORMALISATIONS, Network, Normalisation, safe_arch, safetensors_header
 from rkd.pickles import UnsafeGlobalError, check_pickle
 from rkd.zips import check_end, open_zip
 
-_LIMIT_BYTES = 16 * 2**30
 _LARGE_BYTES = 2**28  # from here on the first bytes must be right before the others are read
 _MAX_TENSORS = 100_000
 _INDEX_BYTES = 16 * 2**20  # of a zip archive, for so many tensors
@@ -284,8 +283,8 @@ def _read_whole(path: Path) -> bytes:
     """A file that may be a checkpoint; a large one that begins otherwise is not read to its end."""
     with open_regular(path) as file:
         size_bytes = os.fstat(file.fileno()).st_size
-        if size_bytes > _LIMIT_BYTES:
-            raise CheckpointError(f"{path}: {size_bytes:,} bytes; teachers have at most {_LIMIT_BYTES:,}")
+        if size_bytes > LARGEST_BYTES:
+            raise CheckpointError(f"{path}: {size_bytes:,} bytes; teachers have at most {LARGEST_BYTES:,}")
         head = file.read(9)
         header_bytes = int.from_bytes(head[:8], "little")
         known = head[:4] == b"PK\x03\x04" or head[:1] == b"\x80" or (head[8:] == b"{" and header_bytes < size_bytes)

@@ -102,13 +102,25 @@ def test_a_key_at_the_top_goes_only_where_it_means_the_same() -> None:
         ("undefended = 1", "undefended = 1, expected true or false"),
         ('cap = "x"', "cap = 'x', expected a number"),
         ("student = true", "student = True, expected a text"),
-        ("trigger = [true]", r"trigger = \[True\], expected a text"),
+        ("trigger = [true]", r"trigger = \[True\], expected a path in quotes"),
         ('clean-budget = "5%"\nclean_budget = "9%"', "clean-budget and clean_budget are the same option"),
     ],
 )
 def test_a_value_of_another_type_is_the_files_fault(line: str, said: str) -> None:
     write(f"[distill]\n{line}\n")
     assert re.search(rf"^rkd.toml in \[distill\]: {said}", refusal())
+
+
+@pytest.mark.parametrize("value", ['"\\u0000"', "nan", "9223372036854775807", "0", "1.5"])
+@pytest.mark.parametrize(
+    "key",
+    ["distill.teacher", "distill.out", "distill.trigger", "bench.bundles", "bench.out", "demo.out", "report.sources"],
+)
+def test_what_is_no_path_is_refused_before_anybody_opens_it(key: str, value: str) -> None:
+    """Even an odd number would be an open file to those that look at paths."""
+    command, option = key.split(".")
+    write(f"[{command}]\n{option} = {value}\n")
+    assert re.search(f"{option} = .* (expected a path in quotes|holds a zero byte; remove it)$", refusal((command,)))
 
 
 def test_numbers_may_stand_for_numbers_with_a_fraction_and_for_texts(monkeypatch: pytest.MonkeyPatch) -> None:

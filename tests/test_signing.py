@@ -73,6 +73,24 @@ def test_keys_are_never_replaced(keys: tuple[Path, Path], tmp_path: Path) -> Non
     assert not (tmp_path / "new.key").exists()
 
 
+def test_of_two_that_make_the_same_keys_at_once_one_is_refused_and_spoils_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    private, public = tmp_path / "x.key", tmp_path / "x.pub"
+    real, names = ed25519.Ed25519PrivateKey.generate, list[str]()
+
+    def generate() -> ed25519.Ed25519PrivateKey:
+        monkeypatch.setattr(ed25519.Ed25519PrivateKey, "generate", real)
+        names.append(make_keys(private, public))  # the other comes in between
+        return real()
+
+    monkeypatch.setattr(ed25519.Ed25519PrivateKey, "generate", generate)
+    with pytest.raises(SigningError, match="exists; choose another name"):
+        make_keys(private, public)
+    verify(b"manifest", sign(b"manifest", read_private(private)), read_public(public), "x")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.key", "x.pub"]
+
+
 def wrong_keys(folder: Path) -> dict[str, bytes]:
     elliptic = ec.generate_private_key(ec.SECP256R1())
     mine = ed25519.Ed25519PrivateKey.generate()

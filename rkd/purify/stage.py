@@ -25,7 +25,7 @@ from rkd.distill.training import train
 from rkd.errors import CheckpointError
 from rkd.files import read_bytes, sha256, storage_errors, write_file
 from rkd.metrics import Proportion
-from rkd.network import Network
+from rkd.network import LARGEST_BYTES, Network
 from rkd.progress import say
 from rkd.run import PURIFIED, Run
 from rkd.signals import StopRequest
@@ -72,7 +72,7 @@ class Purification:
         module: nn.Module = copy.deepcopy(self.teacher.module).requires_grad_(requires_grad=True)
         if stored is not None:
             with storage_errors(stored):
-                data = read_bytes(stored)
+                data = read_bytes(stored, LARGEST_BYTES)
             try:
                 module.load_state_dict(load_safetensors(data))
             except Exception as error:

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from rkd.files import storage_errors
+from rkd.files import open_log, storage_errors
 
 _TAIL_BYTES = 16_384
 
@@ -139,17 +139,15 @@ def run_task(task: Task, leash: Leash) -> Outcome:
     """
     started = time.monotonic()
     log = Path(task.log)
-    with storage_errors(log):
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("ab") as output:
-            begin = output.tell()
-            output.write(f"$ {_shown(task)}\n".encode())
-            output.flush()
-            with storage_errors(Path(task.folder)):
-                process = subprocess.Popen(
-                    [sys.executable, "-m", "rkd.suite.child"], cwd=task.folder, env=_environment(task.threads),
-                    stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-                )  # fmt: skip
+    with open_log(log) as output:
+        begin = output.tell()
+        output.write(f"$ {_shown(task)}\n".encode())
+        output.flush()
+        with storage_errors(Path(task.folder)):
+            process = subprocess.Popen(
+                [sys.executable, "-m", "rkd.suite.child"], cwd=task.folder, env=_environment(task.threads),
+                stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
     try:
         if process.stdin is not None:
             process.stdin.write(json.dumps(asdict(task)).encode() + b"\n")

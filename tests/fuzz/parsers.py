@@ -30,6 +30,7 @@ from limits import refuse_out_of_memory
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from safetensors.torch import save as save_safetensors
+from typer.main import get_command
 
 from rkd._images import Report
 from rkd.bench import result as bench_result
@@ -37,6 +38,7 @@ from rkd.bench.report import result_page
 from rkd.bench.runner import CPU_PROVIDER, OrtRunner
 from rkd.bench.session import BenchOptions, run
 from rkd.bundle import EVALUATION, LEDGER, MANIFEST, MODEL, _container, evaluation_bytes, parse_bundle, read_bundle
+from rkd.cli import app
 from rkd.cli.app import command_options
 from rkd.config import command_defaults
 from rkd.data import FolderSource, open_dataset
@@ -306,8 +308,20 @@ def _of_toml(name: str, file: str, seeds: tuple[str, ...], read: Callable[[Path]
 
 def _settings() -> Parser:
     seed = 'data = "digits"\n[distill]\nstudent = "mobilenet"\nepochs = 3\ntrigger = ["a.npz", "b.npz"]\n[bench]\nquick = true\n'
-    options = command_options()
-    return _of_toml("settings", "rkd.toml", (seed,), lambda path: command_defaults(path, options))
+    options, program = command_options(), get_command(app)
+
+    def read(path: Path) -> None:
+        """As the command line reads it: Typer turns the values into paths, numbers and flags."""
+        for command, defaults in command_defaults(path, options).items():
+            if defaults:
+                try:
+                    program.commands[command].make_context(command, [], default_map=defaults)
+                except Exception as error:
+                    if not hasattr(error, "exit_code"):  # as the errors have that Typer shows in a line
+                        raise
+                    raise RkdError(str(error)) from error
+
+    return _of_toml("settings", "rkd.toml", (seed,), read)
 
 
 def _target() -> Parser:

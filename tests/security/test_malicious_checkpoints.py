@@ -355,6 +355,21 @@ def test_the_gadget_of_loading_again_without_care_is_refused(tmp_path: Path, can
         assert "wants to run" in refused(path, canary)
 
 
+@pytest.mark.parametrize("container", ["bare", "zip", "legacy"])
+@pytest.mark.parametrize("kind", ["os.system", "eval", "Popen", "nested"])
+def test_torch_itself_is_asked_to_run_nothing(
+    tmp_path: Path, canary: Path, monkeypatch: pytest.MonkeyPatch, kind: str, container: str
+) -> None:
+    """The second door holds without the first, which looks at the opcodes."""
+    monkeypatch.setattr("rkd.teacher.check_pickle", lambda _file: None)
+    make, name = CONTAINERS[container]
+    (tmp_path / name).write_bytes(make(payloads(str(canary))[kind][0]))
+    with watched() as seen, pytest.raises(CheckpointError):
+        read_checkpoint(tmp_path / name)
+    assert seen == []
+    assert not canary.exists()
+
+
 def test_inspect_runs_nothing_either(tmp_path: Path, canary: Path) -> None:
     (tmp_path / "t.pt").write_bytes(in_zip(Call(os.system, f"touch {canary}")))
     with watched() as seen, pytest.raises(CheckpointError, match=r"posix\.system"):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from rkd.errors import StorageError
 from rkd.run import Run
 from rkd.suite.launch import Leash, LocalLauncher, Task, explain, run_task
 
@@ -48,6 +49,13 @@ def test_a_job_s_output_goes_to_its_log_and_earlier_attempts_stay(tmp_path: Path
     assert "$ rkd nonsense" in text
     assert outcome.code == 2
     assert "nonsense" in outcome.said or "Error" in outcome.said or "╯" in outcome.said
+
+
+def test_a_log_that_is_a_link_is_not_written(tmp_path: Path) -> None:
+    (tmp_path / "log").symlink_to(tmp_path / "outside.txt")
+    with pytest.raises(StorageError, match="is a symbolic link"):
+        run_task(Task("student:x", str(tmp_path), str(tmp_path / "log"), ("--version",)), Leash())
+    assert not (tmp_path / "outside.txt").exists()
 
 
 def test_a_job_that_was_let_go_before_it_began_does_not_run_on(tmp_path: Path) -> None:
