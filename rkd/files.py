@@ -58,10 +58,9 @@ def read_bytes(path: Path, limit_bytes: int = 2**30) -> bytes:
     """
     with open_regular(path) as file:
         size_bytes = os.fstat(file.fileno()).st_size
-        data = b"" if size_bytes > limit_bytes else file.read(limit_bytes + 1)
-    if max(size_bytes, len(data)) > limit_bytes:
-        raise OSError(errno.EFBIG, f"{size_bytes:,} bytes, files of its kind have at most {limit_bytes:,}")
-    return data
+        if size_bytes > limit_bytes:
+            raise OSError(errno.EFBIG, f"{size_bytes:,} bytes, files of its kind have at most {limit_bytes:,}")
+        return file.read(size_bytes)  # what is appended meanwhile is left; `read` takes room for what it is asked for
 
 
 def read_json(path: Path, limit_bytes: int = 2**24) -> Any:

@@ -43,7 +43,20 @@ class _Made:
     by: str
 
 
-_DICT, _STORAGE = _Made("a dictionary"), _Made("a storage")
+@dataclass(frozen=True)
+class _Storage:
+    """The memory of tensors.
+
+    Attributes:
+        key: its name in the file.
+        count: how many numbers it holds.
+    """
+
+    key: str
+    count: int
+
+
+_DICT = _Made("a dictionary")
 _PLAIN = (str, bytes, int, float, type(None))  # bool is an int
 
 Arguments = tuple[Any, ...]
@@ -65,6 +78,18 @@ def _items(arguments: Arguments) -> bool:
     return all(isinstance(p, (list, tuple)) and len(p) == 2 and isinstance(p[0], _PLAIN) for p in pairs)
 
 
+def _within_storage(arguments: Arguments) -> bool:
+    """A storage, an offset, sizes and strides: torch gives a storage that is too small for them what it lacks."""
+    storage, offset, sizes, strides = arguments[:4]
+    if not isinstance(storage, _Storage) or not isinstance(sizes, tuple) or not isinstance(strides, tuple):
+        return False
+    numbers = (offset, *sizes, *strides)
+    if len(sizes) != len(strides) or not all(isinstance(n, int) and n >= 0 for n in numbers):
+        return False
+    last = sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+    return 0 in sizes or offset + last < storage.count
+
+
 def _one_flat_list(arguments: Arguments) -> bool:
     return len(arguments) == 1 and isinstance(arguments[0], (list, tuple)) and _plain(tuple(arguments[0]))
 
@@ -78,9 +103,9 @@ _ORDERED, _NUMPY_TYPE = "collections.OrderedDict", "numpy.dtype"
 _CALLS: dict[str, Callable[[Arguments], bool]] = {
     _ORDERED: _items,
     "collections.Counter": _items,
-    "torch._utils._rebuild_tensor": _anything,
-    "torch._utils._rebuild_tensor_v2": _anything,
-    "torch._utils._rebuild_tensor_v3": _anything,
+    "torch._utils._rebuild_tensor": _within_storage,
+    "torch._utils._rebuild_tensor_v2": _within_storage,
+    "torch._utils._rebuild_tensor_v3": _within_storage,
     "torch._utils._rebuild_parameter": _anything,
     "torch.Size": _one_flat_list,
     "torch.device": _plain,
@@ -98,14 +123,19 @@ _PASSIVE = re.compile(
 )
 
 
-def check_pickle(file: BinaryIO) -> None:
+def check_pickle(file: BinaryIO, file_bytes: int) -> None:
     """Look through one pickle, from where `file` stands to behind the pickle's end.
+
+    Args:
+        file: the pickle, and perhaps more behind it.
+        file_bytes: size of the whole checkpoint; its storages together cannot hold more numbers.
 
     Raises:
         UnsafeGlobalError: it names what a state dict does not need.
-        ValueError: it calls something with odd arguments, has another key than a text or a number, or is damaged.
+        ValueError: it calls something with odd arguments, announces more than the file holds, has another key than a
+            text or a number, or is damaged.
     """
-    machine = _Machine()
+    machine = _Machine(file_bytes)
     try:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
             if count >= _MAX_OPCODES:
@@ -118,7 +148,9 @@ def check_pickle(file: BinaryIO) -> None:
 class _Machine:
     """The stack of torch's unpickler, with descriptions for what would be made."""
 
-    def __init__(self) -> None:
+    def __init__(self, room: int) -> None:
+        self.room = room  # numbers that storages may still hold
+        self.storages: dict[str, _Storage] = {}
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
@@ -184,8 +216,19 @@ class _Machine:
             raise ValueError("a key of a dictionary is neither a text nor a number")
 
     def storage(self) -> None:
-        self.stack.pop()
-        self.stack.append(_STORAGE)
+        """`("storage", type, key, device, count)`, in old files with a sixth part; the first mention of a key counts."""
+        about = self.stack.pop()
+        if not isinstance(about, tuple) or len(about) not in (5, 6) or about[0] != "storage":
+            raise ValueError("it holds what is no tensor's memory")
+        key, count = about[2], about[4]
+        if not isinstance(key, str) or not isinstance(count, int) or count < 0:
+            raise ValueError("it describes a tensor's memory oddly")
+        if key not in self.storages:
+            self.storages[key] = _Storage(key, count)
+            self.room -= count
+            if self.room < 0:
+                raise ValueError("it announces more numbers than the file can hold")
+        self.stack.append(self.storages[key])
 
     def call(self) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()

@@ -327,7 +327,7 @@ def _plain(header: dict[Any, Any], path: Path) -> dict[str, Any]:
 def _load_pickle(data: bytes, path: Path) -> object:
     try:
         for file in _pickles(data, path):
-            check_pickle(file)
+            check_pickle(file, len(data))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with torch.serialization.safe_globals(_NUMPY_NUMBERS):
@@ -389,6 +389,8 @@ def _check_archive(data: bytes, path: Path) -> None:
         )
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise CheckpointError(f"{path} is compressed inside, which torch never writes; refused")
+    if sum(entry.file_size for entry in entries) > len(data):
+        raise CheckpointError(f"{path} announces more content than it holds: it is damaged or was cut short")
     if sum(entry.filename.endswith("data.pkl") for entry in entries) != 1:
         raise CheckpointError(f"{path} is a zip archive without a torch checkpoint in it, or with several")
 

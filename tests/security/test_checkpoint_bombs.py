@@ -244,3 +244,69 @@ def test_a_gadget_of_a_partial_call_is_named(tmp_path: Path) -> None:
     path.write_bytes(pickle.dumps(functools.partial(print, "x"), 2))
     with pytest.raises(CheckpointError, match=r"wants to run functools\.partial"):
         read_checkpoint(path)
+
+
+class Described:
+    """A tensor with 4 numbers, as a file describes it: how many its storage has, where it begins, sizes and strides."""
+
+    def __init__(self, storage: Any, offset: int, sizes: tuple[int, ...], strides: tuple[int, ...]) -> None:
+        self.arguments = (storage, offset, sizes, strides, False, collections.OrderedDict())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return torch._utils._rebuild_tensor_v2, self.arguments
+
+
+class Stored:
+    def __init__(self, count: object) -> None:
+        self.about = ("storage", torch.FloatStorage, "0", "cpu", count, None)
+
+
+def described(tensor: Described, new: bool) -> bytes:
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, value: object) -> object:
+            return value.about[: 5 if new else 6] if isinstance(value, Stored) else None
+
+    buffer = io.BytesIO()
+    Pickler(buffer, 2).dump({"w": tensor})
+    if not new:
+        return in_legacy(buffer.getvalue())[:-len(pickle.dumps([], 2))] + pickle.dumps(["0"], 2) + struct.pack("<q4f", 4, *range(4))  # fmt: skip
+    archive = io.BytesIO(in_zip(buffer.getvalue()))
+    with zipfile.ZipFile(archive, "a") as file:
+        file.writestr("archive/data/0", struct.pack("<4f", *range(4)))
+    return archive.getvalue()
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_a_tensor_within_its_storage_is_read(tmp_path: Path, new: bool) -> None:
+    (tmp_path / "t.pt").write_bytes(described(Described(Stored(4), 1, (3, 1), (1, 7)), new))
+    assert read_checkpoint(tmp_path / "t.pt").tensors["w"].flatten().tolist() == [1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize("new", [True, False])
+@pytest.mark.parametrize(
+    ("tensor", "says"),
+    [
+        (Described(Stored(4), 0, (2**31,), (1,)), "odd arguments"),
+        (Described(Stored(4), 0, (4, 1), (2**40, 1)), "odd arguments"),
+        (Described(Stored(4), 2**31, (2,), (1,)), "odd arguments"),
+        (Described(Stored(4), -1, (2,), (1,)), "odd arguments"),
+        (Described(Stored(4), 0, (2,), (-1,)), "odd arguments"),
+        (Described(Stored(4), 0, (2, 2), (1,)), "odd arguments"),
+        (Described(Stored(2**33), 0, (2,), (1,)), "more numbers than the file can hold"),
+        (Described(Stored(-4), 0, (2,), (1,)), "oddly"),
+        (Described(Stored("4"), 0, (2,), (1,)), "oddly"),
+    ],
+)
+def test_what_a_tensor_announces_beyond_its_storage_is_not_made(
+    tmp_path: Path, refusal_in_limits: Refusal, tensor: Described, says: str, new: bool
+) -> None:
+    (tmp_path / "t.pt").write_bytes(described(tensor, new))
+    assert says in refusal_in_limits(lambda: read_checkpoint(tmp_path / "t.pt"))
+
+
+def test_an_archive_that_announces_a_record_of_4_gib_is_refused(tmp_path: Path, refusal_in_limits: Refusal) -> None:
+    data = bytearray(by_torch({"w": torch.zeros(4)}))
+    at = data.rindex(b"PK\x01\x02", 0, data.rindex(b"data/0"))
+    data[at + 20 : at + 28] = struct.pack("<II", 2**32 - 2, 2**32 - 2)
+    (tmp_path / "t.pt").write_bytes(data)
+    assert "damaged" in refusal_in_limits(lambda: read_checkpoint(tmp_path / "t.pt"))

@@ -86,7 +86,7 @@ def test_junk_is_walked_or_refused(data: bytes) -> None:
     with contextlib.suppress(BundleError):
         refuse_external_data(data, "m")
     with contextlib.suppress(ValueError):
-        check_pickle(io.BytesIO(data))
+        check_pickle(io.BytesIO(data), len(data))
 
 
 # ------------------------------------------------------------------------------------------------------ hostile paths
