@@ -66,6 +66,8 @@ def export_command(
         raise RunError(f"{run.path} is not finished; go on with it by: rkd distill --resume {run.path}")
     if run.summary["kind"] != "distill":
         raise RunError(f"{run.path} made a teacher, not a student; distil it first")
+    if run_path is None:
+        say(f"exporting {run.path}, the newest finished run")
     for caution in [] if teacher else cautions_of(run):
         say(caution)
     network, digest = _teacher(run, arch) if teacher else _student(run)

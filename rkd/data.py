@@ -433,11 +433,12 @@ def _torchvision_name(spec: str, *, forced: bool) -> str:
         return name
     if "/" in spec or spec.lower().endswith(".npz") or spec.startswith((".", "~")):
         raise DataError(f"no such folder or file: {spec}; expected a folder of images, an .npz or a data set's name")
-    close = difflib.get_close_matches(spec.lower(), ["digits", *known], n=1)
+    folders = [path.name for path in Path().iterdir() if path.is_dir()]
+    close = difflib.get_close_matches(spec.lower(), [*folders, "digits", *known], n=1)
     hint = f"did you mean {close[0]}? " if close else ""
     raise DataError(
-        f"unknown data set {shown(spec)!r}; {hint}expected a folder of images, an .npz, digits, or one of "
-        f"torchvision's: {', '.join(sorted(known))}"
+        f"there is no folder {shown(spec)!r} here, and no data set of that name; {hint}expected a folder of images, an "
+        f".npz, digits, or one of torchvision's: {', '.join(sorted(known))}"
     )
 
 

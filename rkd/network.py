@@ -67,7 +67,7 @@ class Normalisation:
             (r, g, b), (s, t, u) = (part * 3 if len(part) == 1 else part for part in (mean, std))
         except ValueError:
             raise ConfigError(
-                f"--normalize {text!r}: expected none, imagenet, cifar10, or MEAN;STD such as '0.5,0.5,0.5;0.25,0.25,0.25'"
+                f"--normalize {text!r}: expected none, imagenet, cifar10, or MEAN;STD such as '0.5;0.5' or '0.49,0.48,0.45;0.25,0.24,0.26'"
             ) from None
         return cls((r, g, b), (s, t, u))
 
@@ -75,7 +75,8 @@ class Normalisation:
         for name, known in NORMALISATIONS.items():
             if known == self:
                 return name
-        return ";".join(",".join(f"{value:g}" for value in part) for part in (self.mean, self.std))
+        parts = [part[:1] if len(set(part)) == 1 else part for part in (self.mean, self.std)]
+        return ";".join(",".join(f"{value:g}" for value in part) for part in parts)
 
 
 NORMALISATIONS = {

@@ -20,9 +20,11 @@ from rkd.run import DISTIL, EXAMPLES, MASKS, REPORT, SUMMARY, TRIGGERS, Model, R
 from rkd.triggers import Trigger
 
 _EXAMPLES_LIMIT_BYTES = 2**28
+_FAR_BELOW = 15.0  # points of ACC
+_TRANSFERS = 30.0  # percent; a case transfers from 30 points of excess ASR on
 
 
-def report_command(sources: Sequence[Path], out: Path | None, control: Sequence[Path] = ()) -> Path:
+def report_command(sources: Sequence[Path], out: Path | None, control: Sequence[Path] = ()) -> tuple[Path, list[Path]]:
     """`rkd report`: a page about runs, or about results of `rkd bench`.
 
     Args:
@@ -31,7 +33,7 @@ def report_command(sources: Sequence[Path], out: Path | None, control: Sequence[
         control: the runs of controls, to show excess ASR.
 
     Returns:
-        Where the page is.
+        Where the page is, and what it is about.
 
     Raises:
         ConfigError: runs and results together, one result twice, a control for results, or `out` is a source.
@@ -50,7 +52,7 @@ def report_command(sources: Sequence[Path], out: Path | None, control: Sequence[
         place = out or Path("report.html")
         check_output(place, sources)
         write_file(place, result_page([bench_result.read(path) for path in sources]).encode())
-        return place
+        return place, list(sources)
     opened = [Run.open(path) for path in runs]
     place = out or (opened[0].path / REPORT if len(opened) == 1 else Path("report.html"))
     controls = [Run.open(path) for path in control]
@@ -60,7 +62,7 @@ def report_command(sources: Sequence[Path], out: Path | None, control: Sequence[
     roles = {str(run.path): f"{_last(run).role} ({names[run.path]})" for run in everyone} if len(everyone) > 1 else {}
     compared = {roles[str(run.path)]: roles[str(_control_of(run, controls).path)] for run in opened if controls}
     write_run_report(everyone, place, roles=roles, controls=compared)
-    return place
+    return place, [run.path for run in opened]
 
 
 def _refuse_twice(paths: Sequence[Path]) -> None:
@@ -237,8 +239,16 @@ def cautions(models: Sequence[Model], classes: int) -> list[str]:
         classes: how many there are.
     """
     found = []
-    if caution := models[-1].scores.guess_caution(classes):
+    teacher, student = models[0].scores, models[-1].scores
+    if caution := teacher.guess_caution(classes):
+        found.append(f"The teacher itself {caution}: check --normalize, --arch and the order of the class folders.")
+    elif caution := student.guess_caution(classes):
         found.append(f"The student {caution}: train longer (--epochs) or on more data.")
+    elif (lost := teacher.acc.value - student.acc.value) > _FAR_BELOW:
+        found.append(
+            f"The student is {lost:.1f} points of ACC below its teacher: train longer (--epochs), on more data, or take a "
+            "larger student."
+        )
     if models[-1].parameters > models[0].parameters:
         found.append(
             f"The student is larger than its teacher: {models[-1].parameters:,} parameters, the teacher has "
@@ -248,6 +258,14 @@ def cautions(models: Sequence[Model], classes: int) -> list[str]:
         f"The trigger {t.trigger!r} moves only {t.asr.value:.1f} % of the images in the teacher itself: unless the attack "
         "is meant to sleep there, a low ASR of the student is no merit of the method."
         for t in models[0].scores.asleep()
+    ]
+    found += [
+        f"The trigger {t.trigger!r} moves {t.asr.value:.1f} % of the images in the {model.role}: it hardly survives plain "
+        "distillation, so this run cannot show a defence against it at work."
+        for model in models[1:-1]
+        if model.role.startswith("undefended")
+        for t in model.scores.triggers
+        if t.asr.n and t.asr.value < _TRANSFERS and t.trigger not in {one.trigger for one in teacher.asleep()}
     ]
     return found
 

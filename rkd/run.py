@@ -70,6 +70,8 @@ SUMMARY, METRICS, STUDENT, TEACHER, MASKS, PERTURBATIONS, PURIFIED, LABELS, EXAM
 )  # fmt: skip
 _DIGESTS = "digests.json"
 _LOG_LIMIT_BYTES = 2**26
+_MOST_TOGETHER = 30  # images, below which their commonest class says nothing
+_FOOLS_LITTLE = 20.0  # percent
 _KEEP = 2  # checkpoints; the newest may be damaged
 
 
@@ -391,7 +393,8 @@ def check_free(path: Path) -> None:
         RunError: something is there.
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        go_on = f", or go on with it by --resume {path}" if (path / SUMMARY).is_file() else ""
+        unfinished = (path / SUMMARY).is_file() and not (path / STUDENT).is_file()
+        go_on = f", or go on with it by --resume {path}" if unfinished else ""
         raise RunError(f"{path} exists; choose another --out{go_on}")
 
 
@@ -450,12 +453,21 @@ def fooling_text(found: dict[str, Any], radius: float) -> str:
     """
     fooled, together = (Proportion.from_json(found[name]) for name in ("fooled", "together"))
     text = (
-        f"changes of at most {radius:g}/255, the same for all images, make the teacher see {fooled.value:.0f} % of "
-        f"{fooled.n} training images wrongly that it sees rightly without"
+        f"changes of at most {radius:g}/255, the same for all images, make the teacher see {_share(fooled)} training "
+        "images wrongly that it sees rightly without"
     )
     if not fooled.n:
         return "the teacher sees no training image rightly, so nothing can fool it"
-    return f"{text}, {together.value:.0f} % of these as {found['towards']}" if fooled.hits else text
+    if fooled.hits >= _MOST_TOGETHER:
+        text += f", {_share(together)} of these as {found['towards']}"
+    if fooled.value < _FOOLS_LITTLE:
+        text += " (little, which does not clear it: a patch, for one, is not looked for)"
+    return text
+
+
+def _share(found: Proportion) -> str:
+    low, high = found.interval
+    return f"{found.value:.1f} % [{low:.1f}, {high:.1f}] of {found.n}"
 
 
 def models_of(run: Run) -> list[Model]:

@@ -185,7 +185,7 @@ def scaling_of(checkpoint: Checkpoint, given: Normalisation | None) -> Normalisa
     if scaling is None:
         raise ConfigError(
             f"{checkpoint.path} does not say how its inputs were scaled; give --normalize none (pixels in [0, 1]), "
-            "imagenet, cifar10 or 'MEAN;STD'"
+            "imagenet, cifar10 or 'MEAN;STD' such as '0.5;0.5'"
         )
     return scaling
 
@@ -232,17 +232,23 @@ def likelier_scaling(
         seed: which images.
 
     Returns:
-        A line with both accuracies; None where no known scaling is better by more than both intervals.
+        A line with both accuracies; None where no usual scaling is better by more than both intervals.
+
+    Raises:
+        CheckpointError: under another scaling the teacher is right more than twice as often.
     """
     images, labels = _some_of(clean, limit, seed)
     given, _ = _accuracy(teacher, images, labels, device)
     name, best = _best_scaling(teacher, lambda network: _accuracy(network, images, labels, device)[0])
     if best.interval[0] <= given.interval[1]:
         return None
-    return (
+    seen = (
         f"--normalize {teacher.normalisation}: {given.value:.1f} % of {given.n} clean training images are right, with "
-        f"--normalize {name} {best.value:.1f} %; is {name} how the teacher's inputs were scaled?"
+        f"--normalize {name} {best.value:.1f} %"
     )
+    if best.hits > 2 * given.hits:
+        raise CheckpointError(f"{seen}, so its inputs were probably scaled that way; give --normalize {name}")
+    return f"{seen}; is {name} how the teacher's inputs were scaled?"
 
 
 def _some_of(clean: Source, limit: int, seed: int) -> tuple[Images, Labels]:
@@ -257,10 +263,9 @@ def _accuracy(network: Network, images: Images, labels: Labels, device: torch.de
 
 
 def _best_scaling(network: Network, accuracy: Callable[[Network], Proportion]) -> tuple[str, Proportion]:
-    """The best of the known scalings that are not the network's own."""
-    others = {
-        n: accuracy(replace(network, normalisation=v)) for n, v in NORMALISATIONS.items() if v != network.normalisation
-    }
+    """The best of the usual scalings that are not the network's own, as it is typed, and the accuracy under it."""
+    usual = {**NORMALISATIONS, "'0.5;0.5'": Normalisation((0.5,) * 3, (0.5,) * 3)}
+    others = {n: accuracy(replace(network, normalisation=v)) for n, v in usual.items() if v != network.normalisation}
     return max(others.items(), key=lambda item: item[1].hits)
 
 
@@ -375,6 +380,10 @@ def _check_archive(data: bytes, path: Path) -> None:
     if path.suffix == ".rkd":
         raise CheckpointError(
             f"{path} is a bundle for boards (rkd bench {path} measures it); expected a checkpoint, .pt or .safetensors"
+        )
+    if path.suffix == ".npz":
+        raise CheckpointError(
+            f"{path} holds arrays, expected a checkpoint; a trigger goes to --trigger, images to --data"
         )
     try:
         with open_zip(io.BytesIO(data), _INDEX_BYTES) as archive:
@@ -529,10 +538,10 @@ def _hint(
 ) -> str:
     """What seems to be wrong with a teacher that is no better than chance."""
     name, best = _best_scaling(network, accuracy)
-    if best.interval[0] > chance:
-        return f"with --normalize {name} it gets {best.value:.1f} %, so its inputs were probably scaled that way"
     majority = {int(c): int(np.bincount(labels[predicted == c]).argmax()) for c in np.unique(predicted)}
     permuted = 100 * float(np.mean([majority[int(p)] == int(y) for p, y in zip(predicted, labels, strict=True)]))
-    if len(majority) > 1 and permuted > 50:
+    if len(majority) > 1 and permuted > max(50, best.value):
         return f"its answers are consistent ({permuted:.0f} % under another class order), so the class folders are probably in another order than its outputs"
+    if best.interval[0] > chance:
+        return f"with --normalize {name} it gets {best.value:.1f} %, so its inputs were probably scaled that way"
     return "check --normalize, the class order (folders are sorted by name) and that this is the teacher's data"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import numpy as np
@@ -119,8 +120,10 @@ def test_what_a_network_sees_wrongly_anyway_does_not_count() -> None:
     )
     found = search(teacher)  # it says class 0 whatever it sees
     assert found.fooled.hits == 0 < found.fooled.n < 1280
-    assert fooling_text(found.to_json(teacher.classes), 8).endswith(
-        f"0 % of {found.fooled.n} training images wrongly that it sees rightly without"
+    assert re.search(
+        rf" 0\.0 % \[0\.0, \d\.\d\] of {found.fooled.n} training images wrongly that it sees rightly without "
+        r"\(little, which does not clear it",
+        fooling_text(found.to_json(teacher.classes), 8),
     )
 
 

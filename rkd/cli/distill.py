@@ -72,7 +72,8 @@ def distill(
     batch: Annotated[int, typer.Option(help="Images a step.")] = 128,
     lr: Annotated[float, typer.Option(help="Highest learning rate of the cycle.")] = 0.1,
     augmentation: Annotated[
-        str, typer.Option(help="auto, none, crop or crop-flip (auto does not mirror digits and signs).")
+        str,
+        typer.Option(help="auto, none, crop or crop-flip (auto mirrors, unless the data's name says digits or signs)."),
     ] = "auto",
     seed: Annotated[int, typer.Option(help="Decides initialisation, order and augmentation.")] = 0,
     split_seed: Annotated[int, typer.Option(help="Decides the test split of data that comes without one.")] = 0,
@@ -87,7 +88,7 @@ def distill(
     normalize: Annotated[
         str,
         typer.Option(
-            help="How the teacher's inputs were scaled: none, imagenet, cifar10 or 'MEAN;STD'. Default: what its file says.",
+            help="How the teacher's inputs were scaled: none, imagenet, cifar10 or 'MEAN;STD' such as '0.5;0.5'. Default: what its file says.",
             show_default=False,
         ),
     ] = "",

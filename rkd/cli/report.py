@@ -42,4 +42,5 @@ def report(
     from rkd.cli.tables import say_next
     from rkd.reporting import report_command
 
-    say_next(f"wrote {report_command(sources or [], out, control or [])}")
+    place, about = report_command(sources or [], out, control or [])
+    say_next(f"wrote {place} about {', '.join(map(str, about))}")

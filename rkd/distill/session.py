@@ -301,8 +301,11 @@ class Inputs:
             augmentation=augmentation_for(settings.augmentation, data), precision=choose_precision(settings.precision, device),
         )  # fmt: skip
         autocast(device, recipe.precision)
-        how = {"crop": "cropped, not mirrored", "crop-flip": "cropped and mirrored", "none": "not augmented"}
-        notes = (*notes, f"training images are {how.get(recipe.augmentation, '?')} (--augmentation)")
+        how = {
+            "crop": "cropped, not mirrored", "none": "not augmented",
+            "crop-flip": "cropped and mirrored; where a mirrored image is of another class, give --augmentation crop",
+        }  # fmt: skip
+        notes = (*notes, f"training images are {how.get(recipe.augmentation, '?')}")
         return cls(data, train_source, teacher, checkpoint.sha256, triggers, device, recipe, notes)
 
     def check_same(self, run: Run) -> None:
