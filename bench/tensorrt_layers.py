@@ -19,8 +19,9 @@ from rkd.target import Precision
 
 UNKNOWN = "unknown"
 MOST_LAYERS, MOST_NAME = 1000, 200  # of them in a result, and characters of a name
+_BYTES = re.compile(r"uint8|\bu8\b", re.IGNORECASE)  # a camera's image, which no layer computes in
 _TYPES = (
-    ("int8", re.compile(r"int8|\bi8\b", re.IGNORECASE)),
+    ("int8", re.compile(r"(?<!u)int8|\bi8\b", re.IGNORECASE)),
     ("bf16", re.compile(r"bf16|bfloat16", re.IGNORECASE)),  # before fp16, whose names end in the same
     ("fp16", re.compile(r"half|fp16|float16", re.IGNORECASE)),
     ("fp8", re.compile(r"fp8|float8", re.IGNORECASE)),
@@ -37,7 +38,7 @@ class LayerType:
     Attributes:
         name: as the inspector gives it.
         kind: its `LayerType`.
-        precision: `int8`, `fp16`, `fp32`, ... of its input, or `unknown`.
+        precision: `int8`, `fp16`, `fp32`, ... of its input (of its output where that is the camera's bytes), or `unknown`.
         weighted: whether it is a convolution or matrix product.
     """
 
@@ -69,14 +70,20 @@ def _layer(layer: Any) -> LayerType:
     kind = str(layer.get("LayerType", ""))
     about = f"{kind} {layer.get('ParameterType', '')} {layer.get('TacticName', '')}"
     moves = bool(_MOVES.search(kind))
-    inputs = layer.get("Inputs") or []
-    found = _type(inputs[0]) if inputs else UNKNOWN
+    said = [_said(tensor) for tensors in ("Inputs", "Outputs") for tensor in (layer.get(tensors) or [])[:1]]
+    if len(said) > 1 and _BYTES.search(said[0]):
+        del said[0]
+    found = _type(said[0]) if said else UNKNOWN
     return LayerType(str(layer.get("Name", "")), kind, found, bool(_WEIGHTED.search(about)) and not moves)
 
 
-def _type(tensor: Mapping[str, Any]) -> str:
+def _said(tensor: Mapping[str, Any]) -> str:
+    """What the inspector says of a tensor's type."""
     text = " ".join(str(tensor.get(key, "")) for key in ("DataType", "Datatype", "Format/Datatype"))
-    text = text if text.strip() else str(tensor.get("Format", ""))
+    return text if text.strip() else str(tensor.get("Format", ""))
+
+
+def _type(text: str) -> str:
     return next((name for name, pattern in _TYPES if pattern.search(text)), UNKNOWN)
 
 

@@ -312,10 +312,30 @@ def layers(*types: str, field: str = "Format/Datatype") -> str:
         ("BFloat16", "DataType", "bf16"),
         ("Row major linear BF16 format", "Format/Datatype", "bf16"),
         ("N/A due to dynamic shapes", "Format/Datatype", "unknown"),
+        ("Row major linear UInt8 format", "Format/Datatype", "unknown"),
+        ("UInt8", "DataType", "unknown"),
     ],
 )
 def test_types_are_read_from_both_forms_of_the_inspector(kind: str, field: str, precision: str) -> None:
     assert count_types(read_layers(layers(kind, field=field))) == {precision: 1}
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "precision"),
+    [
+        ({"Format/Datatype": "Row major linear UInt8 format"}, {"Format/Datatype": "Row major linear FP32"}, "fp32"),
+        ({"DataType": "UInt8", "Format": "Linear"}, {"DataType": "Half", "Format": "Linear"}, "fp16"),
+        ({"DataType": "UInt8"}, {"DataType": "Int8"}, "int8"),
+        ({"DataType": "Int8"}, {"DataType": "Half"}, "int8"),
+    ],
+)
+def test_a_layer_that_reads_the_cameras_bytes_computes_in_the_type_of_its_output(
+    inputs: dict[str, str], outputs: dict[str, str], precision: Any
+) -> None:
+    layer = {"Name": "first", "LayerType": "CaskConvolution", "Inputs": [inputs], "Outputs": [outputs]}
+    found = read_layers(json.dumps({"Layers": [layer]}))
+    assert count_types(found) == {precision: 1}
+    assert verify_precision(found, precision, "x").startswith("layers: 1 ")
 
 
 @pytest.mark.parametrize(
