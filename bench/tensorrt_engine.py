@@ -1,7 +1,8 @@
 """Build a TensorRT engine from ONNX on the machine that runs it, and keep it for the next time.
 
 One code path for TensorRT 10.3 to 11.4 and TensorRT for RTX: the network is strongly typed, so the types are those that
-the ONNX file has, and no builder flag decides precision. (FP32 files also switch TF32 off, which is on by default.)
+the ONNX file has, and no builder flag decides precision. (Files with FP32 layers also switch TF32 off, which is on by
+default.)
 
 An engine is bound to the TensorRT release, the GPU and the driver, and deserialising one runs native code: only engines
 that this user built on this machine are loaded, each only where its key fits in every part.
@@ -45,6 +46,7 @@ class BuildOptions:
         target: its name, for errors.
         runtime: `tensorrt` or `tensorrt-rtx`.
         precision: that the file is typed in, which the built engine is checked for.
+        rest: precision of an INT8 file's other layers; empty for other files.
         opt_batch, max_batch: of the optimisation profile, whose least batch is 1.
         workspace_mib: cap of the builder's memory; 0 for none.
         min_version, below_version: of the runtime.
@@ -54,6 +56,7 @@ class BuildOptions:
     target: str
     runtime: Runtime
     precision: Precision
+    rest: str
     opt_batch: int
     max_batch: int
     workspace_mib: int
@@ -64,9 +67,10 @@ class BuildOptions:
     @classmethod
     def of(cls, target: Target) -> BuildOptions:
         """The options of a target."""
+        rest = target.quantisation.rest if target.quantisation is not None else ""
         return cls(
-            target.name, target.runtime, target.precision, target.opt_batch, target.max_batch, target.workspace_mib,
-            target.min_version, target.below_version, list(target.compute),
+            target.name, target.runtime, target.precision, rest, target.opt_batch, target.max_batch,
+            target.workspace_mib, target.min_version, target.below_version, list(target.compute),
         )  # fmt: skip
 
 
@@ -166,7 +170,7 @@ def build_engine(
     config.progress_monitor = _monitor(trt, on_phase)
     if options.workspace_mib:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib * _MIB)
-    if options.precision == "fp32":
+    if "fp32" in (options.precision, options.rest):
         config.clear_flag(trt.BuilderFlag.TF32)
     config.add_optimization_profile(_profile(builder, network, options, origin))
     times = trt.__name__ == MODULES["tensorrt"]  # TensorRT for RTX times nothing while it builds, and warns when asked

@@ -106,17 +106,21 @@ def _short(text: str) -> str:
     return shortened(text[: 10 * MOST_NAME], MOST_NAME)
 
 
-def verify_precision(layers: tuple[LayerType, ...], precision: Precision, origin: str, quantised: int = 0) -> str:
+def verify_precision(
+    layers: tuple[LayerType, ...], precision: Precision, origin: str, quantised: int = 0, rest: str = ""
+) -> str:
     """Refuse an engine that silently computes in another type.
 
-    FP32: every convolution in FP32. FP16: none in FP32. INT8: none in FP32, and in INT8 at least half as many as in the
-    file. (TensorRT joins layers, and computes one in FP16 where it has no INT8 kernel for it.)
+    FP32 and FP16: every convolution in that type. INT8: each in INT8 or in the type of the recipe's rest, and in INT8 at
+    least half as many as in the file. (TensorRT joins layers, and computes one in the other type where it has no INT8
+    kernel for it.)
 
     Args:
         layers: of the engine.
         precision: the file's.
         origin: names the engine in errors.
         quantised: layers that the file has in INT8.
+        rest: the type of the file's other layers, `fp16` or `fp32`, for precision int8.
 
     Returns:
         One line about the types of all layers; where the inspector tells none, that they were not verified.
@@ -126,7 +130,7 @@ def verify_precision(layers: tuple[LayerType, ...], precision: Precision, origin
     """
     counts = count_types(layers)
     shown = ", ".join(f"{count} {name}" for name, count in counts.items()) or "no layers"
-    allowed = {"fp32": {"fp32"}, "fp16": {"fp16"}, "int8": {"int8", "fp16"}}[precision]
+    allowed = {precision, rest} if precision == "int8" else {precision}
     known = {name: count for name, count in counts.items() if name != UNKNOWN}
     if not known:
         return (
@@ -144,6 +148,6 @@ def verify_precision(layers: tuple[LayerType, ...], precision: Precision, origin
     if 2 * known["int8"] < quantised:
         raise RuntimeUnavailableError(
             f"{origin}: {known['int8']} layers of the engine compute in INT8, {quantised} of the file do: {shown}; update "
-            "TensorRT, or export for precision fp16"
+            f"TensorRT, or export for precision {rest or 'fp16'}"
         )
     return f"layers: {shown}; the file has {quantised} in INT8"

@@ -266,8 +266,9 @@ class TensorRtRunner:
         inspector = engine.create_engine_inspector()
         inspector.execution_context = context  # with dynamic shapes, types are known for a shape only
         self.layers = read_layers(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
-        quantised = quantised_layers(self._model) if self._options.precision == "int8" else 0
-        self.precision = verify_precision(self.layers, self._options.precision, self._origin, quantised)
+        precision, rest = self._options.precision, self._options.rest
+        quantised = quantised_layers(self._model) if precision == "int8" else 0
+        self.precision = verify_precision(self.layers, precision, self._origin, quantised, rest)
         self._tell(self.precision)
 
     def _open(self) -> Cuda:

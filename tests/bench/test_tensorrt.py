@@ -339,27 +339,59 @@ def test_a_layer_that_reads_the_cameras_bytes_computes_in_the_type_of_its_output
 
 
 @pytest.mark.parametrize(
-    ("precision", "types", "fine"),
+    ("precision", "rest", "types", "fine"),
     [
-        ("fp16", ("Half", "Half"), True),
-        ("fp16", ("Float", "Float"), False),
-        ("fp16", ("Half", "Float"), False),
-        ("int8", ("Int8", "Half"), True),
-        ("int8", ("Half", "Half"), False),
-        ("int8", ("Int8", "Float"), False),
-        ("fp32", ("Float",), True),
-        ("fp32", ("Half",), False),
+        ("fp16", "", ("Half", "Half"), True),
+        ("fp16", "", ("Float", "Float"), False),
+        ("fp16", "", ("Half", "Float"), False),
+        ("int8", "fp16", ("Int8", "Half"), True),
+        ("int8", "fp16", ("Half", "Half"), False),
+        ("int8", "fp16", ("Int8", "Float"), False),
+        ("int8", "fp32", ("Int8", "Float"), True),
+        ("int8", "fp32", ("Int8", "Half"), False),
+        ("int8", "fp32", ("Float", "Float"), False),
+        ("fp32", "", ("Float",), True),
+        ("fp32", "", ("Half",), False),
     ],
 )
 def test_an_engine_that_silently_computes_in_another_type_is_refused(
-    precision: Any, types: tuple[str, ...], fine: bool
+    precision: Any, rest: str, types: tuple[str, ...], fine: bool
 ) -> None:
     found = read_layers(layers(*types))
     if fine:
-        assert verify_precision(found, precision, "x").startswith("layers: ")
+        assert verify_precision(found, precision, "x", rest=rest).startswith("layers: ")
     else:
         with pytest.raises(RuntimeUnavailableError, match=f"does not compute in {precision}"):
-            verify_precision(found, precision, "x")
+            verify_precision(found, precision, "x", rest=rest)
+
+
+@pytest.mark.parametrize(
+    ("changes", "cleared"),
+    [({}, 0), ({"precision": "int8", "rest": "fp16"}, 0), ({"precision": "int8", "rest": "fp32"}, 1),
+     ({"precision": "fp32"}, 1)],
+)  # fmt: skip
+def test_files_with_fp32_layers_are_built_without_tf32(changes: dict[str, Any], cleared: int) -> None:
+    device = Recorder()
+    flat = model(helper.make_node("Flatten", ["x"], ["logits"], axis=1))
+    build_engine(device.module(), flat, replace(FP16, **changes), "x.rkd")
+    assert device.calls.count("clear_flag") == cleared
+
+
+def test_an_int8_target_whose_rest_is_fp32_has_its_engine_checked_for_that_and_kept_apart(tmp_path: Path) -> None:
+    target = load_target("jetson-int8")
+    assert target.quantisation is not None
+    options = BuildOptions.of(replace(target, quantisation=replace(target.quantisation, rest="fp32")))
+    assert (options.rest, BuildOptions.of(target).rest, FP16.rest) == ("fp32", "fp16", "")
+    device = Recorder(inspector="Int8", second="Float")
+    trt = device.module()
+    machine = Machine(load=lambda _runtime: trt, probe=lambda: ORIN, open=lambda: device, cache=lambda: tmp_path)
+    flat = model(helper.make_node("Flatten", ["x"], ["logits"], axis=1))
+    with TensorRtRunner(flat, options, "x.rkd", machine=machine) as active:
+        assert active.layer_types() == {"fp32": 1, "int8": 1}
+    assert engine_key(trt, flat, options, ORIN) != engine_key(trt, flat, BuildOptions.of(target), ORIN)
+    refused = TensorRtRunner(flat, BuildOptions.of(target), "x.rkd", machine=machine)
+    with pytest.raises(RuntimeUnavailableError, match="does not compute in int8: 1 fp32, 1 int8"), refused:
+        pass
 
 
 @pytest.mark.parametrize(
@@ -370,12 +402,12 @@ def test_an_int8_engine_is_compared_with_the_layers_that_the_file_has_in_int8(
 ) -> None:
     found = read_layers(layers(*["Int8"] * int8, *["Half"] * (20 - int8)))
     if fine:
-        assert verify_precision(found, "int8", "x", quantised).endswith(f"; the file has {quantised} in INT8")
+        assert verify_precision(found, "int8", "x", quantised, "fp16").endswith(f"; the file has {quantised} in INT8")
     else:
         with pytest.raises(
             RuntimeUnavailableError, match=rf"x: {int8} layers of the engine compute in INT8, 20 of the"
         ):
-            verify_precision(found, "int8", "x", quantised)
+            verify_precision(found, "int8", "x", quantised, "fp16")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
@@ -438,12 +470,13 @@ def names(*protocols: type) -> set[str]:
 class Recorder:
     """TensorRT and CUDA as one device that writes down what it is asked; its engine sums up each image's bytes."""
 
-    def __init__(self, inspector: str = "Half", runs: bool = True) -> None:
+    def __init__(self, inspector: str = "Half", runs: bool = True, second: str = "") -> None:
         self.calls: list[str] = []
         self.buffers: dict[int, np.ndarray] = {}
         self.addresses: dict[str, int] = {}
-        self.batch, self.inspector, self.runs, self.name = 0, inspector, runs, "recorder"
+        self.batch, self.runs, self.name = 0, runs, "recorder"
         self.free = 2**40
+        self.types = (inspector, second) if second else (inspector,)
         self.timed: list[bytes] = []  # what each build knew of earlier ones
 
     def __getattr__(self, name: str) -> Any:
@@ -504,7 +537,7 @@ class Recorder:
         return self.runs
 
     def get_engine_information(self, _format: Any) -> str:
-        return layers(self.inspector)
+        return layers(*self.types)
 
     def module(self) -> Any:
         """TensorRT's module; an engine that it builds or loads is this device."""
@@ -533,7 +566,7 @@ class Recorder:
         return SimpleNamespace(
             __name__="tensorrt", __version__="10.3.0", ILogger=type("ILogger", (), {"ERROR": 1, "INTERNAL_ERROR": 2}),
             IProgressMonitor=object, ProfilingVerbosity=SimpleNamespace(DETAILED="detailed"),
-            MemoryPoolType=SimpleNamespace(WORKSPACE="workspace"),
+            MemoryPoolType=SimpleNamespace(WORKSPACE="workspace"), BuilderFlag=SimpleNamespace(TF32="tf32"),
             NetworkDefinitionCreationFlag=SimpleNamespace(STRONGLY_TYPED=1),
             Builder=lambda _logger: builder, OnnxParser=lambda _network, _logger: stand_in(api.OnnxParser, parse=True),
             Runtime=lambda _logger: stand_in(api.Runtime_, deserialize_cuda_engine=lambda _data: engine),
