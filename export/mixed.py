@@ -154,10 +154,11 @@ def choose(
 
     kept: tuple[str, ...] = ()
     found, file = trials[calibrator], graph.quantised(ranges)
-    if not good(found):
+    counts = _counts(len(graph.layers))
+    if counts and not good(found):
         order = _by_harm(graph, ranges, jury, tell)
         best = (found, kept, file)
-        for count in _counts(len(order)):
+        for count in counts:
             kept = order[:count]
             file = graph.quantised(ranges, kept)
             found = jury.judge(file)
@@ -224,12 +225,12 @@ def _by_harm(graph: Graph, ranges: Mapping[str, Range], jury: _Jury, tell: Calla
 
 
 def _counts(layers: int) -> list[int]:
-    """1, 2, 3, 5, 8, ... up to the most that may be kept."""
-    most, counts, count = max(1, int(layers * _MOST_KEPT)), list[int](), 1
+    """1, 2, 3, 5, 8, ... up to the most that may be kept; none where that is the only layer."""
+    most, counts, count = int(layers * _MOST_KEPT), list[int](), 1
     while count < most:
         counts.append(count)
         count = max(count + 1, int(count * _GROWTH))
-    return [*counts, most]
+    return [*counts, most] if most else []
 
 
 def _logits(predict: Predict, images: Images) -> Logits:

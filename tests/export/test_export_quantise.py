@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from rkd.data import ArraySource
 from rkd.errors import DataError, ExportError
 from rkd.export.calibration import Calibration, Observed, choose_calibration, observe, ranges_of
-from rkd.export.mixed import Trial, best_trial, choose
+from rkd.export.mixed import Trial, _counts, best_trial, choose
 from rkd.export.parity import predictor_of
 from rkd.export.precision import to_fp16
 from rkd.export.quantise import Graph, activation_scale
@@ -310,6 +310,23 @@ def test_an_agreement_below_the_recipes_is_a_problem_though_the_accuracy_holds()
     (line,) = choose(model, form, calibration(model), acc_budget=100.0, integer=False).problems
     assert "at least 98 % are required" in line
     assert choose(small(), form, calibration(small()), acc_budget=100.0, integer=False).problems == ()
+
+
+def test_the_only_layer_is_never_kept_and_the_file_comes_with_its_problems() -> None:
+    model = harmful(shortcut=True)
+    form = dataclasses.replace(BOARD, calibrators=("minmax",), operators=("Gemm",))
+    found = choose(model, form, calibration(model), acc_budget=1.0, integer=False)
+    assert (found.kept, found.layers) == ((), 1)
+    assert node(onnx.load_model_from_string(found.model), "gemm").input[0] == "m.dq"
+    assert all("even with 0 of 1 layers in fp16" in line for line in found.problems)
+    assert found.problems
+
+
+@pytest.mark.parametrize(("layers", "most"), [(1, 0), (2, 1), (3, 1), (4, 2), (22, 11), (53, 26)])
+def test_at_most_half_of_the_layers_are_kept(layers: int, most: int) -> None:
+    counts = _counts(layers)
+    assert max(counts, default=0) == most
+    assert counts == sorted(set(counts))
 
 
 def test_the_same_inputs_give_the_same_file() -> None:
