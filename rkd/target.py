@@ -27,9 +27,9 @@ Activations = Literal["int8", "uint8"]
 Bias = Literal["float", "int32"]
 Rest = Literal["fp32", "fp16"]
 
-CPU_PROVIDER = "CPUExecutionProvider"
+CPU_PROVIDER, TENSORRT_PROVIDER = "CPUExecutionProvider", "TensorrtExecutionProvider"
 PROVIDERS = (
-    CPU_PROVIDER, "CUDAExecutionProvider", "TensorrtExecutionProvider", "CANNExecutionProvider",
+    CPU_PROVIDER, "CUDAExecutionProvider", TENSORRT_PROVIDER, "CANNExecutionProvider",
     "CoreMLExecutionProvider", "DmlExecutionProvider", "DnnlExecutionProvider", "MIGraphXExecutionProvider",
     "NnapiExecutionProvider", "OpenVINOExecutionProvider", "QNNExecutionProvider", "RknpuExecutionProvider",
     "VitisAIExecutionProvider", "XnnpackExecutionProvider",
@@ -86,10 +86,10 @@ class Quantisation:
             return f"images {self.images}: expected 16 to 16384"
         if not 0 <= self.min_agreement <= 100:
             return f"min_agreement {self.min_agreement:g}: expected 0 to 100 percent"
-        if runtime != "onnxruntime":
+        if runtime != "onnxruntime" or provider == TENSORRT_PROVIDER:
             if self.activations != "int8" or self.bias != "float" or self.weight_bits != 8:
                 return (
-                    f"{runtime} takes symmetric int8 activations, 8-bit weights and a float bias only; "
+                    f"{provider or runtime} takes symmetric int8 activations, 8-bit weights and a float bias only; "
                     'set activations = "int8", weight_bits = 8, bias = "float"'
                 )
         elif provider == CPU_PROVIDER and self.rest == "fp16":

@@ -196,6 +196,9 @@ def test_a_recipe_that_tensorrt_rejects_is_refused(change: dict[str, Any]) -> No
     board = {"precision": "int8", **TENSORRT}
     assert Target.from_mapping({**GOOD, **board, "quantisation": good}, "mine").quantisation is not None
     assert "tensorrt takes symmetric int8" in refusal(**board, quantisation={**good, **change})
+    through = {"precision": "int8", "provider": "TensorrtExecutionProvider"}
+    assert Target.from_mapping({**GOOD, **through, "quantisation": good}, "mine").quantisation is not None
+    assert "TensorrtExecutionProvider takes symmetric int8" in refusal(**through, quantisation={**good, **change})
     for place in (board, {"precision": "int8", "provider": "CUDAExecutionProvider"}):
         assert "opset 18: FP16 scales" in refusal(**place, quantisation=good, opset=18)
 
