@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
 from rkd.errors import MissingExtraError, RuntimeUnavailableError
-from rkd.target import FLOORS, Runtime, version
+from rkd.target import CEILINGS, FLOORS, Runtime, version
 
 MODULES: dict[Runtime, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 
@@ -164,18 +164,22 @@ def import_tensorrt(runtime: Runtime) -> Module:
 
 
 def check_version(module: Module, runtime: Runtime, least: str, below: str) -> None:
-    """Refuse a release that the one code path does not serve, or that is outside of the target's bounds.
+    """Refuse a release that the one code path does not serve (`FLOORS`, `CEILINGS`), or that the target does not.
 
     Raises:
         RuntimeUnavailableError: the release is too old or too new; the message names the way out.
     """
     seen = str(module.__version__)
-    least = max(least, FLOORS[runtime], key=version)
-    old, new = version(seen) < version(least), bool(below) and version(seen) >= version(below)
-    if not old and not new:
+    ceiling = CEILINGS[runtime]
+    least, below = max(least, FLOORS[runtime], key=version), min(below or ceiling, ceiling, key=version)
+    if version(least) <= version(seen) < version(below):
         return
-    wanted = " and ".join([f"{least} or newer", *([f"below {below}"] if below else [])])
-    hint = "a newer JetPack has it (6.1 and up); without one" if old else "make a target file of your own; or"
+    hint = "make a target file of your own, or"
+    if version(seen) < version(least):
+        hint = "a newer JetPack has it (6.1 and up); without one,"
+    elif version(seen) >= version(ceiling):
+        hint = "see whether a newer rkd serves it, or"
     raise RuntimeUnavailableError(
-        f"{runtime} {seen} is here, the target wants {wanted}; {hint}, export for the target ort-cpu, which needs no GPU"
+        f"{runtime} {seen} is here, the target wants {least} or newer and below {below}; {hint} export for the target "
+        "ort-cpu, which needs no GPU"
     )

@@ -36,6 +36,8 @@ PROVIDERS = (
 )  # fmt: skip
 FLOORS: dict[Runtime, str] = {"onnxruntime": "1.20", "tensorrt": "10.3", "tensorrt-rtx": "1.2"}
 """The oldest release of each runtime that rkd serves."""
+CEILINGS: dict[Runtime, str] = {"tensorrt": "12", "tensorrt-rtx": "2"}
+"""The first release of a runtime that rkd does not serve: nobody has seen it, and its calls may be others."""
 OPSETS: dict[Runtime, tuple[tuple[str, int], ...]] = {
     "onnxruntime": (("1.20", 21), ("1.32", 24)),  # ONNX Runtime's compatibility table; 1.32 ran
     "tensorrt": (("10.3", 20), ("10.15", 24)),  # 20 is what was parsed; 24 from NVIDIA's list of operators
@@ -258,6 +260,9 @@ class Target:
                 f"min_version {self.min_version!r}: {self.runtime} is served from {floor} on; set {floor} or newer, or "
                 "take ort-cpu for a board with an older one"
             )
+        ceiling = CEILINGS.get(self.runtime, "")
+        if ceiling and version(least) >= version(ceiling):
+            return f"min_version {least!r}: {self.runtime} is served below {ceiling}; set an older one"
         releases = OPSETS[self.runtime]
         newest = max(opset for release, opset in releases if version(release) <= version(least))
         if self.opset > newest:

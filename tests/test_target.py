@@ -118,6 +118,8 @@ def test_an_unknown_key_is_answered_with_the_one_that_was_meant() -> None:
         ({**TENSORRT, "min_version": None}, "min_version '': tensorrt is served from 10.3 on"),
         ({**TENSORRT, "min_version": "8.6"}, "min_version '8.6': tensorrt is served from 10.3 on"),
         ({**TENSORRT, "runtime": "tensorrt-rtx", "min_version": "1.1"}, "tensorrt-rtx is served from 1.2 on"),
+        ({**TENSORRT, "min_version": "12"}, "min_version '12': tensorrt is served below 12"),
+        ({**TENSORRT, "runtime": "tensorrt-rtx", "min_version": "2.0"}, "tensorrt-rtx is served below 2"),
         ({"min_version": "1.19"}, "onnxruntime is served from 1.20 on"),
         (
             {"provider": "FooExecutionProvider"},

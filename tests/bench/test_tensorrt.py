@@ -172,7 +172,10 @@ def test_a_driver_that_answers_tells_its_device() -> None:
 
 @pytest.mark.parametrize(
     ("version", "message"),
-    [("8.6.2", r"8\.6\.2 is here, the target wants 10\.3 or newer.*ort-cpu"), ("12.0", "below 12.*ort-cpu")],
+    [
+        ("8.6.2", r"8\.6\.2 is here, the target wants 10\.3 or newer.*ort-cpu"),
+        ("12.0", "below 12; see whether a newer rkd.*ort-cpu"),
+    ],
 )
 def test_other_releases_are_refused_with_the_way_out(version: str, message: str) -> None:
     machine = Machine(load=lambda _runtime: SimpleNamespace(__version__=version), probe=lambda: ORIN)
@@ -185,6 +188,19 @@ def test_tensorrt_8_is_refused_whatever_the_target_says() -> None:
     for least in ("", "8.5"):
         with pytest.raises(RuntimeUnavailableError, match=r"8\.6\.2 is here, the target wants 10\.3 or newer.*ort-cpu"):
             tensorrt_missing(replace(FP16, min_version=least), machine)
+
+
+@pytest.mark.parametrize(("runtime", "version", "ceiling"), [("tensorrt", "12.0", "12"), ("tensorrt-rtx", "2.0", "2")])
+@pytest.mark.parametrize("below", ["", "13"])
+def test_a_release_that_nobody_has_seen_is_refused_whatever_the_target_says(
+    runtime: Any, version: str, ceiling: str, below: str
+) -> None:
+    machine = Machine(load=lambda _runtime: SimpleNamespace(__version__=version), probe=lambda: ORIN)
+    options = replace(FP16, runtime=runtime, min_version="", below_version=below)
+    with pytest.raises(
+        RuntimeUnavailableError, match=rf"and below {ceiling}; see whether a newer rkd serves it, or export .*ort-cpu"
+    ):
+        tensorrt_missing(options, machine)
 
 
 @pytest.mark.parametrize("version", ["10.3.0.26", "10.13.3.9", "10.16.1", "11.4.0"])
