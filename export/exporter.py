@@ -55,7 +55,7 @@ class ExportReport:
         ledger: the labels of each image at each step.
         quantised: how the INT8 file was chosen; None for other precisions.
         forced: what was wrong and written all the same.
-        notes: what could not be judged.
+        notes: what could not be judged, and what INT8 had too few images for.
         seconds: per stage, in their order; a stage that an earlier target already needed is absent.
     """
 
@@ -169,8 +169,13 @@ class Exporter:
         forced += settled.judge(self._triggers, target.acc_budget, target.asr_budget)
         forced = list(dict.fromkeys(forced))
         if forced and not force:
-            raise ExportError(f"{'; '.join(forced)}; nothing was written (--force writes it, marked)")
+            raise ExportError(f"{'; '.join(forced)}; {path.name} was not written (--force writes it, marked)")
         notes = unjudged(student.scores, target.acc_budget, target.asr_budget)
+        if quantised and target.quantisation and min(quantised.images) < target.quantisation.images:
+            notes.append(
+                f"INT8 was calibrated on {quantised.images[0]} images and decided on {quantised.images[1]}, "
+                f"{target.quantisation.images} each are asked for by the target"
+            )
         with self._stage("bundle", seconds):
             manifest = {
                 **self._manifest(target, path.stem, {**chain, "onnx": sha256(model)}, (student, exported, parity)),

@@ -163,7 +163,7 @@ class Bundle:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What could not be judged when it was exported; empty where everything was."""
+        """What could not be judged or had too few images when it was exported; empty where nothing was amiss."""
         return tuple(self.manifest.get("notes", ()))
 
     def verify_signature(self, key: Ed25519PublicKey | None = None) -> str | None:

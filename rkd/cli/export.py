@@ -116,9 +116,10 @@ def _print(report: ExportReport, role: str) -> None:
         tables.say_next(f"{first} -> {after.name}: {len(flips)} of {ledger.decisions} decisions flip")
     if report.quantised:
         kept = ", ".join(report.quantised.kept) or "none"
+        ranges, deciding = report.quantised.images
         tables.say_next(
-            f"INT8: calibrator {report.quantised.calibrator}; kept in higher precision, {len(report.quantised.kept)} of "
-            f"{report.quantised.layers} layers: {kept}"
+            f"INT8: calibrator {report.quantised.calibrator} on {ranges} images, decided on {deciding}; kept in higher "
+            f"precision, {len(report.quantised.kept)} of {report.quantised.layers} layers: {kept}"
         )
     if not report.student.triggers:
         tables.say_next(f"{report.path.name}: {NO_TRIGGER}")

@@ -14,6 +14,7 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from rkd.bundle import read_bundle
+from rkd.cli.export import _print
 from rkd.errors import ExportError
 from rkd.export import Calibration, Exporter, bundle_name, export_bundle, exporter
 from rkd.export.mixed import Quantised, choose
@@ -132,6 +133,9 @@ def test_two_exports_are_the_same_bytes(network: Network, tmp_path: Path) -> Non
 @pytest.mark.parametrize("name", ["ort-cpu", "jetson-fp16", "ort-cpu-int8", "jetson-int8"])
 def test_fixed_batch_target_is_scored_one_image_at_a_time(network: Network, tmp_path: Path, name: str) -> None:
     target = dataclasses.replace(load_target(name), name="one", max_batch=1)
+    if target.quantisation is not None:  # blends of its training images are ties, and its only layer cannot be kept
+        recipe = dataclasses.replace(target.quantisation, min_agreement=0.0)
+        target = dataclasses.replace(target, quantisation=recipe)
     images, labels = evaluation(64)
     shared = Exporter(network, evaluation(), calibrate=lambda _n: Calibration(images[:32], images[32:], labels[32:]))
     report = shared.write(target, name="demo", chain=CHAIN, folder=tmp_path)
@@ -148,6 +152,27 @@ def test_what_so_few_images_cannot_judge_is_noted(network: Network, tmp_path: Pa
     report = export_bundle(network, target, name="demo", evaluation=evaluation(), chain=CHAIN, folder=tmp_path)
     assert len(report.notes) == noted
     assert read_bundle(report.path).notes == report.notes
+
+
+@pytest.mark.parametrize(("wanted", "noted"), [(33, 1), (32, 0)])
+def test_fewer_calibration_images_than_the_target_asks_for_are_noted_and_printed(
+    network: Network, tmp_path: Path, capsys: pytest.CaptureFixture[str], wanted: int, noted: int
+) -> None:
+    images, labels = evaluation(64)
+    calibration = Calibration(images[:32], images[32:], labels[32:])
+    shared = Exporter(network, evaluation(), calibrate=lambda _count: calibration)
+    target = load_target("ort-cpu-int8")
+    assert target.quantisation is not None
+    recipe = dataclasses.replace(target.quantisation, images=wanted, min_agreement=0.0)
+    target = dataclasses.replace(target, quantisation=recipe, acc_budget=100.0, asr_budget=100.0)
+    report = shared.write(target, name="demo", chain=CHAIN, folder=tmp_path)
+    line = "INT8 was calibrated on 32 images and decided on 32, 33 each are asked for by the target"
+    assert report.notes == (line,) * noted
+    assert read_bundle(report.path).notes == report.notes
+    _print(report, "student")
+    printed = " ".join(capsys.readouterr().out.split())
+    assert (line in printed) == bool(noted)
+    assert " on 32 images, decided on 32; kept in higher precision, 0 of 1 layers: none" in printed
 
 
 def test_existing_bundle_is_kept_unless_overwrite(network: Network, tmp_path: Path) -> None:
@@ -229,7 +254,8 @@ def test_int8_that_is_unlike_the_student_on_training_images_is_bundled_only_mark
     calibration = Calibration(images[:32], images[32:], labels[32:])
     shared = Exporter(network, evaluation(), calibrate=lambda _count: calibration)
     target = dataclasses.replace(load_target("ort-cpu-int8"), acc_budget=100.0)
-    with pytest.raises(ExportError, match=r"INT8 agrees on 90\.00 %; nothing was written"):
+    shared.write(CPU, name="demo", chain=CHAIN, folder=tmp_path)  # an earlier target's bundle is there
+    with pytest.raises(ExportError, match=r"INT8 agrees on 90\.00 %; demo\.ort-cpu-int8\.rkd was not written"):
         shared.write(target, name="demo", chain=CHAIN, folder=tmp_path)
     report = shared.write(target, name="demo", chain=CHAIN, folder=tmp_path, force=True)
     assert read_bundle(report.path).forced == ("INT8 agrees on 90.00 %",)
