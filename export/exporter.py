@@ -23,6 +23,7 @@ from rkd.export.mixed import Quantised, choose
 from rkd.export.onnx_model import INPUT, frozen, to_onnx
 from rkd.export.parity import HostRun, Parity, compare, host_run, predictor_of, problems
 from rkd.export.precision import check_range, to_fp16
+from rkd.export.tensorrt_operators import check_operators
 from rkd.files import sha256
 from rkd.ledger import Ledger
 from rkd.metrics import Images, Labels, Scores, unjudged
@@ -151,6 +152,7 @@ class Exporter:
         form = _Form(target.opset, target.max_batch > 1)
         student = self._score_student(seconds)
         fp32 = self._score_fp32(form, seconds)
+        check_operators(self._fp32[form], target.runtime, self._network.arch)
         model, quantised = self._model(target, form, seconds)
         exported = fp32
         if target.precision != "fp32":
