@@ -132,11 +132,12 @@ class Target:
         precision: of weights and activations in the ONNX file.
         provider: ONNX Runtime's execution provider; empty for TensorRT.
         opset: ONNX operator set, asserted after the export; one that min_version of the runtime reads.
-        max_batch: batches from 1 to this many are allowed; 1 fixes the batch.
+        max_batch: batches from 1 to this many are allowed; 1 fixes the batch, and no other size can be fixed.
         needs: what must be on the board, for people.
         acc_budget: points of ACC that the file may lose against the student; more fails the export.
         asr_budget: points of ASR that it may gain under any trigger; more fails the export.
-        min_version, below_version: of the runtime, as `10.3`; empty for any, but TensorRT needs a min_version.
+        min_version, below_version: of the runtime, as `10.3`; empty for any that rkd serves (`FLOORS`, `CEILINGS`), but
+            TensorRT needs a min_version.
         compute: CUDA compute capabilities that the profile is for, as `8.7`; empty for any.
         workspace_mib: TensorRT's memory pool limit while building; 0 leaves its default.
         opt_batch: the batch that TensorRT tunes its kernels for.
