@@ -28,7 +28,7 @@ BUSY_GPU_PERCENT = 5.0
 _LONGER = "measure longer: without --quick, or with --mlperf"
 DRIFT, CLOCK_DRIFT, CAP_DROP = 0.10, 0.05, 0.01
 SHORTEST = 0.99  # of the planned seconds
-_REST_AT_0 = re.compile(r"throttle|alert|cpufreq|devfreq", re.IGNORECASE)  # cooling devices that only heat raises
+_REST_AT_0 = re.compile(r"throttle|cpufreq|devfreq", re.IGNORECASE)  # cooling devices that only heat raises
 
 Affects = Literal["all", "timing", "scores"]
 CODES: dict[str, Affects] = {

@@ -24,8 +24,8 @@ from rkd.bench.sensors.reading import Reading
 _CPU = "sys/devices/system/cpu"
 _THROTTLED = "sys/devices/platform/soc/soc:firmware/get_throttled"
 _NOT_THROTTLING = re.compile(
-    r"fan|powerclamp|backlight|lcd|display|tcc.offset|charger|battery|wlan|iwlwifi", re.IGNORECASE
-)
+    r"fan|powerclamp|backlight|lcd|display|tcc.offset|charger|battery|wlan|iwlwifi|hot-surface", re.IGNORECASE
+)  # a Jetson's hot-surface-alert only warns whoever touches it, at 70 C; its clocks are cut at 99 C
 _GPU = re.compile(r"gpu(?!-nvd)|gv11b|ga10b|gp10b|gm20b")  # Thor's gpu-gpc-0 computes, its gpu-nvd-0 decodes video
 _PI_NOW = ("under-voltage", "clock capped", "throttled", "soft temperature limit")  # bits 0 to 3; 16 to 19 are the past
 _NO_SENSOR_C = -200.0

@@ -14,6 +14,7 @@ from rkd.bench.device import Device, Load
 from rkd.bench.latency import Plan, Series, measure, summarise
 from rkd.bench.memory import Memory, growth
 from rkd.bench.sensors.reading import Reading
+from rkd.bench.sensors.sysfs import Sysfs
 from rkd.bench.sensors.tegrastats import parse_line
 from rkd.bench.sensors.trace import Sample, Trace, conditions
 from rkd.bench.validity import findings, judge
@@ -226,7 +227,7 @@ def test_a_level_that_a_cooling_device_had_before_is_none_of_throttling():
 
 @pytest.mark.parametrize(
     "name",
-    ["cpu-throttle-alert", "gpu-throttle-alert", "hot-surface-alert", "thermal-cpufreq-0", "devfreq-17000000.gpu"],
+    ["cpu-throttle-alert", "gpu-throttle-alert", "thermal-cpufreq-0", "devfreq-17000000.gpu"],
 )
 def test_a_board_that_is_hot_from_the_run_before_is_called_throttled(name):
     """Levels beside lines of tegrastats: hot from the first look on, and never cooler."""
@@ -238,6 +239,19 @@ def test_a_board_that_is_hot_from_the_run_before_is_called_throttled(name):
     found = judged(reading)
     assert list(found) == ["throttled"]
     assert f"{name} (level 2, 2 before the start)" in found["throttled"]
+
+
+def test_a_board_that_warns_of_its_hot_surface_is_not_called_throttled(tmp_path):
+    """A Jetson Orin raises it at 70 C, 29 below the trip that cuts its clocks."""
+    base = tmp_path / "sys/class/thermal"
+    files = {"cooling_device9/type": "hot-surface-alert", "cooling_device9/cur_state": "1"}
+    files |= {"thermal_zone8/type": "tj-thermal", "thermal_zone8/temp": "72500"}
+    for name, text in files.items():
+        (base / name).parent.mkdir(parents=True, exist_ok=True)
+        (base / name).write_text(f"{text}\n")
+    seen = Sysfs(tmp_path).read()
+    assert seen.celsius == {"tj": 72.5}
+    assert judged(lambda t: seen if t > 5 else Reading()) == {}
 
 
 def test_a_level_that_had_fallen_before_the_timing_does_not_spoil_it():

@@ -178,7 +178,9 @@ def test_a_raspberry_pi_says_what_throttles_it_now(tmp_path, bits, active):
     assert {name.removeprefix("now: ") for name, level in found.items() if level} == active
 
 
-@pytest.mark.parametrize("kind", ["LCD", "TCC Offset", "int3406-display", "pwm-fan", "intel_powerclamp", "iwlwifi_1"])
+@pytest.mark.parametrize(
+    "kind", ["LCD", "TCC Offset", "int3406-display", "pwm-fan", "intel_powerclamp", "iwlwifi_1", "hot-surface-alert"]
+)
 def test_a_cooling_device_that_slows_no_processor_down_is_left_out(tmp_path, kind):
     base = "sys/class/thermal/cooling_device"
     put(tmp_path, {f"{base}0/type": kind, f"{base}0/cur_state": "20"})
