@@ -126,6 +126,22 @@ def test_clocks_and_loads_are_there_only_where_the_line_has_them(board, hertz, l
     assert dict(found.load) == load
 
 
+@pytest.mark.parametrize(
+    ("part", "hertz"),
+    [
+        ("GR3D_FREQ @[300,off,600]", {"gpu": 600e6}),
+        ("GR3D_FREQ 0%@[0, 300, 400]", {"gpu": 400e6}),
+        ("GR3D_FREQ @[off,off]", {}),
+        ("GR3D_FREQ 5%@[ 300 ] EMC_FREQ 0%@665", {"gpu": 300e6, "emc": 665e6}),
+        ("CPU [0%,5%,off]@2601", {"cpu": 2601e6}),
+        ("CPU [0%@729,off,3%@1190]", {"cpu": 1190e6}),
+        ("CPU [0%@0,off]", {}),
+    ],
+)
+def test_the_fastest_clock_counts_where_some_are_off_or_all_are_one(part, hertz):
+    assert dict(parse_line(f"{part} VDD_IN 4744mW/6179mW").hertz) == hertz
+
+
 def test_temperatures_leave_out_blocks_without_power_and_limits():
     assert parse_line(AGX_ORIN_5).celsius == {
         "cpu": 44.562, "tboard": 32.0, "soc2": 40.093, "tdiode": 33.0, "soc0": 41.093, "tj": 44.343, "soc1": 41.25
