@@ -1,7 +1,8 @@
 """Sensors of any Linux machine, from /sys; the files are found once and then only read.
 
-    power      hwmon: INA3221 rails of a Jetson (voltage times current), other chips' powerN_input
-               powercap: RAPL packages (energy counters); power_supply: a discharging battery
+    power      hwmon: INA3221 rails of a Jetson (voltage times current), other chips' powerN_input, or
+               powerN_average where there is none (ACPI power meters, amdgpu)
+               powercap: RAPL packages and their parts (energy counters); power_supply: a discharging battery
     clocks     cpufreq; devfreq of the GPU
     heat       thermal zones
     throttled  counters: soctherm_oc (Jetson over-current), thermal_throttle (x86)
@@ -162,8 +163,10 @@ def _ina_channels(root: Path) -> Iterable[tuple[str, Path, Path]]:
 def _powers(root: Path) -> Iterable[tuple[str, Path]]:
     for folder in _folders(root, "sys/class/hwmon/hwmon*"):
         chip = _line(folder / "name") or folder.name
-        for path in sorted(folder.glob("power[0-9]*_input")):
-            label = _line(path.with_name(path.name.replace("_input", "_label")))
+        averages = {path.name.removesuffix("_average"): path for path in folder.glob("power[0-9]*_average")}
+        inputs = {path.name.removesuffix("_input"): path for path in folder.glob("power[0-9]*_input")}
+        for number, path in sorted((averages | inputs).items()):
+            label = _line(folder / f"{number}_label")
             yield label or (chip if chip != "ina238" else "VIN"), path
 
 

@@ -147,6 +147,17 @@ def test_thors_input_is_an_ina238(tmp_path):
     assert total_rails(found.watts) == ("VIN",)
 
 
+def test_a_chip_that_offers_only_mean_power_is_read_and_its_input_comes_first(tmp_path):
+    base = "sys/class/hwmon"
+    put(tmp_path, {f"{base}/hwmon1/name": "power_meter", f"{base}/hwmon1/power1_average": "187000000"})
+    put(tmp_path, {f"{base}/hwmon1/power1_average_interval": "1000"})
+    put(tmp_path, {f"{base}/hwmon2/name": "amdgpu", f"{base}/hwmon2/power1_average": "35000000"})
+    put(tmp_path, {f"{base}/hwmon2/power1_label": "PPT"})
+    put(tmp_path, {f"{base}/hwmon3/name": "other", f"{base}/hwmon3/power1_average": "9000000"})
+    put(tmp_path, {f"{base}/hwmon3/power1_input": "8000000"})
+    assert Sysfs(tmp_path).read().watts == {"power_meter": 187.0, "PPT": 35.0, "other": 8.0}
+
+
 def test_rapl_is_power_between_two_looks_and_wraps_around(tmp_path):
     base = "sys/class/powercap/intel-rapl:0"
     put(
