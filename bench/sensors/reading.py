@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -56,5 +57,5 @@ def total_rails(names: Mapping[str, float]) -> tuple[str, ...]:
     for group in _SUMS:
         if set(group) <= set(names):
             return group
-    packages = tuple(sorted(name for name in names if name.startswith("package-")))
+    packages = tuple(sorted(name for name in names if re.fullmatch(r"package-\S+", name)))
     return packages or (("battery",) if "battery" in names else ())

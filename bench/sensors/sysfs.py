@@ -111,8 +111,7 @@ class _Energy:
     """A RAPL counter: microjoules that wrap around."""
 
     def __init__(self, folder: Path) -> None:
-        name = _line(folder / "name") or folder.name
-        self.name = name if name != "package" else f"package-{folder.name.rpartition(':')[2]}"
+        self.name = _zone(folder)
         self._path = folder / "energy_uj"
         self._range = _number(folder / "max_energy_range_uj")
         self._before: tuple[float, float] | None = None
@@ -129,6 +128,14 @@ class _Energy:
                 return None
             used += self._range
         return used / 1e6 / (now - before[0])
+
+
+def _zone(folder: Path) -> str:
+    """Name of a RAPL zone; a part of a package has the package's in front, e.g. `package-1 core`."""
+    name, (_, *numbers) = _line(folder / "name") or folder.name, folder.name.split(":")
+    if len(numbers) > 1:
+        return f"{_zone(folder.with_name(folder.name.rpartition(':')[0]))} {name}"
+    return name if name != "package" else f"package-{numbers[0]}"
 
 
 def power_mode(root: Path = Path("/")) -> str | None:

@@ -171,6 +171,24 @@ def test_rapl_is_power_between_two_looks_and_wraps_around(tmp_path):
     assert sensors.read().watts == {"package-0": pytest.approx(501_000 / 1e6 / 0.5)}
 
 
+def test_parts_of_two_processors_are_told_apart_and_only_packages_are_summed(tmp_path):
+    names = {"0": "package-0", "0:0": "core", "0:1": "dram", "1": "package-1", "1:0": "core", "2": "package"}
+    for zone, name in names.items():
+        base = f"sys/class/powercap/intel-rapl:{zone}"
+        put(tmp_path, {f"{base}/name": name, f"{base}/energy_uj": "0"})
+    clock = Clock()
+    sensors = Sysfs(tmp_path, clock=clock)
+    sensors.read()
+    for microjoules, zone in enumerate(names, start=1):
+        put(tmp_path, {f"sys/class/powercap/intel-rapl:{zone}/energy_uj": f"{microjoules}000000"})
+    clock.now = 1.0
+    found = sensors.read().watts
+    assert found == {
+        "package-0": 1, "package-0 core": 2, "package-0 dram": 3, "package-1": 4, "package-1 core": 5, "package-2": 6
+    }  # fmt: skip
+    assert total_rails(found) == ("package-0", "package-1", "package-2")
+
+
 def test_a_battery_counts_only_while_it_discharges(tmp_path):
     base = "sys/class/power_supply/BAT0"
     put(tmp_path, {f"{base}/type": "Battery", f"{base}/status": "Discharging", f"{base}/voltage_now": "12000000"})
