@@ -65,7 +65,7 @@ class Gate:
         """Hold an entry of a result against it: `{gate, value, passed, text}`; what is invalid passes nothing."""
         ends = _ends(self.figure, self.trigger, entry)
         if ends is None:
-            return self._verdict(None, passed=False, text=f"{self.text}: {self.figure} was not measured")
+            return self._verdict(None, passed=False, text=f"{self.text}: {self._missing(entry)}")
         value = ends[0] if self.operator.startswith(">") else ends[1]
         if math.isinf(value):
             return self._verdict(None, passed=False, text=f"{self.text}: {self._open(ends[0], entry)}")
@@ -76,6 +76,13 @@ class Gate:
         if spoiled := self._spoiled(entry["validity"]):
             return self._verdict(value, passed=False, text=f"{text}, but invalid: {', '.join(spoiled)}")
         return self._verdict(value, passed=passed, text=text)
+
+    def _missing(self, entry: Mapping[str, Any]) -> str:
+        """That there is no such figure; where only inferences lack, how many would do."""
+        if self.figure not in _PERCENTILES or not entry["latency"]:
+            return f"{self.figure} was not measured"
+        n, fewest = entry["latency"]["n"], fewest_for_upper_end(_PERCENTILES[self.figure])
+        return f"{n:,} inferences are too few for {self.figure}, {fewest:,} would do for its upper 95 % limit"
 
     def _open(self, low: float, entry: Mapping[str, Any]) -> str:
         """That there are too few inferences for an upper end, and how many would do."""

@@ -17,7 +17,12 @@ def entry():
     """ACC 95 % of 1,000 [93.5, 96.2]; ASR patch 1 % of 900, noise 4 % of 900; p99 4.0 [3.8, 5.2] ms; 150 MB."""
     quantile = {"ms": 4.0, "low": 3.8, "high": 5.2}
     return {
-        "latency": {**dict.fromkeys(("p50", "p90", "p99"), quantile), "p999": None, "images_per_second": 250.0},
+        "latency": {
+            **dict.fromkeys(("p50", "p90", "p99"), quantile),
+            "p999": None,
+            "images_per_second": 250.0,
+            "n": 999,
+        },
         "memory": {"peak_bytes": 150_000_000, "device_bytes": None},
         "power": None,
         "scores": {
@@ -83,6 +88,15 @@ def test_a_limit_on_a_percentile_without_an_upper_end_is_broken_and_says_how_man
         f"{fewest} would do",
     }
     assert verdict(f"{figure}>=3.8ms", entry) is True
+
+
+def test_a_limit_on_a_percentile_that_takes_more_inferences_says_how_many(entry):
+    (gate,) = parse_gates(["p999<=1s"])
+    assert gate.judge(entry)["text"] == (
+        "p999<=1s: 999 inferences are too few for p999, 3,688 would do for its upper 95 % limit"
+    )
+    entry["latency"] = None
+    assert gate.judge(entry)["text"] == "p999<=1s: p999 was not measured"
 
 
 def test_a_memory_gate_counts_what_the_model_holds_on_a_gpu(entry):
