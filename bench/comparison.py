@@ -30,20 +30,19 @@ class Comparison:
 
     Attributes:
         ratio: of the medians, slower over faster or not: `second` over `first`.
-        low, high: 95 % interval; both are the ratio where there was one round only.
+        low, high: 95 % interval; None where there was one round only, which tells nothing about its spread.
         rounds: in which both were measured.
     """
 
     ratio: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     rounds: int
 
     def to_json(self) -> dict[str, Any]:
         """As in result.json."""
-        return {
-            "ratio": round(self.ratio, 6), "low": round(self.low, 6), "high": round(self.high, 6), "rounds": self.rounds
-        }  # fmt: skip
+        low, high = (None if end is None else round(end, 6) for end in (self.low, self.high))
+        return {"ratio": round(self.ratio, 6), "low": low, "high": high, "rounds": self.rounds}
 
 
 def compare(first: Series, second: Series) -> Comparison | None:
@@ -65,7 +64,7 @@ def ratio(first: Sequence[float], second: Sequence[float]) -> Comparison | None:
         return None
     mean = math.fsum(logs) / n
     if n == 1:
-        return Comparison(math.exp(mean), math.exp(mean), math.exp(mean), 1)
+        return Comparison(math.exp(mean), None, None, 1)
     deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in logs) / (n - 1))
     half = _T975[min(n - 1, len(_T975)) - 1] * deviation / math.sqrt(n)
     return Comparison(math.exp(mean), math.exp(mean - half), math.exp(mean + half), n)

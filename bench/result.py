@@ -4,7 +4,7 @@
 
 A result comes from someone else's board, so it is read as a stranger's file: every key and no other, every value of its
 type and in its range, text without control characters, percentages that follow from their hits, percentiles in order,
-verdicts of gates that follow from the figures. Reports read these files and nothing else.
+ratios inside of their intervals, verdicts of gates that follow from the figures. Reports read these files and nothing else.
 """
 
 from __future__ import annotations
@@ -338,17 +338,29 @@ _entry_fields = object_of(
         "validity": _validity,
     }
 )
-_comparison = object_of(
+_comparison_fields = object_of(
     {
         "first": whole(),
         "second": whole(),
         "batch": whole(1),
         "ratio": number,
-        "low": number,
-        "high": number,
+        "low": or_null(number),
+        "high": or_null(number),
         "rounds": whole(1),
     }
 )
+
+
+def _comparison(value: Any) -> str | None:
+    if (problem := _comparison_fields(value)) is not None:
+        return problem
+    if value["first"] >= value["second"]:
+        return ": first is not before second"
+    low, high = value["low"], value["high"]
+    if value["rounds"] == 1:
+        return None if low is None and high is None else ": one round has no interval"
+    good = low is not None and high is not None and low <= value["ratio"] <= high
+    return None if good else ": ratio is not between low and high"
 
 
 def _known_entries(value: Any) -> str | None:

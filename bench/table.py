@@ -206,9 +206,12 @@ def _ratios(comparisons: list[dict[str, Any]], entries: list[dict[str, Any]]) ->
     for pair in comparisons:
         first, second = entries[pair["first"]], entries[pair["second"]]
         if pair["batch"] == first["settings"]["batch"]:
+            mark = "" if first["validity"]["timing"] and second["validity"]["timing"] else "INVALID timing: "
+            interval = "(one round, no interval)"
+            if pair["low"] is not None:
+                interval = f"[{_ratio(pair['low'])}, {_ratio(pair['high'])}]"
             lines.append(
-                f"{_name(second)} takes {_ratio(pair['ratio'])} [{_ratio(pair['low'])}, "
-                f"{_ratio(pair['high'])}] times as long as {_name(first)}."
+                f"{mark}{_name(second)} takes {_ratio(pair['ratio'])} {interval} times as long as {_name(first)}."
             )
     return lines
 

@@ -273,9 +273,12 @@ def _pairs(results: Sequence[dict[str, Any]], entries: Sequence[Entry]) -> Marku
         for pair in result["comparisons"]:
             first, second = entries[offset + pair["first"]], entries[offset + pair["second"]]
             mark = "" if first.holds("timing") and second.holds("timing") else "\N{WARNING SIGN} "
-            ratio, low, high = (significant(pair[key]) for key in ("ratio", "low", "high"))
+            interval = "(one round, no interval)"
+            if pair["low"] is not None:
+                interval = f"[{significant(pair['low'])}, {significant(pair['high'])}]"
             rows.append(
-                (f"{mark}{second.key} \N{DIVISION SIGN} {first.key}", f"{pair['batch']:,}", f"{ratio} [{low}, {high}]",
+                (f"{mark}{second.key} \N{DIVISION SIGN} {first.key}", f"{pair['batch']:,}",
+                 f"{significant(pair['ratio'])} {interval}",
                  f"{pair['rounds']}", f"{second.name} against {first.name}")
             )  # fmt: skip
         offset += len(result["entries"])

@@ -60,6 +60,15 @@ def holder(value, path):
     return value
 
 
+def pair(**changes):
+    return {"first": 0, "second": 1, "batch": 1, "ratio": 2, "low": 1, "high": 3, "rounds": 5} | changes
+
+
+def test_a_ratio_of_one_round_without_an_interval_is_read(measured):
+    measured["comparisons"] = [pair(), pair(low=None, high=None, rounds=1)]
+    result.verify(measured, "r.json")
+
+
 def test_what_was_written_is_read(measured, tmp_path):
     result.write(tmp_path / "result.json", measured)
     assert result.read(tmp_path / "result.json") == measured
@@ -160,6 +169,11 @@ def test_whatever_is_optional_can_be_shown_as_not_reported(measured):
             "contradict",
         ),
         (("comparisons", 0, "second"), 7, "no such entry"),
+        (("comparisons", 0, "second"), 0, "first is not before second"),
+        (("comparisons", 0), pair(ratio=0.1, low=5, high=0.01), "ratio is not between low and high"),
+        (("comparisons", 0), pair(ratio=0.1, low=0.2, high=0.3), "ratio is not between"),
+        (("comparisons", 0), pair(low=None), "ratio is not between"),
+        (("comparisons", 0), pair(rounds=1), "one round has no interval"),
         (("entries", 0, "latency", "p99"), {"ms": 0, "low": 0, "high": 0}, "a higher percentile is below a lower one"),
         (("entries", 0, "latency", "histogram", "counts"), [9050], "do not hold n samples"),
         (

@@ -72,7 +72,8 @@ def test_the_interval_of_a_ratio_covers_the_truth_in_about_95_of_100(rounds):
 
 def test_one_round_has_no_interval_and_none_no_ratio():
     one = ratio([1.0], [3.0])
-    assert (one.ratio, one.low, one.high, one.rounds) == (pytest.approx(3), pytest.approx(3), pytest.approx(3), 1)
+    assert (one.ratio, one.low, one.high, one.rounds) == (pytest.approx(3), None, None, 1)
+    assert one.to_json() == {"ratio": 3.0, "low": None, "high": None, "rounds": 1}
     assert ratio([], []) is None
     assert ratio([0.0], [1.0]) is None
 

@@ -64,6 +64,21 @@ def test_pairs_of_bundles_are_stated_with_their_interval(measured):
     assert "other.ort-cpu takes 2.500 [2.400, 2.600] times as long as linear.ort-cpu." in text
 
 
+def test_a_ratio_of_one_round_has_no_interval(measured):
+    measured["comparisons"] = [
+        {"first": 0, "second": 1, "batch": 1, "ratio": 2.5, "low": None, "high": None, "rounds": 1}
+    ]
+    text = " ".join(shown(quiet(measured)).split())
+    assert "takes 2.500 (one round, no interval) times as long as linear.ort-cpu." in text
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_ratio_is_marked_where_either_sides_timing_is_invalid(measured, side):
+    assert "INVALID timing: other" not in shown(quiet(measured))
+    measured["entries"][side]["validity"] = invalid("hot")
+    assert "INVALID timing: other.ort-cpu takes" in shown(measured)
+
+
 def test_the_worst_trigger_is_in_the_first_table_and_all_in_the_second(measured):
     text = shown(quiet(measured))
     triggers = measured["entries"][0]["scores"]["triggers"]

@@ -563,3 +563,10 @@ def test_what_spoils_only_the_timing_leaves_the_scores_in_the_verdict():
     assert "The figures of latency, memory and power must not be used" in text
     assert "Clean accuracy is 81.5 %" in text
     assert "at the median" not in text
+
+
+def test_a_ratio_of_one_round_is_shown_without_an_interval():
+    found = document(entry(), entry(p50=3.0))
+    assert "2.00 [1.90, 2.10]" in Page(result_page([found])).text
+    found["comparisons"][0] |= {"low": None, "high": None, "rounds": 1}
+    assert "2.00 (one round, no interval)" in Page(result_page([found])).text
