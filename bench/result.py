@@ -150,6 +150,12 @@ def _consistent_latency(value: Any) -> str | None:
     return None if counts == (value["n"],) * 2 else ": the histogram or the rounds do not hold n samples"
 
 
+def _evaluated(value: Any) -> str | None:
+    if (problem := object_of({"source": text, "images": whole(), "of": whole()})(value)) is not None:
+        return problem
+    return None if value["images"] <= value["of"] else ": more images than there are"
+
+
 def _measured_entry(value: Any) -> str | None:
     """Gates are judged again: whoever reads a verdict need not believe it."""
     if (problem := _entry_fields(value)) is not None:
@@ -325,7 +331,7 @@ _entry_fields = object_of(
         "conditions": or_null(_conditions),
         "scores": or_null(_scores),
         "classes": or_null(list_of(object_of({"name": text, "acc": proportion}))),
-        "evaluated": object_of({"source": text, "images": whole(), "of": whole()}),
+        "evaluated": _evaluated,
         "labels": or_null(object_of({"clean": digest, "triggers": by_name(digest)})),
         "agreement": or_null(object_of({"share": proportion, "flips": list_of(_flip)})),
         "examples": list_of(_example),

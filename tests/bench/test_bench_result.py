@@ -174,6 +174,7 @@ def test_whatever_is_optional_can_be_shown_as_not_reported(measured):
         (("comparisons", 0), pair(ratio=0.1, low=0.2, high=0.3), "ratio is not between"),
         (("comparisons", 0), pair(low=None), "ratio is not between"),
         (("comparisons", 0), pair(rounds=1), "one round has no interval"),
+        (("entries", 0, "evaluated"), {"source": "bundle", "images": 900, "of": 5}, "more images than there are"),
         (("entries", 0, "latency", "p99"), {"ms": 0, "low": 0, "high": 0}, "a higher percentile is below a lower one"),
         (("entries", 0, "latency", "histogram", "counts"), [9050], "do not hold n samples"),
         (
