@@ -6,7 +6,7 @@ more than a tenth of the seconds of the timing; the GPU was more than 5 % busy b
 first third by more than 5 %; the medians of latency in the same thirds by more than 10 %; anything throttled, also
 where it did so before the start (a cooling device that is there for nothing else is above 0, or a cap was lifted in the
 end; a cap alone may be the user's power mode); fewer samples or seconds of them than asked for; the sensors not read
-for two seconds of the timing, or tegrastats stopped.
+for two seconds of the timing, tegrastats stopped, or neither before nor during it a word about what other programs took.
 """
 
 from __future__ import annotations
@@ -136,6 +136,7 @@ def judge(
         reasons += _latency_reasons(latency, min_samples, seconds, f"batch {batch}: " if len(latencies) > 1 else "")
     if latencies:
         reasons += _before(load, device.cores)
+        reasons += _others_unknown(load, conditions)
         if conditions:
             reasons += _unwatched(conditions.reason)
             reasons += _throttled(conditions.throttle)
@@ -235,6 +236,13 @@ def _unwatched(reason: str | None) -> list[Reason]:
     if reason is None:
         return []
     return [Reason("not-watched", f"what happened while it was timed is not known: {reason}; run it again")]
+
+
+def _others_unknown(load: Load, conditions: Conditions | None) -> list[Reason]:
+    told = load.busy_cores is not None or load.average is not None
+    if told or (conditions and (conditions.others or conditions.reason)):
+        return []
+    return [Reason("not-watched", "what other programs took of the CPU is not reported here")]
 
 
 def _throttled(throttle: Mapping[str, Span]) -> list[Reason]:

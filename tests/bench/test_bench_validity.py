@@ -7,6 +7,7 @@ import pytest
 from rkd.bench.device import Device, Load
 from rkd.bench.latency import CAPACITY, Histogram, Latency
 from rkd.bench.quantiles import Quantile
+from rkd.bench.sensors.trace import Conditions, Others
 from rkd.bench.validity import judge
 
 Q = Quantile(1.0, 0.9, 1.1)
@@ -85,5 +86,24 @@ def test_load_does_not_matter_where_no_latency_was_measured():
     assert reasons(latencies={}, load=Load(4.0, 4.0)) == ()
 
 
-def test_a_machine_that_reports_no_load_is_not_blamed():
-    assert reasons(load=Load(None, None)) == ()
+def seen(others=None, reason=None):
+    return Conditions(80, 0.1, {}, {}, {}, {}, others, reason)
+
+
+@pytest.mark.parametrize("conditions", [None, seen()])
+def test_a_timing_of_which_nothing_tells_what_other_programs_took_is_not_watched(conditions):
+    assert reasons(load=Load(None, None), conditions=conditions) == (
+        "what other programs took of the CPU is not reported here",
+    )
+
+
+@pytest.mark.parametrize(
+    ("load", "others"), [(Load(0.1, None), None), (Load(None, 0.1), None), (Load(None, None), Others(0, 0, 0, 8, 0.5))]
+)
+def test_a_timing_of_which_anything_tells_what_other_programs_took_is_not_blamed(load, others):
+    assert reasons(load=load, conditions=seen(others)) == ()
+
+
+def test_sensors_that_were_not_read_are_one_reason():
+    (reason,) = reasons(load=Load(None, None), conditions=seen(reason="the process ended"))
+    assert "the process ended" in reason
