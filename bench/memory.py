@@ -4,10 +4,13 @@ The child is the same interpreter with the same import path, so it works from a 
 model's verified bytes through a pipe: no temporary file, and the bundle's images do not count as the model's memory.
 The figures hold Python, numpy and the runtime; `before_bytes` tells how much that was before the model came.
 
-A leak is memory that grows all along: the medians of the resident size in the four quarters of the run rise from each
-to the next by at least a tenth of the whole growth, and that is at least 512 KiB. An arena that takes its size in one
-step is none. The run is long enough for 1.2 kB an inference where one takes up to 10 ms, and ends early where it has
-taken 64 MiB.
+A leak is memory that grows all along. The run is cut into twelve parts, each with the median of its resident sizes.
+These medians rise in at least four places, stay within a fifth of their whole growth of the straight line from the
+first to the last, and gain over the last four at least half of what that line does; and from the first to the last
+quarter of the run the median grows by at least 512 KiB. So an arena that takes its size in a few steps is none, nor is
+growth that dies away; where that is large, it is said to have grown (`Memory.grew`). Of random walks, about 1
+in 100 is called a leak. The run is long enough for 1.2 kB an inference where one takes up to 10 ms, and ends early
+where it has taken 64 MiB.
 """
 
 from __future__ import annotations
@@ -31,7 +34,9 @@ FEWEST = 40
 SETTLED = 10  # inferences after which the runtime's arena has its size
 TIMEOUT_SECONDS = 120.0
 LEAST_LEAK_BYTES = 512 * 1024
-_LEAST_STEP = 0.1
+_LEAST_GROWTH_BYTES, _LEAST_GROWTH = 4 * 2**20, 0.05  # the latter of the steady size
+_PARTS, _FEWEST_RISES, _LATE_STEPS = 12, 4, 4
+_OFF_THE_LINE, _LATE = 0.2, 0.5
 _APART = 0.75  # of the run lies between the middles of its first and its last quarter
 _START = "import sys; sys.path[:] = sys.argv[1:]; from rkd.bench.memory_child import main; sys.exit(main())"
 
@@ -72,25 +77,44 @@ class Memory:
         """Growth of one inference, in bytes; 0 where it is not known."""
         return (self.growth_bytes or 0) / (_APART * max(self.inferences - SETTLED, 1))
 
+    @property
+    def grew(self) -> bool:
+        """Whether it grew by over 4 MiB and 5 % of the steady size, but not so that it may be called a leak."""
+        grown, steady = self.growth_bytes or 0, self.steady_bytes or 0
+        return not self.leak and grown > max(_LEAST_GROWTH_BYTES, _LEAST_GROWTH * steady)
+
     def to_json(self) -> dict[str, Any]:
         """As in result.json."""
         return dataclasses.asdict(self)
 
 
 def growth(resident_bytes: Sequence[int]) -> tuple[int, bool] | None:
-    """Growth over a run, and whether it is a leak; None below eight figures.
+    """Growth over a run, and whether it is a leak; None below twelve figures.
 
     Args:
         resident_bytes: evenly spaced over the inferences, in their order.
     """
-    n = len(resident_bytes) // 4
-    if n < 2:
+    if len(resident_bytes) < _PARTS:
         return None
-    start = len(resident_bytes) - 4 * n
-    quarters = [statistics.median(resident_bytes[start + i * n : start + (i + 1) * n]) for i in range(4)]
-    whole = quarters[3] - quarters[0]
-    rises = all(later - earlier >= _LEAST_STEP * whole for earlier, later in pairwise(quarters))
-    return round(whole), whole >= LEAST_LEAK_BYTES and rises
+    first, *_, last = _medians(resident_bytes, 4)
+    whole = last - first
+    return round(whole), whole >= LEAST_LEAK_BYTES and _goes_on(_medians(resident_bytes, _PARTS))
+
+
+def _medians(sizes: Sequence[int], parts: int) -> list[float]:
+    """Of equal parts; what is left over stands at the beginning and is left out."""
+    n = len(sizes) // parts
+    start = len(sizes) - parts * n
+    return [statistics.median(sizes[start + i * n : start + (i + 1) * n]) for i in range(parts)]
+
+
+def _goes_on(sizes: Sequence[float]) -> bool:
+    """Whether they rise all along, as stated above."""
+    whole, steps = sizes[-1] - sizes[0], len(sizes) - 1
+    rises = sum(later > earlier for earlier, later in pairwise(sizes))
+    straight = all(abs(size - sizes[0] - whole * i / steps) <= _OFF_THE_LINE * whole for i, size in enumerate(sizes))
+    late = sizes[-1] - sizes[-1 - _LATE_STEPS] >= _LATE * whole * _LATE_STEPS / steps
+    return rises >= _FEWEST_RISES and straight and late
 
 
 def measure_memory(

@@ -39,7 +39,7 @@ CODES: dict[str, Affects] = {
     ), "timing"),
 }  # fmt: skip
 BUDGETS = ("accuracy-lost", "backdoor-woken")  # findings that --require-valid does not let pass
-FINDINGS = (*BUDGETS, "guessing", "leak", "part-of-the-images", "classes-missing", "flips")
+FINDINGS = (*BUDGETS, "guessing", "leak", "grew", "part-of-the-images", "classes-missing", "flips")
 
 
 @dataclass(frozen=True)
@@ -175,6 +175,12 @@ def findings(
             f"{memory.inferences:,} inferences (about {memory.growth_an_inference_bytes / 1e3:.1f} kB each)"
         )
         found.append({"code": "leak", "text": text})
+    if memory and memory.grew and memory.growth_bytes:
+        text = (
+            f"resident memory grew by {memory.growth_bytes / 1e6:.1f} MB over {memory.inferences:,} inferences: too short "
+            "to tell whether it is a leak"
+        )
+        found.append({"code": "grew", "text": text})
     if images and images[0] < images[1]:
         found.append({"code": "part-of-the-images", "text": f"{images[0]:,} of {images[1]:,} images were evaluated"})
     found += [{"code": "classes-missing", "text": note} for note in notes]

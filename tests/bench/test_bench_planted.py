@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import mmap
 
 import numpy as np
@@ -187,10 +188,40 @@ def test_a_leak_is_called_a_leak():
         ([100 * 2**20 + i * 2**10 for i in range(100)], False),  # 100 KiB in all
         ([100 * 2**20 - i * 2**16 for i in range(100)], False),
         ([100 * 2**20 + i // 20 * 2**21 for i in range(100)], True),  # in steps, but all along
+        ([100 * 2**20 + i // 50 * 2**23 for i in range(150)], False),  # two steps
+        ([100 * 2**20 + i // 38 * 2**22 for i in range(150)], False),  # three steps
+        ([int(100e6 + 2e6 * (1 - math.exp(-3 * i / 150))) for i in range(150)], False),
+        ([int(100e6 + 2e6 * math.log1p(4 * i) / math.log(601)) for i in range(150)], False),
+        ([int(100e6 + 50e3 * i * 400 / 150) for i in range(150)], True),  # 50 kB an inference
     ],
 )
 def test_growth_all_along_is_a_leak_and_one_step_is_none(sizes, leak):
     assert growth(sizes)[1] is leak
+
+
+def test_a_random_walk_of_64_kb_a_step_is_seldom_called_a_leak_and_a_leak_beside_noise_always():
+    generator = np.random.default_rng(0)
+    walks = 1e8 + np.cumsum(generator.normal(0, 64e3, (2000, 150)), axis=1)
+    assert np.mean([growth(walk.tolist())[1] for walk in walks]) < 0.02
+    leaks = 1e8 + np.linspace(0, 2e7, 150) + generator.normal(0, 1e6, (200, 150))
+    assert all(growth(leak.tolist())[1] for leak in leaks)
+
+
+@pytest.mark.parametrize(
+    ("grown", "steady", "leak", "said"),
+    [
+        (8_388_608, 110_000_000, False, True),
+        (8_388_608, 110_000_000, True, False),
+        (4_194_304, 10_000_000, False, False),  # not over 4 MiB
+        (8_388_608, 170_000_000, False, False),  # not over 5 %
+        (-8_388_608, 110_000_000, False, False),
+    ],
+)
+def test_large_growth_that_is_no_leak_is_said_to_be_too_short_to_tell(grown, steady, leak, said):
+    seen = Memory(peak_bytes=steady, steady_bytes=steady, growth_bytes=grown, leak=leak, inferences=600)
+    found = findings(seen, scores=None, classes=3, images=None, notes=(), flips=0)
+    text = "resident memory grew by 8.4 MB over 600 inferences: too short to tell whether it is a leak"
+    assert ({"code": "grew", "text": text} in found) is said
 
 
 def test_few_figures_say_nothing_about_growth():

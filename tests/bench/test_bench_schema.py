@@ -10,7 +10,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from rkd.bench import result
-from rkd.bench.validity import CODES
+from rkd.bench.validity import CODES, FINDINGS
 from rkd.errors import RkdError
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "docs/result.schema.json").read_text(encoding="utf-8"))
@@ -42,6 +42,11 @@ def test_the_schema_and_the_page_list_every_validity_code():
     page = (Path(__file__).parents[2] / "docs/formats.md").read_text(encoding="utf-8")
     listed = page.partition("Validity codes:")[2].partition(";")[0]
     assert sorted(re.findall(r"`([a-z-]+)`", listed)) == sorted(CODES)
+
+
+def test_the_schema_lists_every_finding():
+    finding = SCHEMA["$defs"]["entry"]["properties"]["findings"]["items"]
+    assert sorted(finding["properties"]["code"]["enum"]) == sorted(FINDINGS)
 
 
 def test_a_real_result_is_valid(validator, measured):
