@@ -42,7 +42,10 @@ from rkd.metrics import Flip, Images, Labels, Predictions, Proportion, Scores, c
 
 _QUICK_MEMORY = (60, 0.5, 0.5)  # inferences, seconds, seconds at most
 _QUICK_SECONDS, _QUICK_BATCH = 20.0, 16
-_LATENCY_SHARE, _ACCURACY_SHARE = 0.4, 0.75  # of these seconds, by the end of the stage
+_QUICK_LATENCY_SECONDS, _LATENCY_SHARE = 8.0, 0.7  # at most, and of the time until the accuracy must be done
+_CHILD_SECONDS = 3.0  # for one bundle's memory: Python and a runtime start in it
+_LEAST_MEMORY_SECONDS, _MOST_MEMORY_SECONDS = 5.0, 15.0  # kept for all of them
+_SHORTEST_CHILD_SECONDS = 1.0  # less is not worth a start
 _AFTER_SECONDS = 0.3  # sensors are read for so long after the last sample
 _MOST_FLIPS = 1000
 
@@ -81,10 +84,27 @@ class _Budget:
     quick: bool
     clock: Callable[[], float]  # seconds
     start: float
+    children: int = 0  # that will measure memory
 
-    def left(self, share: float = 1.0) -> float:
-        """Seconds until so much of it is used up."""
-        return self.start + share * _QUICK_SECONDS - self.clock() if self.quick else math.inf
+    @property
+    def accuracy_end(self) -> float:
+        """When the memory's turn comes, in seconds from the start."""
+        kept = max(_LEAST_MEMORY_SECONDS, min(_MOST_MEMORY_SECONDS, self.children * _CHILD_SECONDS))
+        return _QUICK_SECONDS - kept
+
+    @property
+    def latency_end(self) -> float:
+        """When the accuracy's turn comes."""
+        return min(_QUICK_LATENCY_SECONDS, _LATENCY_SHARE * self.accuracy_end)
+
+    def left(self, end: float = _QUICK_SECONDS) -> float:
+        """Seconds until so many have passed since the start."""
+        return self.start + end - self.clock() if self.quick else math.inf
+
+    def child(self, waiting: int) -> float:
+        """Seconds for the next child of those that wait for their turn."""
+        left = self.left()
+        return min(left, max(left / waiting, _CHILD_SECONDS), TIMEOUT_SECONDS)
 
 
 @dataclass
@@ -143,7 +163,7 @@ def run(
                 runners = [_activate(job, options, stack, tell) for job in jobs]
                 if options.accuracy:
                     _try_accuracy(jobs, runners, options)
-                budget = _Budget(options.quick, clock, clock())
+                budget = _Budget(options.quick, clock, clock(), len(jobs) if options.memory else 0)
                 stage = "latency"
                 if options.latency:
                     _latency(jobs, options, tell, machine, budget)
@@ -244,7 +264,7 @@ def _latency(
     jobs: Sequence[_Job], options: BenchOptions, on_stage: OnStage, machine: _Machine, budget: _Budget
 ) -> None:
     series = [one for job in jobs for one in job.series]
-    machine.plan = machine.plan.within(budget.left(_LATENCY_SHARE) / len(series))
+    machine.plan = machine.plan.within(budget.left(budget.latency_end) / len(series))
     try:
         with locked_clocks(visible_cores()) if options.lock_clocks else nullcontext() as locked:
             machine.locked = locked
@@ -252,7 +272,7 @@ def _latency(
                 series,
                 machine.plan,
                 lambda done, total: on_stage("latency", done, total),
-                enough=lambda: budget.left(_LATENCY_SHARE) <= 0,
+                enough=lambda: budget.left(budget.latency_end) <= 0,
             )
     finally:
         for job in jobs:
@@ -284,7 +304,7 @@ def _accuracy(jobs: Sequence[_Job], runners: Sequence[Runner], on_stage: OnStage
     for i, (job, runner) in enumerate(zip(jobs, runners, strict=True)):
         triggers = job.bundle.triggers()
         examples = Examples(triggers)
-        part = batches(job, examples, budget.left(_ACCURACY_SHARE) / (len(jobs) - i))
+        part = batches(job, examples, budget.left(budget.accuracy_end) / (len(jobs) - i))
         job.scores, job.predictions = evaluate(_predictor(job, runner), part, triggers)
         before += len(job.images.rows)
         on_stage("accuracy", before, total)
@@ -306,7 +326,10 @@ def _memory(jobs: Sequence[_Job], options: BenchOptions, on_stage: OnStage, budg
     for done, job in enumerate(jobs):
         on_stage("memory", done, len(jobs))
         shape = (options.batch, *job.bundle.manifest["input"]["shape"])
-        timeout = min(TIMEOUT_SECONDS, max(budget.left() / (len(jobs) - done), 1.0))
+        timeout = budget.child(len(jobs) - done)
+        if timeout < _SHORTEST_CHILD_SECONDS:
+            job.memory = Memory(reason="no time was left for it; measure without --quick")
+            continue
         job.memory = measure_memory(job.bundle.model, job.choice, shape, timeout, *length)
     on_stage("memory", len(jobs), len(jobs))
 

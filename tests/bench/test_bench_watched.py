@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import os
 import re
 import subprocess
@@ -110,6 +111,33 @@ class Slowed:
     def infer(self, images):
         Slowed.now_ns += int(next(self.times_ns))
         return self.inner.infer(images)
+
+
+@pytest.mark.parametrize(("bundles", "least"), [(1, 5), (2, 3), (5, 3), (8, 3)])
+def test_quick_leaves_each_memory_child_time_to_start(make_bundle, monkeypatch, bundles, least):
+    timeouts = []
+
+    def used_up(_model, _choice, _shape, timeout, *_):
+        timeouts.append(timeout)
+        Slowed.now_ns += int(1e9 * timeout)
+        return memory.Memory(reason="did not finish")
+
+    open_runner = session.open_runner
+
+    def slowed(*arguments):
+        return Slowed(open_runner(*arguments), itertools.repeat(1e6))
+
+    monkeypatch.setattr(session, "open_runner", slowed)
+    monkeypatch.setattr(session, "measure", functools.partial(session.measure, clock=lambda: Slowed.now_ns))
+    monkeypatch.setattr(session, "measure_memory", used_up)
+    options = BenchOptions(mode="quick", threads=1, sensors=False)
+    found = session.run([make_bundle()] * bundles, options, clock=lambda: Slowed.now_ns / 1e9)
+    assert min(timeouts[:5]) >= least - 1e-6  # 20 s have no room for more
+    said = [entry["memory"]["reason"] for entry in found["entries"]]
+    assert said.count("did not finish") == len(timeouts) >= min(bundles, 5)
+    assert set(said) <= {"did not finish", "no time was left for it; measure without --quick"}
+    if bundles <= 3:
+        assert "too-short" not in [code for entry in found["entries"] for code, _ in reasons(entry)]
 
 
 @pytest.mark.parametrize(("ms_an_image", "bundles"), [(0.5, 1), (60, 1), (60, 3)])
