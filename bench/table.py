@@ -21,6 +21,8 @@ from rkd.bench.report.entries import letters
 
 NOT_REPORTED = "-"
 _MOST_FLIPS = 5
+_NUMBER = re.compile(r"(?<![\w.-])\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]\d+)?(?!\w)", re.ASCII)
+_SLOT = "\0"  # where a number stood; no text of a result holds it
 
 
 @dataclass(frozen=True)
@@ -311,20 +313,40 @@ def _clock(span: dict[str, Any] | None) -> str:
 
 
 def _by_remark(entries: list[dict[str, Any]]) -> list[str]:
-    """What is to be said, once, and of which bundles."""
-    found: dict[str, list[str]] = {}
+    """What is to be said, once, and of which bundles: one line a code, figures that differ as a range."""
+    said: dict[tuple[str, str, str], tuple[dict[str, None], list[list[str]]]] = {}
     for entry in entries:
-        for remark in _remarks(entry):
-            found.setdefault(remark, []).append(_name(entry))
-    return [f"{_all(names, entries)}{remark}" for remark, names in found.items()]
+        for head, code, text in _remarks(entry):
+            key = (head, code, _NUMBER.sub(_SLOT, text) if code else text)
+            names, numbers = said.setdefault(key, ({}, []))
+            names[_name(entry)] = None
+            numbers.append(_NUMBER.findall(text) if code else [])
+    lines: dict[tuple[str, str, tuple[str, ...]], list[str]] = {}
+    for (head, code, template), (names, numbers) in said.items():
+        ranges = map(_range, zip(*numbers, strict=True))
+        text = re.sub(_SLOT, lambda _, ranges=ranges: next(ranges), template) if code else template
+        lines.setdefault((head, code or text, tuple(names)), []).append(text)
+    return [f"{_all([*names], entries)}{head}{'; '.join(texts)}" for (head, _, names), texts in lines.items()]
 
 
-def _remarks(entry: dict[str, Any]) -> list[str]:
-    lines = [f" is INVALID ({r['code']}): {r['text']}" for r in entry["validity"]["reasons"]]
-    lines += [f" was exported by force (FORCED) although: {text}" for text in entry["bundle"]["forced"]]
-    lines += [f": {finding['text']}" for finding in entry["findings"] if finding["code"] != "flips"]
+def _range(numbers: tuple[str, ...]) -> str:
+    low, high = (end(numbers, key=lambda number: float(number.replace(",", ""))) for end in (min, max))
+    return low if low == high else f"{low} to {high}"
+
+
+def _remarks(entry: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """How each begins; its code, where those of several bundles may be merged; the rest."""
+    found = [(f" is INVALID ({r['code']}): ", r["code"], r["text"]) for r in entry["validity"]["reasons"]]
+    found += [(" was exported by force (FORCED) although: ", "", text) for text in entry["bundle"]["forced"]]
+    found += [(": ", one["code"], one["text"]) for one in entry["findings"] if one["code"] != "flips"]
     if entry["memory"] and entry["memory"]["reason"]:
-        lines.append(f": memory not reported: {entry['memory']['reason']}")
+        found.append((": memory not reported: ", "memory", entry["memory"]["reason"]))
+    return found + [("", "", line) for line in _own_remarks(entry)]
+
+
+def _own_remarks(entry: dict[str, Any]) -> list[str]:
+    """What is said of one bundle alone, figure by figure."""
+    lines = []
     if agreement := entry["agreement"]:
         share = agreement["share"]
         if share["n"]:

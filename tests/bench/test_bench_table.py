@@ -98,6 +98,31 @@ def test_an_invalid_row_is_marked_and_its_reason_printed(measured):
     assert "INVALID timing" in text
 
 
+def test_reasons_of_one_code_are_one_line_with_their_numbers_as_a_range(measured):
+    first, second = quiet(measured)["entries"]
+    for entry, n, ms, seconds in ((first, 1399, 0.9, 1.2), (second, 402, 1.25, 1.3)):
+        entry["validity"] = {"valid": False, "timing": False, "scores": True, "reasons": [
+            {"code": "too-short", "affects": "timing", "text": f"{n:,} latency samples, 5000 wanted; measure longer"},
+            {"code": "too-short", "affects": "timing", "text": f"batch 4: {n} samples in {ms} s, p99 is 7"},
+        ]}  # fmt: skip
+        entry["memory"]["reason"] = f"its process did not finish within {seconds} s"
+    text = " ".join(shown(measured).split())
+    assert (
+        "every bundle is INVALID (too-short): 402 to 1,399 latency samples, 5000 wanted; measure longer; "
+        "batch 4: 402 to 1399 samples in 0.9 to 1.25 s, p99 is 7"
+    ) in text
+    assert "every bundle: memory not reported: its process did not finish within 1.2 to 1.3 s" in text
+    assert text.count("too-short") == 1
+
+
+def test_what_is_said_of_some_bundles_names_them(measured):
+    first, second = quiet(measured)["entries"]
+    first["validity"], second["validity"] = invalid("hot at 97 C"), invalid("slow at 97 C")
+    text = " ".join(shown(measured).split())
+    assert "linear.ort-cpu is INVALID (throttled): hot at 97 C" in text
+    assert "other.ort-cpu is INVALID (throttled): slow at 97 C" in text
+
+
 def test_a_difference_from_the_host_is_printed(measured):
     assert "other.ort-cpu: ACC differs from the exporting host's" in " ".join(shown(measured).split())
 
