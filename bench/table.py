@@ -323,8 +323,9 @@ def _by_remark(entries: list[dict[str, Any]]) -> list[str]:
             numbers.append(_NUMBER.findall(text) if code else [])
     lines: dict[tuple[str, str, tuple[str, ...]], list[str]] = {}
     for (head, code, template), (names, numbers) in said.items():
-        ranges = map(_range, zip(*numbers, strict=True))
-        text = re.sub(_SLOT, lambda _, ranges=ranges: next(ranges), template) if code else template
+        text = template
+        for figures in zip(*numbers, strict=True):
+            text = text.replace(_SLOT, _range(figures), 1)
         lines.setdefault((head, code or text, tuple(names)), []).append(text)
     return [f"{_all([*names], entries)}{head}{'; '.join(texts)}" for (head, _, names), texts in lines.items()]
 
@@ -338,7 +339,11 @@ def _remarks(entry: dict[str, Any]) -> list[tuple[str, str, str]]:
     """How each begins; its code, where those of several bundles may be merged; the rest."""
     found = [(f" is INVALID ({r['code']}): ", r["code"], r["text"]) for r in entry["validity"]["reasons"]]
     found += [(" was exported by force (FORCED) although: ", "", text) for text in entry["bundle"]["forced"]]
-    found += [(": ", one["code"], one["text"]) for one in entry["findings"] if one["code"] != "flips"]
+    for one in entry["findings"]:
+        if one["code"] != "flips":
+            found.append(
+                (": ", one["code"] if one["code"] != "classes-missing" else "", one["text"])
+            )  # names of classes
     if entry["memory"] and entry["memory"]["reason"]:
         found.append((": memory not reported: ", "memory", entry["memory"]["reason"]))
     return found + [("", "", line) for line in _own_remarks(entry)]

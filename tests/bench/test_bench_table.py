@@ -115,6 +115,14 @@ def test_reasons_of_one_code_are_one_line_with_their_numbers_as_a_range(measured
     assert text.count("too-short") == 1
 
 
+def test_classes_that_are_called_by_numbers_are_no_range(measured):
+    for entry, name in zip(quiet(measured)["entries"], "37", strict=True):
+        entry["findings"] = [{"code": "classes-missing", "text": f"no images of class {name}"}]
+    text = " ".join(shown(measured).split())
+    assert "linear.ort-cpu: no images of class 3" in text
+    assert "other.ort-cpu: no images of class 7" in text
+
+
 def test_what_is_said_of_some_bundles_names_them(measured):
     first, second = quiet(measured)["entries"]
     first["validity"], second["validity"] = invalid("hot at 97 C"), invalid("slow at 97 C")
