@@ -1,11 +1,12 @@
-"""What all tests share: one thread, slow tests on request, a data set and a teacher that fit in a second."""
+"""What all tests share: one thread, slow tests on request, no silent skips in CI, a data set and a teacher that fit in a second."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 
 SIDE = 16
+# What a skip's reason names where something lacks that can be installed.
+INSTALLABLE = re.compile(r"Chromium|playwright|sshd|tensorrt-rtx|could not import")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -25,6 +28,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker(marker) is not None:
                 item.add_marker(pytest.mark.skip(reason=f"{marker}: run with {switch}=1"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(call: pytest.CallInfo[None]) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """With RKD_REQUIRE_ALL=1, a test that skips for want of a browser, an sshd or TensorRT for RTX has failed."""
+    report = yield
+    reason = str(call.excinfo.value) if call.excinfo else ""
+    if report.skipped and os.environ.get("RKD_REQUIRE_ALL") == "1" and INSTALLABLE.search(reason):
+        report.outcome = "failed"
+        report.longrepr = f"skipped although RKD_REQUIRE_ALL=1: {reason}"
+    return report
 
 
 def pytest_runtest_setup() -> None:
