@@ -25,8 +25,8 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from importlib import metadata
@@ -290,16 +290,27 @@ class Run:
         return max(stamps).isoformat(timespec="microseconds")
 
     def drop_checkpoints(self) -> None:
-        """Remove all checkpoints: what they led to is written."""
-        shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
+        """Remove all checkpoints: what they led to is written. What rkd did not put beside them stays, as does their folder.
+
+        Raises:
+            RunError: their folder is a link.
+        """
+        root = self._checkpoint_root()
+        for place in self._checkpoints():
+            if _is_checkpoint(place):
+                _remove_checkpoint(place)
+        with suppress(OSError):
+            remove_temporaries(root)
+            root.rmdir()
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep a second process out of this run.
 
         Raises:
-            RunError: another process is working in it.
+            RunError: another process is working in it, or its checkpoints are behind a link.
         """
+        self._checkpoint_root()
         with storage_errors(self.path):
             descriptor = os.open(self.path, os.O_RDONLY)
         try:
@@ -353,18 +364,23 @@ class Run:
         """Write `checkpoints/<step>/` whole, its digests last, and remove older ones.
 
         Raises:
+            RunError: something that rkd did not make has its name, or the checkpoints' folder is a link.
             StorageError: the disk said no; earlier checkpoints are untouched.
         """
-        root = self.path / "checkpoints"
+        root = self._checkpoint_root()
         place = root / f"{step:08}"
         with storage_errors(root):
             root.mkdir(exist_ok=True)
             remove_temporaries(root)
-            shutil.rmtree(place, ignore_errors=True)  # a damaged one of the same step
+            if os.path.lexists(place):
+                if not _is_checkpoint(place, members):
+                    raise RunError(f"{place} is no checkpoint of rkd's, and the next one takes its name; move it away")
+                _remove_checkpoint(place)  # a damaged one of the same step
         digests = to_json({name: sha256(data) for name, data in members.items()})
         write_directory(place, {**members, _DIGESTS: digests})
-        for old in self._checkpoints()[_KEEP:]:
-            shutil.rmtree(old, ignore_errors=True)
+        older = [old for old in self._checkpoints() if int(old.name) < step and _is_checkpoint(old)]
+        for old in older[_KEEP - 1 :]:
+            _remove_checkpoint(old)
 
     def latest_checkpoint(self) -> tuple[int, dict[str, bytes]] | None:
         """Step and members of the newest checkpoint that verifies."""
@@ -381,9 +397,46 @@ class Run:
         return None
 
     def _checkpoints(self) -> list[Path]:
-        """Newest first; half-written ones have another name."""
-        found = [p for p in (self.path / "checkpoints").glob("*") if re.fullmatch(r"\d{8,}", p.name)]
+        """Folders that are named as checkpoints are, newest first; half-written ones have another name.
+
+        Raises:
+            RunError: the checkpoints' folder is a link.
+        """
+        named = [p for p in self._checkpoint_root().glob("*") if re.fullmatch(r"[0-9]{8}|[1-9][0-9]{8,}", p.name)]
+        found = [p for p in named if p.is_dir() and not p.is_symlink()]
         return sorted(found, key=lambda place: int(place.name), reverse=True)
+
+    def _checkpoint_root(self) -> Path:
+        """The folder of the checkpoints, which need not be there.
+
+        Raises:
+            RunError: it is a link: what is removed there would be another folder's.
+        """
+        root = self.path / "checkpoints"
+        if root.is_symlink():
+            raise RunError(f"{root} is a link, expected a folder of the run's own; put the folder itself in its place")
+        return root
+
+
+def _is_checkpoint(place: Path, members: Collection[str] = ()) -> bool:
+    """Whether rkd made a folder: its digests are there, or nothing but such members, as damage or a kill leave it."""
+    if place.is_symlink() or not place.is_dir():
+        return False
+    names = {entry.name for entry in place.iterdir()}
+    return _DIGESTS in names or names <= set(members)
+
+
+def _remove_checkpoint(place: Path) -> None:
+    """Remove its digests last: what a kill leaves of it is known as a checkpoint, or empty."""
+    with suppress(OSError):
+        for entry in place.iterdir():
+            if entry.name == _DIGESTS:
+                continue
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entry.unlink(missing_ok=True)
+    shutil.rmtree(place, ignore_errors=True)
 
 
 def check_free(path: Path) -> None:

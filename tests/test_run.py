@@ -15,6 +15,7 @@ import pytest
 from runs import FACTS, MODEL
 
 from rkd import files
+from rkd import run as run_module
 from rkd.errors import RunError, StorageError
 from rkd.files import sha256
 from rkd.run import METRICS, SUMMARY, Run, Setting, free_name, models_of
@@ -180,6 +181,79 @@ def test_a_checkpoint_that_fails_leaves_the_earlier_ones(run: Run, monkeypatch: 
     monkeypatch.undo()
     assert run.latest_checkpoint() == (10, members(10))
     assert [path.name for path in (run.path / "checkpoints").iterdir()] == ["00000010"]
+
+
+def test_checkpoints_behind_a_link_are_refused_and_nothing_there_is_touched(run: Run, tmp_path: Path) -> None:
+    run.save_checkpoint(10, members(10))
+    (run.path / "checkpoints").rename(tmp_path / "elsewhere")
+    (run.path / "checkpoints").symlink_to(tmp_path / "elsewhere")
+    for touch in (
+        lambda: run.save_checkpoint(20, members(20)),
+        run.latest_checkpoint,
+        run.drop_checkpoints,
+        run.finish,
+    ):
+        with pytest.raises(RunError, match="checkpoints is a link"):
+            touch()
+    with pytest.raises(RunError, match="checkpoints is a link"), run.locked():
+        pytest.fail("it was opened")
+    assert [place.name for place in (tmp_path / "elsewhere").iterdir()] == ["00000010"]
+
+
+def test_only_older_checkpoints_are_pruned_and_never_a_strangers_folder(run: Run, tmp_path: Path) -> None:
+    root = run.path / "checkpoints"
+    run.save_checkpoint(10, members(10))
+    for name in ("00000001", "20240101", "20240102"):
+        (root / name).mkdir()
+        (root / name / "photo.jpg").write_bytes(b"x")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "digests.json").write_text("{}")
+    (root / "00000002").symlink_to(tmp_path / "linked")
+    strangers = ["00000001", "00000002", "20240101", "20240102"]
+    for step in (20, 30):
+        run.save_checkpoint(step, members(step))
+    assert sorted(place.name for place in root.iterdir()) == sorted(["00000020", "00000030", *strangers])
+    assert run.latest_checkpoint() == (30, members(30))
+    run.drop_checkpoints()
+    assert sorted(place.name for place in root.iterdir()) == strangers
+    assert (root / "20240101" / "photo.jpg").is_file()
+    assert (tmp_path / "linked" / "digests.json").is_file()
+
+
+@pytest.mark.parametrize("kind", ["folder", "link", "file"])
+def test_what_a_stranger_called_like_the_next_checkpoint_is_not_replaced(run: Run, tmp_path: Path, kind: str) -> None:
+    place = run.path / "checkpoints" / "00000020"
+    run.save_checkpoint(10, members(10))
+    (tmp_path / "linked").mkdir()
+    if kind == "folder":
+        place.mkdir()
+        (place / "photo.jpg").write_bytes(b"x")
+    elif kind == "link":
+        place.symlink_to(tmp_path / "linked")
+    else:
+        place.write_bytes(b"x")
+    with pytest.raises(RunError, match=r"00000020 is no checkpoint of rkd's.*; move it away"):
+        run.save_checkpoint(20, members(20))
+    assert os.path.lexists(place)
+    assert run.latest_checkpoint() == (10, members(10))
+
+
+def test_a_checkpoint_that_a_kill_left_half_removed_is_still_known_as_one(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.save_checkpoint(10, members(10))
+    place = run.path / "checkpoints" / "00000010"
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run.save_checkpoint(10, members(10))
+    assert [entry.name for entry in place.iterdir()] == ["digests.json"]
+    run.save_checkpoint(10, members(10))
+    assert run.latest_checkpoint() == (10, members(10))
 
 
 def test_a_finished_run_keeps_no_checkpoints(run: Run) -> None:
