@@ -36,6 +36,7 @@ from typing import Any
 from rkd import __version__
 from rkd.checks import (
     by_name,
+    digest,
     flag,
     list_of,
     number,
@@ -107,6 +108,8 @@ _FIELDS = {
     "teacher": object_of({"sha256": string, "file": string, "arch": string, "notes": _NAMES}, others=True),
     "detox": object_of({"history": list_of(list_of(signed, 4, 4))}, optional=["history"], others=True),
     "fooling": object_of({}, others=True),
+    "purified": object_of({"sha256": digest}, others=True),
+    "made": by_name(digest),
     "timings": by_name(object_of({"seconds": number}, others=True)),
     "student": object_of({"sha256": string, "arch": string}, others=True),
     "models": _models,
@@ -272,6 +275,35 @@ class Run:
         """
         self.summary |= changes
         write_file(self.path / SUMMARY, to_json(self.summary))
+
+    def keep(self, name: str, data: bytes, **changes: Any) -> None:
+        """Write a file that a resumed run goes on with; before it is there, run.json has its digest and the changes.
+
+        Raises:
+            StorageError: the disk said no.
+        """
+        path = self.path / name
+        with storage_errors(path):
+            path.unlink(missing_ok=True)  # one whose digest is not known
+        self.save(**changes, made={**self.summary.get("made", {}), name: sha256(data)})
+        write_file(path, data)
+
+    def kept(self, name: str) -> bytes | None:
+        """What `keep` wrote; None where it is not there, or its digest is not known: then it is made again.
+
+        Raises:
+            RunError: it has changed since.
+            StorageError: it cannot be read, or is no regular file.
+        """
+        path = self.path / name
+        if not os.path.lexists(path):
+            return None
+        with storage_errors(path):
+            data = read_bytes(path)
+        recorded = self.summary.get("made", {}).get(name)
+        if recorded not in (None, sha256(data)):
+            raise RunError(f"{path} has changed since the run made it; restore it, or start a new run")
+        return None if recorded is None else data
 
     def finish(self, **changes: Any) -> None:
         """Write run.json for the last time; the run is done."""

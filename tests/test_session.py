@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.numpy import load_file
+from safetensors.torch import load_file as load_torch_file
+from safetensors.torch import save_file as save_torch_file
 from typer.testing import CliRunner
 
 from rkd.cli import app
@@ -472,19 +476,94 @@ def test_a_damaged_file_of_the_run_is_named(interrupted: Path, name: str) -> Non
     assert name in one_line(rkd("distill", "--resume", interrupted))
 
 
+def forged(run: Path, name: str, **arrays: Any) -> None:
+    """Other arrays in a file of the run, with the digest in run.json that fits them."""
+    np.savez(run / name, **arrays)
+    content = summary(run)
+    content["made"][name] = hashlib.sha256((run / name).read_bytes()).hexdigest()
+    (run / "run.json").write_text(json.dumps(content))
+
+
 @pytest.mark.parametrize(
     "change", [lambda p: p[:2], lambda p: p.astype(np.float64), lambda p: p * 200, lambda p: p * np.nan]
 )
 def test_other_perturbations_than_the_runs_are_refused(interrupted: Path, change: Any) -> None:
     found = np.load(interrupted / "perturbations.npz")["perturbations"]
-    np.savez(interrupted / "perturbations.npz", perturbations=change(found))
+    forged(interrupted, "perturbations.npz", perturbations=change(found))
     assert "holds other perturbations" in one_line(rkd("distill", "--resume", interrupted))
 
 
 def test_masks_of_other_shapes_are_refused(interrupted: Path) -> None:
     arrays = dict(np.load(interrupted / "masks.npz"))
-    np.savez(interrupted / "masks.npz", **{key: value[:, :2] for key, value in arrays.items()})
+    forged(interrupted, "masks.npz", **{key: value[:, :2] for key, value in arrays.items()})
     assert "the masks are for taps" in one_line(rkd("distill", "--resume", interrupted))
+
+
+def test_another_network_in_the_teachers_place_is_refused(interrupted: Path) -> None:
+    path = interrupted / "teacher.safetensors"
+    with safe_open(path, "pt") as file:
+        header = file.metadata()
+    tensors = load_torch_file(path)
+    tensors["conv1.weight"] += 1e-3
+    save_torch_file(tensors, path, header)
+    assert "teacher.safetensors has changed since the run was started" in one_line(
+        rkd("distill", "--resume", interrupted)
+    )
+
+
+@pytest.mark.parametrize("name", ["masks.npz", "perturbations.npz"])
+def test_a_file_that_the_run_made_and_that_changed_is_refused(interrupted: Path, name: str) -> None:
+    arrays = dict(np.load(interrupted / name))
+    np.savez(interrupted / name, **{key: value * np.float32(0.5) for key, value in arrays.items()})
+    assert f"{name} has changed since the run made it" in one_line(rkd("distill", "--resume", interrupted))
+
+
+def test_a_file_whose_digest_is_not_known_is_made_again(interrupted: Path) -> None:
+    content, made = summary(interrupted), (interrupted / "masks.npz").read_bytes()
+    del content["made"]["masks.npz"]
+    (interrupted / "run.json").write_text(json.dumps(content))
+    (interrupted / "masks.npz").write_bytes(b"a stranger's")
+    done("distill", "--resume", interrupted)
+    assert (interrupted / "masks.npz").read_bytes() == made
+    assert summary(interrupted)["made"]["masks.npz"] == hashlib.sha256(made).hexdigest()
+
+
+@pytest.mark.parametrize("change", ["other", "more", "fewer"])
+def test_other_triggers_than_at_the_start_are_refused(interrupted: Path, change: str) -> None:
+    (path,) = (interrupted / "triggers").glob("*.npz")
+    trigger = Trigger.load(path)
+    path.unlink()
+    if change == "other":
+        replace(trigger, target=2).save(path)
+        said = f"{path.name} has changed since the run made it"
+    else:
+        said = "triggers holds other triggers than the run was started with"
+    if change == "more":
+        trigger.save(path)
+        replace(trigger, name="more").save(path.with_name("more.npz"))
+    assert said in one_line(rkd("distill", "--resume", interrupted))
+
+
+@pytest.mark.parametrize("name", ["masks.npz", "perturbations.npz", "labels.npz", "purified.safetensors"])
+def test_what_is_no_regular_file_in_a_run_is_refused(here: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def dies(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    options = {"labels.npz": ("--method", "kd", "--no-labels"), "purified.safetensors": ("--method", "finetune+kd")}
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "train", dies)
+        rkd("distill", "teacher.pt", *SHORT, *options.get(name, ("--cap", "0.05")), "--purify-steps", 2, "--out", "out")
+    path = here / "out" / name
+    assert path.is_file()
+    path.unlink()
+    os.mkfifo(path)
+    assert f"{name}: is a pipe, a socket or a device" in one_line(rkd("distill", "--resume", "out"))
+    path.unlink()
+    path.mkdir()
+    assert f"{name}: Is a directory" in one_line(rkd("distill", "--resume", "out"))
+    path.rmdir()
+    path.write_bytes(b"x")
+    assert f"{name} has changed since the run made it" in one_line(rkd("distill", "--resume", "out"))
 
 
 def test_a_missing_setting_of_the_run_is_named(interrupted: Path) -> None:

@@ -12,6 +12,7 @@ Perturbations can also be looked for on the student while it is trained, as that
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,6 @@ from torch import Tensor, nn
 
 from rkd.data import Source
 from rkd.errors import ArchitectureError, RunError, first_line, ran_out_of_memory
-from rkd.files import storage_errors, write_file
 from rkd.metrics import Images, Labels, Proportion
 from rkd.network import Network
 from rkd.npz import npz_bytes, read_npz
@@ -197,10 +197,9 @@ def fooling_of_run(
         ArchitectureError: the teacher has no gradient.
     """
     path = run.path / PERTURBATIONS
-    if path.is_file():
+    if (data := run.kept(PERTURBATIONS)) is not None:
         try:
-            with storage_errors(path), path.open("rb") as file:
-                kept = torch.from_numpy(read_npz(file, _LIMIT_BYTES)["perturbations"])
+            kept = torch.from_numpy(read_npz(io.BytesIO(data), _LIMIT_BYTES)["perturbations"])
         except (ValueError, KeyError, TypeError) as error:
             raise RunError(f"{path} does not hold perturbations: {error}") from error
         if kept.shape != first.shape or kept.dtype != first.dtype or not kept.abs().amax() <= linf * (1 + 1e-5):
@@ -211,9 +210,7 @@ def fooling_of_run(
             teacher, clean, first, linf, seed=seed, device=device, batch=batch, on_step=bar.update
         )
     summary = found.to_json(teacher.classes)
-    run.save(fooling=summary)
-    # Last: where the file is, nothing is looked for again.
-    write_file(path, npz_bytes({"perturbations": found.perturbations.numpy()}))
+    run.keep(PERTURBATIONS, npz_bytes({"perturbations": found.perturbations.numpy()}), fooling=summary)
     say(f"{fooling_text(summary, 255 * linf)}; the student is hardened against them")
     return found.perturbations
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -43,7 +45,7 @@ from rkd.distill.objectives import (
 from rkd.distill.settings import DistillSettings
 from rkd.distill.training import monitor, train
 from rkd.errors import ArchitectureError, ConfigError, DataError, RunError
-from rkd.files import sha256, storage_errors, to_json, write_file
+from rkd.files import read_bytes, sha256, storage_errors, to_json, write_file
 from rkd.measure import choose_device, choose_precision, count_macs, use_threads
 from rkd.metrics import evaluate
 from rkd.models import build
@@ -111,7 +113,7 @@ def start(
     members = {f"{TRIGGERS}/{trigger.name}.npz": trigger.to_bytes() for trigger in work.triggers}
     teacher = work.teacher.to_bytes()
     run = Run.create(
-        path, "distill", made, {**members, TEACHER: teacher},
+        path, "distill", made, {**members, TEACHER: teacher}, made={name: sha256(data) for name, data in members.items()},
         data={"name": work.data.name, "digest": work.data.digest, "classes": list(work.data.classes), "notes": list(work.data.notes),
               "clean_images": len(work.train), "removed_as_in_test": work.data.removed},
         teacher={"sha256": work.teacher_sha256, "converted_sha256": sha256(teacher), "file": Path(settings.teacher).name, "arch": work.teacher.arch,
@@ -178,10 +180,25 @@ def reopen(run: Run, *, data: str = "", arch: str = "") -> Inputs | None:
         return None
     settings = DistillSettings.from_run(run)
     check_code(settings.arch, arch, "arch", run.path)
-    triggers = tuple(str(path) for path in sorted((run.path / TRIGGERS).glob("*.npz")))
+    triggers = _kept_triggers(run)
     work = Inputs.open(replace(settings, data=data or settings.data, triggers=triggers), run.path / TEACHER)
     work.check_same(run)
     return work
+
+
+def _kept_triggers(run: Run) -> tuple[str, ...]:
+    """The paths of the triggers that the run was started with.
+
+    Raises:
+        RunError: there are others, or one has changed.
+    """
+    paths = sorted((run.path / TRIGGERS).glob("*.npz"))
+    names = {f"{TRIGGERS}/{path.name}" for path in paths}
+    if names != {name for name in run.summary.get("made", {}) if name.startswith(f"{TRIGGERS}/")}:
+        raise RunError(f"{run.path / TRIGGERS} holds other triggers than the run was started with; start a new run")
+    for name in sorted(names):
+        run.kept(name)
+    return tuple(map(str, paths))
 
 
 def distill(run: Run, stop: StopRequest, work: Inputs | None = None) -> list[Model]:
@@ -309,11 +326,15 @@ class Inputs:
         return cls(data, train_source, teacher, checkpoint.sha256, triggers, device, recipe, notes)
 
     def check_same(self, run: Run) -> None:
-        """Refuse to go on with other data than the run was started with."""
+        """Refuse to go on with other data, or from another teacher, than the run was started with."""
         recorded = run.summary.get("data", {}).get("digest")
         if recorded != self.data.digest:
             raise RunError(
                 f"{run.path}: the data has changed since the run was started; restore it, or start a new run"
+            )
+        if run.summary.get("teacher", {}).get("converted_sha256") != self.teacher_sha256:
+            raise RunError(
+                f"{run.path / TEACHER} has changed since the run was started; restore it, or start a new run"
             )
 
     def clean_batches(self, count: int) -> list[torch.Tensor]:
@@ -433,18 +454,19 @@ def _held_out(settings: DistillSettings, source: Source) -> tuple[Source, Source
 
 def _relabelled(run: Run, work: Inputs) -> Inputs:
     """The teacher's answers in place of the labels: taken from the run, or asked for."""
-    path = run.path / LABELS
-    if not path.is_file():
+    data = run.kept(LABELS)
+    if data is None:
         found: list[NDArray[np.int64]] = []
         with progress("ask the teacher for labels", len(work.train)) as bar:
             for said in answers(work.teacher.predictor(work.device), work.train, _EVALUATION_BATCH):
                 found.append(said)
                 bar.update(sum(map(len, found)), unit="img")
-        write_file(path, npz_bytes({"y": np.concatenate(found)}))
+        data = npz_bytes({"y": np.concatenate(found)})
+        run.keep(LABELS, data)
+    path = run.path / LABELS
     try:
-        with storage_errors(path), path.open("rb") as file:
-            labels = read_npz(file, _LABELS_LIMIT_BYTES)["y"]
-    except (ValueError, KeyError) as error:
+        labels = read_npz(io.BytesIO(data), _LABELS_LIMIT_BYTES)["y"]
+    except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path} does not hold labels: {error}") from error
     if labels.shape != (len(work.train),):
         raise RunError(f"{path} holds {labels.shape} labels, the run has {len(work.train)} training images")
@@ -452,7 +474,17 @@ def _relabelled(run: Run, work: Inputs) -> Inputs:
 
 
 def _purified(run: Run, settings: DistillSettings, work: Inputs, stop: StopRequest) -> Network:
-    """The purified teacher of a baseline."""
+    """The purified teacher of a baseline.
+
+    Raises:
+        RunError: the run's is there, and has changed since it was made.
+    """
+    path = run.path / PURIFIED
+    if os.path.lexists(path):
+        with storage_errors(path):
+            made = sha256(read_bytes(path))
+        if run.summary.get("purified", {}).get("sha256") != made:
+            raise RunError(f"{path} has changed since the run made it; restore it, or start a new run")
     clean, held_out = _held_out(settings, work.train)
     stage = Purification(
         run=run, stop=stop, teacher=work.teacher, clean=clean, held_out=held_out, recipe=work.recipe,
@@ -526,10 +558,8 @@ def _on_the_students_images(run: Run, settings: DistillSettings, work: Inputs) -
 
 
 def _masks(run: Run, settings: DistillSettings, work: Inputs, tapped: TappedNetwork) -> tuple[TapMask, ...]:
-    path = run.path / MASKS
-    if path.is_file():
-        with storage_errors(path):
-            return masks_from_bytes(path.read_bytes(), str(path))
+    if (data := run.kept(MASKS)) is not None:
+        return masks_from_bytes(data, str(run.path / MASKS))
     recipe = DetoxRecipe(
         accuracy_budget=settings.accuracy_budget, cap=settings.mask_cap, batch=work.recipe.batch,
         shape=settings.mask, variance=settings.variance, start=settings.replacement,
@@ -550,8 +580,7 @@ def _masks(run: Run, settings: DistillSettings, work: Inputs, tapped: TappedNetw
             tapped, work.teacher.normalisation, learn, held_out, recipe,
             seed=settings.seed, device=work.device, autocast=lambda: autocast(work.device, work.recipe.precision), on_check=show,
         )  # fmt: skip
-    run.save(detox=_detox_summary(found))
-    write_file(path, found.to_bytes())  # last: where it is, the mask is not learned again
+    run.keep(MASKS, found.to_bytes(), detox=_detox_summary(found))
     say(
         f"detoxified: {100 * found.variance:.0f} % of how much the teacher's features vary from image to image is left; "
         f"its accuracy on {found.n} held-out "
