@@ -129,19 +129,29 @@ class Detoxification:
         return npz_bytes(arrays)
 
 
-def masks_from_bytes(data: bytes, origin: str) -> tuple[TapMask, ...]:
+def masks_from_bytes(data: bytes, origin: str, cap: float = 1.0) -> tuple[TapMask, ...]:
     """Inverse of `Detoxification.to_bytes`.
 
+    Args:
+        data: the file.
+        origin: names it in errors.
+        cap: what no mask is above.
+
     Raises:
-        RunError: the file is damaged; `origin` names it.
+        RunError: the file is damaged, or holds what no mask can be.
     """
     try:
         arrays = read_npz(io.BytesIO(data), _MASKS_LIMIT_BYTES, members=256)
         names = sorted({name.rpartition(".")[0] for name in arrays}, key=lambda name: int(name.split(".")[0]))
+        for name, array in arrays.items():
+            if array.dtype != np.float32 or not np.isfinite(array).all():
+                raise ValueError(f"{name} is not of finite float32")
+            if name.endswith(".mask") and not ((array >= 0) & (array <= np.float32(cap))).all():
+                raise ValueError(f"{name} is not from 0 to {cap:g}")
         return tuple(
             TapMask(name.partition(".")[2], arrays[f"{name}.mask"], arrays[f"{name}.replacement"]) for name in names
         )
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{origin} does not hold masks: {error}") from error
 
 

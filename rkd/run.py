@@ -416,6 +416,14 @@ class Run:
 
     def latest_checkpoint(self) -> tuple[int, dict[str, bytes]] | None:
         """Step and members of the newest checkpoint that verifies."""
+        return next(self.checkpoints(), None)
+
+    def checkpoints(self) -> Iterator[tuple[int, dict[str, bytes]]]:
+        """Step and members of every checkpoint that verifies, the newest first.
+
+        Raises:
+            RunError: their folder is a link.
+        """
         for place in self._checkpoints():
             try:
                 digests = json.loads(read_bytes(place / _DIGESTS))
@@ -425,8 +433,7 @@ class Run:
             except (OSError, ValueError, RecursionError):
                 continue
             if all(sha256(data) == digests[name] for name, data in members.items()):
-                return int(place.name), members
-        return None
+                yield int(place.name), members
 
     def _checkpoints(self) -> list[Path]:
         """Folders that are named as checkpoints are, newest first; half-written ones have another name.

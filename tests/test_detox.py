@@ -29,6 +29,7 @@ from rkd.distill.loop import autocast
 from rkd.errors import RunError
 from rkd.models import build
 from rkd.network import Network, Normalisation
+from rkd.npz import npz_bytes
 from rkd.taps import TappedNetwork
 
 CPU = torch.device("cpu")
@@ -260,11 +261,11 @@ def test_masks_survive_being_written_and_read(learned: tuple[Detoxification, Any
 
 def test_more_than_ten_taps_keep_their_order_and_names_with_dots() -> None:
     masks = tuple(
-        TapMask(f"layer{i}.bn", np.full((1, 1, 1), i, np.float32), np.zeros((1, 1, 1), np.float32)) for i in range(12)
+        TapMask(f"layer{i}.bn", np.zeros((1, 1, 1), np.float32), np.full((1, 1, 1), i, np.float32)) for i in range(12)
     )
     read = masks_from_bytes(Detoxification(masks, 0, 0, 1, 0, 1, ()).to_bytes(), "masks.npz")
     assert [mask.tap for mask in read] == [mask.tap for mask in masks]
-    assert [float(mask.mask[0, 0, 0]) for mask in read] == list(range(12))
+    assert [float(mask.replacement[0, 0, 0]) for mask in read] == list(range(12))
 
 
 @pytest.mark.parametrize(
@@ -286,6 +287,16 @@ def test_damaged_masks_are_refused_by_name(damage: Callable[[bytes], bytes]) -> 
     masks_from_bytes(data, "ok")
     with pytest.raises(RunError, match=r"runs/x/masks\.npz does not hold masks"):
         masks_from_bytes(damage(data), "runs/x/masks.npz")
+
+
+@pytest.mark.parametrize("value", ["a", np.nan, np.inf, 0.3, -0.1])
+def test_values_that_no_mask_has_are_refused_by_name(value: Any) -> None:
+    array = np.full((3, 4, 4), 0.2, np.float32)
+    odd = np.full((3, 4, 4), value, None if isinstance(value, str) else np.float32)
+    data = npz_bytes({"0.bn1.mask": odd, "0.bn1.replacement": array})
+    with pytest.raises(RunError, match=r"masks\.npz does not hold masks: 0\.bn1\.mask"):
+        masks_from_bytes(data, "masks.npz", cap=0.25)
+    masks_from_bytes(npz_bytes({"0.bn1.mask": array, "0.bn1.replacement": array}), "masks.npz", cap=0.2)
 
 
 @pytest.mark.parametrize("other", ["wrn-10-2", "resnet20"])

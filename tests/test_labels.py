@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from rkd.data import ArraySource, Source, open_dataset
-from rkd.distill.labels import RelabelledSource, answers
+from rkd.distill.labels import RelabelledSource, answers, check_labels
+from rkd.errors import DataError
 
 
 def array_source(count: int = 23) -> ArraySource:
@@ -83,3 +85,19 @@ def test_a_batch_of_nothing_but_damaged_images_is_left_out(folder: Path, caplog:
     assert (len(images), len(labels)) == (0, 0)
     assert list(relabelled.batches(1, np.array([3]))) == []
     assert "3.png" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [[999, 0], [-2, 0], [np.nan, 0], [0.5, 0], ["a", "b"], [True, False], [0], [[0, 1]], np.array([2**64 - 1, 0], np.uint64)],
+)  # fmt: skip
+def test_what_no_teacher_answers_is_no_label(labels: Any) -> None:
+    check_labels(np.array([2, -1]), 2, 3)
+    with pytest.raises(ValueError, match="expected int64|not one of the 3 classes"):
+        check_labels(np.asarray(labels), 2, 3)
+
+
+def test_an_image_of_which_the_teacher_was_not_asked_has_no_label() -> None:
+    images = ArraySource(np.zeros((3, 3, 4, 4), np.uint8), np.zeros(3, np.int64))
+    with pytest.raises(DataError, match="could not be when the teacher was asked"):
+        RelabelledSource(images, np.array([0, -1, 0])).batch(np.arange(3))

@@ -19,7 +19,7 @@ from rkd.distill.hardening import UniversalPerturbations, random_perturbations
 from rkd.distill.loop import Recipe, Step, Trainer, autocast
 from rkd.distill.objectives import CrossEntropy, FeatureDistillation, Objective, margins
 from rkd.distill.training import train
-from rkd.errors import ConfigError, RkdError, StoppedError
+from rkd.errors import ConfigError, RkdError, RunError, StoppedError
 from rkd.models import build
 from rkd.network import Normalisation
 from rkd.run import Run
@@ -308,7 +308,7 @@ def test_going_on_from_a_state_gives_the_bytes_of_an_uninterrupted_run(
 
 
 def test_the_state_of_another_network_is_refused() -> None:
-    with pytest.raises(RkdError, match="does not fit this network"):
+    with pytest.raises(ValueError, match="does not fit this network"):
         toy().load_state(trainer_of("mobilenet", 0).state(), 1)
 
 
@@ -467,3 +467,87 @@ def test_two_checkpoints_are_kept(tmp_path: Path) -> None:
     for step in (5, 9, 10, 100):
         run.save_checkpoint(step, {"a": b"x"})
     assert sorted(p.name for p in (run.path / "checkpoints").iterdir()) == ["00000010", "00000100"]
+
+
+PLACE = {"stage": "s", "step": 4, "group": {"loss": 0.5, "hits": 1, "images": 8, "steps": 4}}
+
+
+def without(name: str) -> Callable[[dict[str, Tensor]], object]:
+    return lambda state: state.pop(name)
+
+
+def with_tensor(name: str, tensor: Tensor) -> Callable[[dict[str, Tensor]], object]:
+    return lambda state: state.update({name: tensor})
+
+
+PLACES: dict[str, bytes | None] = {
+    "missing": None, "cut short": b"{", "deep": b"[" * 100_000, "a list": b"[]", "null": b"null", "a number": b"3",
+    "bytes": b"\xff\xfe", "infinite": json.dumps(PLACE | {"step": math.inf}).encode(),
+    **{f"step {step!r}": json.dumps(PLACE | {"step": step}).encode() for step in (-5, 3, 5, 10**18, "4", 4.0)},
+    **{f"group {name}": json.dumps(PLACE | {"group": group}).encode() for name, group in
+       {"null": None, "of text": PLACE["group"] | {"loss": "x"}, "of NaN": PLACE["group"] | {"loss": math.nan}}.items()},
+}  # fmt: skip
+STATES: dict[str, bytes | Callable[[dict[str, Tensor]], object]] = {
+    "no safetensors": b"abc", "empty": b"",
+    "generator short": with_tensor("rng.cpu", torch.zeros(5, dtype=torch.uint8)),
+    "generator zeroed": with_tensor("rng.cpu", torch.zeros(5056, dtype=torch.uint8)),
+    "generator of floats": with_tensor("rng.cpu", torch.zeros(5056)),
+    "generator missing": without("rng.cpu"),
+    "momentum 9999": with_tensor("momentum.9999", torch.zeros(2)),
+    "momentum x": with_tensor("momentum.x", torch.zeros(2)),
+    "momentum of another shape": with_tensor("momentum.0", torch.zeros(7, 7)),
+    "unknown": with_tensor("other", torch.zeros(2)),
+    "no network": lambda state: [state.pop(name) for name in list(state) if name.startswith("network.")],
+    "NaN": lambda state: [t.fill_(math.nan) for name, t in state.items() if name.startswith("network.")],
+    "infinite momentum": lambda state: state["momentum.0"].fill_(math.inf),
+}  # fmt: skip
+
+
+def saved_badly(run: Run, step: int, place: str = "", state: str = "") -> None:
+    """A checkpoint whose digests fit what it holds."""
+    trainer = toy(20)
+    for at in trainer.steps():
+        if at.number == step:
+            break
+    tensors, change = trainer.state(), STATES.get(state)
+    if callable(change):
+        change(tensors)
+    members = {
+        "state.safetensors": change if isinstance(change, bytes) else save(tensors),
+        "place.json": PLACES[place] if place else json.dumps(PLACE | {"step": step}).encode(),
+    }
+    run.save_checkpoint(step, {name: data for name, data in members.items() if data is not None})
+
+
+@pytest.mark.parametrize(("part", "kind"), [("place", kind) for kind in PLACES] + [("state", kind) for kind in STATES])
+def test_a_checkpoint_that_verifies_but_cannot_be_loaded_is_one_line(tmp_path: Path, part: str, kind: str) -> None:
+    run = run_in(tmp_path / "run")
+    saved_badly(run, 4, **{part: kind})
+    with pytest.raises(
+        RunError, match=r"checkpoint 4 is damaged: .*; remove .*checkpoints to begin this stage again"
+    ) as caught:
+        go(toy(20), run)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("part", "kind"), [("place", "deep"), ("place", "missing"), ("state", "NaN"), ("state", "generator zeroed"),
+                                            ("state", "momentum 9999")])  # fmt: skip
+def test_the_checkpoint_before_one_that_cannot_be_loaded_is_gone_on_from(
+    tmp_path: Path, part: str, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, reference = toy(20), run_in(tmp_path / "whole")
+    go(whole, reference)
+    run, second = run_in(tmp_path / "run"), toy(20)
+    saved_badly(run, 2)
+    saved_badly(run, 4, **{part: kind})
+    go(second, run)
+    assert weights(second) == weights(whole)
+    assert "checkpoint 4 is damaged" in capsys.readouterr().err
+
+
+def test_a_step_beyond_the_last_is_no_finished_student(tmp_path: Path) -> None:
+    run = run_in(tmp_path / "run")
+    members = {"state.safetensors": save(toy(20).state()), "place.json": json.dumps(PLACE | {"step": 11}).encode()}
+    run.save_checkpoint(11, members)
+    with pytest.raises(RunError, match="step 11 of 10"):
+        go(toy(20), run)

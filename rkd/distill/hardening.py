@@ -35,6 +35,7 @@ _STEP = 0.1  # of the radius
 SEARCH_STEPS = 30  # on the teacher
 _LOOK = 128  # images a step of the search
 _LIMIT_BYTES = 2**31
+_MOST_STEPS = 2**40
 
 
 @dataclass(frozen=True)
@@ -264,7 +265,13 @@ class UniversalPerturbations(nn.Module):
         return torch.tensor(self.step)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Inverse of `get_extra_state`."""
+        """Inverse of `get_extra_state`.
+
+        Raises:
+            ValueError: no number of steps.
+        """
+        if not 0 <= int(state) < _MOST_STEPS:
+            raise ValueError(f"{int(state)} steps of hardening")
         self.step = int(state)
 
     def _ascend(self, perturbations: Tensor) -> None:

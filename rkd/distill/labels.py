@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rkd.data import Source
+from rkd.errors import DataError
 from rkd.metrics import Images, Labels, Predict
 
 _UNKNOWN = -1  # of an image that cannot be decoded: it is never handed out
@@ -34,8 +36,17 @@ class RelabelledSource:
         return len(self._images)
 
     def batch(self, indices: NDArray[np.int64]) -> tuple[Images, Labels]:
-        """See `rkd.data.Source`."""
-        return _of_those_decoded(self._images, self.labels, indices)
+        """See `rkd.data.Source`.
+
+        Raises:
+            DataError: an image is there of which the teacher was not asked.
+        """
+        images, labels = _of_those_decoded(self._images, self.labels, indices)
+        if (labels == _UNKNOWN).any():
+            raise DataError(
+                "an image can be read that could not be when the teacher was asked for labels; start a new run"
+            )
+        return images, labels
 
     def batches(self, size: int, indices: NDArray[np.int64] | None = None) -> Iterator[tuple[Images, Labels]]:
         """See `rkd.data.Source`."""
@@ -48,6 +59,18 @@ class RelabelledSource:
     def subset(self, indices: NDArray[np.int64]) -> RelabelledSource:
         """See `rkd.data.Source`."""
         return RelabelledSource(self._images.subset(indices), self.labels[indices])
+
+
+def check_labels(labels: NDArray[Any], images: int, classes: int) -> None:
+    """See that `answers` could have given these.
+
+    Raises:
+        ValueError: another shape or type, or no such class.
+    """
+    if labels.dtype != np.int64 or labels.shape != (images,):
+        raise ValueError(f"{labels.dtype} {labels.shape}, expected int64 ({images},), one of each training image")
+    if not ((labels >= _UNKNOWN) & (labels < classes)).all():
+        raise ValueError(f"a label is not one of the {classes} classes")
 
 
 def answers(predict: Predict, source: Source, batch: int) -> Iterator[Labels]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rkd.data import Source
 from rkd.distill.batches import steps_per_epoch, training_batches
 from rkd.distill.objectives import Objective
-from rkd.errors import ConfigError, RkdError
+from rkd.errors import ConfigError
 from rkd.network import Normalisation
 
 
@@ -176,26 +176,53 @@ class Trainer:
     def load_state(self, tensors: dict[str, Tensor], done: int) -> None:
         """Go on from `state()` after `done` steps.
 
+        What fails in the middle leaves a part of it; another state may be loaded then.
+
         Raises:
-            RkdError: the state is another network's.
+            ValueError: the state is another network's, or not finite.
+            Exception: what torch raises of the generator's state.
         """
+        self._check_state(tensors)
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
-        try:
-            self.network.load_state_dict(part("network."))
-            self.objective.extra.load_state_dict(part("extra."))
-        except RuntimeError as error:
-            raise RkdError(f"the checkpoint does not fit this network: {error}") from error
+        torch.set_rng_state(tensors["rng.cpu"])
+        if "rng.cuda" in tensors and self.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
+        self.network.load_state_dict(part("network."))
+        self.objective.extra.load_state_dict(part("extra."))
+        self._optimizer.state.clear()
         parameters = self._optimizer.param_groups[0]["params"]
         for index, momentum in part("momentum.").items():
             parameter = parameters[int(index)]
             buffer = torch.empty_like(parameter, requires_grad=False)  # channels_last where the parameter is
             self._optimizer.state[parameter]["momentum_buffer"] = buffer.copy_(momentum)
-        torch.set_rng_state(tensors["rng.cpu"])
-        if "rng.cuda" in tensors and self.device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
         if "scaler" in tensors and self._scaler.is_enabled():
             self._scaler.load_state_dict({**self._scaler.state_dict(), "scale": float(tensors["scaler"][0])})
         self.done = done
+
+    def _check_state(self, tensors: dict[str, Tensor]) -> None:
+        """Refuse a state that `state()` of this trainer would not give.
+
+        Raises:
+            ValueError: a tensor is missing, unknown, of another shape or type, or not finite.
+        """
+        known = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
+        known |= {f"extra.{name}": tensor for name, tensor in self.objective.extra.state_dict().items()}
+        needed = {*known, "rng.cpu"}
+        known |= {f"momentum.{i}": p for i, p in enumerate(self._optimizer.param_groups[0]["params"])}
+        known |= {name: torch.empty(0, dtype=torch.uint8) for name in ("rng.cpu", "rng.cuda")}
+        known["scaler"] = torch.ones(1, dtype=torch.float64)
+        if odd := needed - set(tensors) or set(tensors) - set(known):
+            raise ValueError(
+                f"it does not fit this network: {min(odd)} is {'unknown' if min(odd) in tensors else 'missing'}"
+            )
+        for name, tensor in tensors.items():
+            like = known[name]
+            if tensor.dtype != like.dtype or (tensor.shape != like.shape and not name.startswith("rng.")):
+                raise ValueError(f"it does not fit this network: {name} is {tensor.dtype} {tuple(tensor.shape)}")
+            if not tensor.isfinite().all() and like.isfinite().all():  # a network may hold infinities of its own
+                raise ValueError(f"{name} is not finite")
+        if "scaler" in tensors and not tensors["scaler"].item() > 0:
+            raise ValueError("scaler is not above 0")

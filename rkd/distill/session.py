@@ -29,7 +29,7 @@ from rkd.distill.hardening import (
     fooling_of_run,
     random_perturbations,
 )
-from rkd.distill.labels import RelabelledSource, answers
+from rkd.distill.labels import RelabelledSource, answers, check_labels
 from rkd.distill.loop import Recipe, Trainer, autocast
 from rkd.distill.methods import Method
 from rkd.distill.noise import InputNoise
@@ -466,10 +466,9 @@ def _relabelled(run: Run, work: Inputs) -> Inputs:
     path = run.path / LABELS
     try:
         labels = read_npz(io.BytesIO(data), _LABELS_LIMIT_BYTES)["y"]
+        check_labels(labels, len(work.train), len(work.data.classes))
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path} does not hold labels: {error}") from error
-    if labels.shape != (len(work.train),):
-        raise RunError(f"{path} holds {labels.shape} labels, the run has {len(work.train)} training images")
     return replace(work, train=RelabelledSource(work.train, labels))
 
 
@@ -559,7 +558,7 @@ def _on_the_students_images(run: Run, settings: DistillSettings, work: Inputs) -
 
 def _masks(run: Run, settings: DistillSettings, work: Inputs, tapped: TappedNetwork) -> tuple[TapMask, ...]:
     if (data := run.kept(MASKS)) is not None:
-        return masks_from_bytes(data, str(run.path / MASKS))
+        return masks_from_bytes(data, str(run.path / MASKS), settings.mask_cap)
     recipe = DetoxRecipe(
         accuracy_budget=settings.accuracy_budget, cap=settings.mask_cap, batch=work.recipe.batch,
         shape=settings.mask, variance=settings.variance, start=settings.replacement,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
+from rkd.checks import object_of, signed, string, whole, whole_between
 from rkd.data import Source
 from rkd.distill.loop import Step, Trainer
-from rkd.errors import RkdError, RunError, StoppedError
+from rkd.errors import RkdError, RunError, StoppedError, first_line, ran_out_of_memory
 from rkd.files import to_json
 from rkd.metrics import Images, evaluate
 from rkd.network import Network
-from rkd.progress import Bar, progress
+from rkd.progress import Bar, progress, say
 from rkd.run import Run
 from rkd.signals import StopRequest
 
@@ -75,6 +76,7 @@ def train(
     Raises:
         StoppedError: stopped by a signal, after saving.
         RkdError: the loss is not finite any more.
+        RunError: no checkpoint can be loaded.
         StorageError: the disk said no; the last checkpoint is whole.
     """
     group = _restore(trainer, run, stage)
@@ -151,17 +153,65 @@ def _save(trainer: Trainer, run: Run, stage: str, group: _Group) -> None:
 
 
 def _restore(trainer: Trainer, run: Run, stage: str) -> _Group:
-    """Load the newest checkpoint of this stage and forget what was logged after it."""
-    found = run.latest_checkpoint()
-    place = json.loads(found[1][_PLACE]) if found else {}
-    group, done = _Group(), 0
-    if found and place.get("stage") != stage:  # an earlier stage's, whose result is written
-        run.drop_checkpoints()
-    elif found:
+    """Load the newest checkpoint of this stage that can be loaded and forget what was logged after it.
+
+    Raises:
+        RunError: there are some, and none can be loaded.
+    """
+    group, damage = _Group(), ""
+    for step, members in run.checkpoints():
         try:
-            trainer.load_state(load_safetensors(found[1][_STATE]), int(place["step"]))
-            group, done = _Group(**place["group"]), trainer.done
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise RunError(f"{run.path}: checkpoint {found[0]} is of another form: {error}") from error
-    run.cut_metrics(stage, done)
+            place = _place(members, step)
+            if place["stage"] == stage:
+                _load(trainer, members, step)
+                group = _Group(**place["group"])
+        except ValueError as error:
+            damage = damage or f"checkpoint {step} is damaged: {first_line(error)}"
+            continue
+        if place["stage"] != stage:  # an earlier stage's, whose result is written
+            run.drop_checkpoints()
+        elif damage:
+            say(f"{damage}; going on from step {step}")
+        break
+    else:
+        if damage:
+            raise RunError(f"{run.path}: {damage}; remove {run.path / 'checkpoints'} to begin this stage again")
+    run.cut_metrics(stage, trainer.done)
     return group
+
+
+def _place(members: Mapping[str, bytes], step: int) -> dict[str, Any]:
+    """Where in the training a checkpoint of this step is.
+
+    Raises:
+        ValueError: it does not say.
+    """
+    group = object_of({"loss": signed, "hits": whole(), "images": whole(), "steps": whole()})
+    check = object_of({"stage": string, "step": whole_between(step, step), "group": group})
+    if _PLACE not in members:
+        raise ValueError(f"{_PLACE} is missing")
+    try:
+        place = json.loads(members[_PLACE])
+    except RecursionError as error:
+        raise ValueError(f"{_PLACE}: {error}") from error
+    if (problem := check(place)) is not None:
+        raise ValueError(f"{_PLACE}{problem}")
+    return dict(place)
+
+
+def _load(trainer: Trainer, members: Mapping[str, bytes], step: int) -> None:
+    """Bring the trainer to where a checkpoint was saved.
+
+    Raises:
+        ValueError: the checkpoint is damaged, or another network's.
+    """
+    if step > trainer.total_steps:
+        raise ValueError(f"step {step} of {trainer.total_steps}")
+    try:
+        trainer.load_state(load_safetensors(members[_STATE]), step)
+    except MemoryError:
+        raise
+    except Exception as error:  # safetensors and torch raise of many kinds
+        if isinstance(error, RuntimeError) and ran_out_of_memory(error):
+            raise
+        raise ValueError(f"{_STATE}: {first_line(error)}") from error
