@@ -248,3 +248,9 @@ def test_the_same_seed_starts_from_the_same_perturbations() -> None:
     assert torch.equal(first, second)
     assert not torch.equal(first, other)
     assert 0 < float(first.abs().max()) <= 0.05
+
+
+@pytest.mark.parametrize("steps", [-1, 2**62])
+def test_a_state_with_an_impossible_number_of_steps_is_refused(steps: int) -> None:
+    with pytest.raises(ValueError, match="steps of hardening"):
+        hardening((4, 4), 0.1, (1.0, 1.0, 1.0)).set_extra_state(torch.tensor(steps))
