@@ -41,6 +41,7 @@ _TEMPORARY = '"${TMPDIR:-/tmp}"'
 _NOT_FOUND, _SSH_FAILED = 127, 255
 _SAVED = (0, 129, 130, 143)  # done, or stopped by a signal after saving
 _QUICK_S, _COPY_S, _CLEAN_S = 60, 1800, 10
+_LOOK_UP_S = 0.5
 _LIMIT_BYTES = 64 * 2**20
 _LINE_BYTES = 64 * 2**10
 
@@ -94,7 +95,7 @@ def bench_hosts(
         stopped = None
         try:
             waiting.extend(pool.submit(board.bench, bundles, options, per_class=per_class) for board in boards)
-            wait(waiting)
+            _wait(waiting)
         except KeyboardInterrupt as interrupt:
             stopped = interrupt
             _stop(boards, waiting)
@@ -116,8 +117,14 @@ def _stop(boards: Sequence[_Board], waiting: Sequence[Future[dict[str, Any]]]) -
         with suppress(KeyboardInterrupt):
             for board in boards:
                 board.interrupt()
-            wait(waiting)
+            _wait(waiting)
             done = True
+
+
+def _wait(waiting: Sequence[Future[dict[str, Any]]]) -> None:
+    """Until all are done, looking up now and then: a signal just before a lock is taken does not end the wait for it."""
+    while wait(waiting, timeout=_LOOK_UP_S).not_done:
+        pass
 
 
 def _merge(results: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -63,6 +63,19 @@ def read_bytes(path: Path, limit_bytes: int = 2**30) -> bytes:
         return file.read(size_bytes)  # what is appended meanwhile is left; `read` takes room for what it is asked for
 
 
+def file_sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file from outside, of which a part is held at a time.
+
+    Raises:
+        OSError: as for `open_regular`.
+    """
+    found = hashlib.sha256()
+    with open_regular(path) as file:
+        while part := file.read(2**20):
+            found.update(part)
+    return found.hexdigest()
+
+
 def read_json(path: Path, limit_bytes: int = 2**24) -> Any:
     """Read a JSON file.
 

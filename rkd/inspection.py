@@ -8,7 +8,7 @@ from typing import Any
 from rkd.bench import result as bench_result
 from rkd.bundle import read_bundle
 from rkd.errors import RkdError, StorageError, TriggerError
-from rkd.files import read_bytes, sha256
+from rkd.files import file_sha256, read_bytes, sha256
 from rkd.metrics import Scores
 from rkd.run import STUDENT, SUMMARY, Run
 from rkd.target import load_target
@@ -58,14 +58,16 @@ def _run(path: Path) -> dict[str, Any]:
             found[part] = {key: value for key, value in summary[part].items() if key != "history"}
     recorded = summary.get("student", {}).get("sha256")
     if recorded and (path / STUDENT).is_file():
-        same = sha256((path / STUDENT).read_bytes()) == recorded
+        same = file_sha256(path / STUDENT) == recorded
         found["student"]["file"] = "matches its digest" if same else "DOES NOT MATCH its digest"
     for row in summary.get("models", []):
         found[row["role"]] = describe_scores(Scores.from_json(row["scores"]))
-    checkpoint = run.latest_checkpoint()
+    checkpoint = run.latest_step()
     if not run.finished:
         found["checkpoint"] = (
-            f"step {checkpoint[0]}" if checkpoint else "none yet of this student; what was finished before it is kept"
+            f"step {checkpoint}"
+            if checkpoint is not None
+            else "none yet of this student; what was finished before it is kept"
         )
         found["go on with"] = f"rkd {summary.get('kind')} --resume {path}"
     return found

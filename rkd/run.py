@@ -51,6 +51,7 @@ from rkd.checks import (
 from rkd.errors import RkdError, RunError, StorageError, first_line, shortened
 from rkd.files import (
     append_line,
+    file_sha256,
     fill_directory,
     read_bytes,
     read_json,
@@ -70,7 +71,7 @@ SUMMARY, METRICS, STUDENT, TEACHER, MASKS, PERTURBATIONS, PURIFIED, LABELS, EXAM
     "purified.safetensors", "labels.npz", "examples", "triggers", "report.html",
 )  # fmt: skip
 _DIGESTS = "digests.json"
-_LOG_LIMIT_BYTES = 2**26
+_LOG_LIMIT_BYTES, _DIGESTS_LIMIT_BYTES, _MEMBER_LIMIT_BYTES = 2**26, 2**16, 2**34
 _MOST_TOGETHER = 30  # images, below which their commonest class says nothing
 _FOOLS_LITTLE = 20.0  # percent
 _KEEP = 2  # checkpoints; the newest may be damaged
@@ -418,6 +419,10 @@ class Run:
         """Step and members of the newest checkpoint that verifies."""
         return next(self.checkpoints(), None)
 
+    def latest_step(self) -> int | None:
+        """Step of the newest checkpoint that verifies, of which no more than a part is held."""
+        return next((int(place.name) for place in self._checkpoints() if _verified(place)), None)
+
     def checkpoints(self) -> Iterator[tuple[int, dict[str, bytes]]]:
         """Step and members of every checkpoint that verifies, the newest first.
 
@@ -425,14 +430,11 @@ class Run:
             RunError: their folder is a link.
         """
         for place in self._checkpoints():
-            try:
-                digests = json.loads(read_bytes(place / _DIGESTS))
-                if not isinstance(digests, dict) or not digests or any("/" in name for name in digests):
+            if names := _verified(place):
+                try:
+                    members = {name: read_bytes(place / name, _MEMBER_LIMIT_BYTES) for name in names}
+                except OSError:
                     continue
-                members = {name: read_bytes(place / name) for name in digests}
-            except (OSError, ValueError, RecursionError):
-                continue
-            if all(sha256(data) == digests[name] for name, data in members.items()):
                 yield int(place.name), members
 
     def _checkpoints(self) -> list[Path]:
@@ -476,6 +478,18 @@ def _remove_checkpoint(place: Path) -> None:
             else:
                 entry.unlink(missing_ok=True)
     shutil.rmtree(place, ignore_errors=True)
+
+
+def _verified(place: Path) -> list[str]:
+    """The names of a checkpoint's members; none where one is not as its digest says."""
+    try:
+        digests = json.loads(read_bytes(place / _DIGESTS, _DIGESTS_LIMIT_BYTES))
+        if not isinstance(digests, dict) or any("/" in name for name in digests):
+            return []
+        same = all(file_sha256(place / name) == digest for name, digest in digests.items())
+    except (OSError, ValueError, RecursionError):
+        return []
+    return list(digests) if same else []
 
 
 def check_free(path: Path) -> None:

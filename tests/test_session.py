@@ -241,6 +241,7 @@ SWITCHES = {
 }
 
 
+@pytest.mark.promise
 def test_each_part_of_robustkd_can_be_switched_off_and_then_makes_another_student(here: Path) -> None:
     students, masks = {}, {}
     for name, switch in {"default": (), **SWITCHES}.items():

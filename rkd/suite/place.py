@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from rkd.errors import RkdError, RunError
-from rkd.files import move, read_json, sha256, storage_errors, to_json, write_file
+from rkd.files import file_sha256, move, read_json, storage_errors, to_json, write_file
 from rkd.intake import trigger_beside
 from rkd.run import STUDENT, SUMMARY, Run, free_name
 from rkd.suite.plan import Job, Plan, Score, Student, Teacher
@@ -241,7 +241,7 @@ def file_digest(path: Path) -> str:
         StorageError: it cannot be read.
     """
     with storage_errors(path):
-        return sha256(path.read_bytes())
+        return file_sha256(path)
 
 
 def _values(run: Run) -> dict[str, Any]:

@@ -113,7 +113,9 @@ class Slowed:
         return self.inner.infer(images)
 
 
-@pytest.mark.parametrize(("bundles", "least"), [(1, 5), (2, 3), (5, 3), (8, 3)])
+@pytest.mark.parametrize(
+    ("bundles", "least"), [(2, 3), *(pytest.param(*few, marks=pytest.mark.promise) for few in ((1, 5), (5, 3), (8, 3)))]
+)
 def test_quick_leaves_each_memory_child_time_to_start(make_bundle, monkeypatch, bundles, least):
     timeouts = []
 

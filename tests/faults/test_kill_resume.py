@@ -273,7 +273,11 @@ def test_killed_while_a_teacher_is_purified_both_networks_are_the_same(
 
 
 @pytest.mark.parametrize(
-    "options", [("--method", "robustkd+kd", "--input-noise", "8"), ("--method", "at", "--cap", "0", "--no-labels")]
+    "options",
+    [
+        ("--method", "at", "--cap", "0", "--no-labels"),
+        pytest.param(("--method", "robustkd+kd", "--input-noise", "8"), marks=pytest.mark.promise),
+    ],
 )
 def test_killed_with_noise_or_without_labels_the_student_is_the_same(
     options: tuple[str, ...], start: Start, fresh: Callable[[], Path]
