@@ -6,7 +6,8 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -53,9 +54,11 @@ def summary(run: Path | str) -> dict[str, Any]:
     return content
 
 
-@pytest.fixture(autouse=True)
-def _short_detox(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "DetoxRecipe", functools.partial(DetoxRecipe, steps=20, check_every=5))
+@pytest.fixture(autouse=True, scope="module")
+def _short_detox() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, "DetoxRecipe", functools.partial(DetoxRecipe, steps=20, check_every=5))
+        yield
 
 
 class Tags(HTMLParser):
@@ -432,10 +435,15 @@ def one_line(result: Any) -> str:
     return lines[0]
 
 
-@pytest.fixture
-def interrupted(here: Path, monkeypatch: pytest.MonkeyPatch, write_stripes: Callable[[Path, int], Path]) -> Path:
-    """A run that died at its last step but one, with its data in `data.npz`."""
-    write_stripes(here / "data.npz", 0)
+@pytest.fixture(scope="module")
+def interrupted_once(
+    backdoored: Path, write_stripes: Callable[[Path, int], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A folder with a run that died at its last step but one, and its data in `data.npz`."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    for file in backdoored.parent.glob("teacher.*"):
+        shutil.copy(file, folder)
+    write_stripes(folder / "data.npz", 0)
     real = session.train
 
     def dies(trainer: Any, *args: Any, **kwargs: Any) -> None:
@@ -450,10 +458,20 @@ def interrupted(here: Path, monkeypatch: pytest.MonkeyPatch, write_stripes: Call
         trainer.steps = until_the_last
         real(trainer, *args, **kwargs)
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
         patch.setattr(session, "train", dies)
         died = rkd("distill", "teacher.pt", *MASKED, "--data", "data.npz", "--out", "out")
     assert "out of memory" in one_line(died)
+    return folder
+
+
+@pytest.fixture
+def interrupted(here: Path, interrupted_once: Path) -> Path:
+    """A copy of it, in this folder."""
+    shutil.copytree(interrupted_once, here, dirs_exist_ok=True)
+    about = here / "out" / "run.json"
+    about.write_text(about.read_text().replace(str(interrupted_once), str(here)))  # where its data is
     return here / "out"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import mmap
+from functools import cache
 
 import numpy as np
 import pytest
@@ -46,6 +47,7 @@ class Machine:
         return Series(infer, np.zeros((1, 3, 2, 2), np.uint8))
 
 
+@cache
 def steady():
     """Half a second of inferences of a millisecond."""
     machine = Machine()

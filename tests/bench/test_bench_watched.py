@@ -55,6 +55,7 @@ def busy(one_core):
         child.wait()
 
 
+@pytest.mark.promise
 def test_busy_processes_beside_the_bench_share_the_cpu(busy, make_bundle):
     (entry,) = session.run([make_bundle()], ONLY_LATENCY)["entries"]
     (text,) = [text for code, text in reasons(entry) if "another program shared the CPU" in text]
