@@ -12,7 +12,8 @@ import numpy as np
 from rkd.bench import result as bench_result
 from rkd.bench.report import Curve, MaskPanel, ModelRow, RunReport, TriggerPanel, result_page, run_page
 from rkd.bench.report.scores import difference
-from rkd.errors import ConfigError, RkdError, RunError, TriggerError, first_line
+from rkd.checks import number
+from rkd.errors import ConfigError, RkdError, RunError, TriggerError
 from rkd.files import check_output, read_bytes, storage_errors, write_file
 from rkd.metrics import Scores
 from rkd.npz import read_npz
@@ -280,12 +281,10 @@ def _fooling(run: Run) -> list[str]:
     found = run.summary.get("fooling")
     if found is None:
         return []
-    try:
-        text = fooling_text(found, float(run.setting("hardening")))
-    except (KeyError, TypeError, ValueError) as error:
-        raise RunError(
-            f"{run.path / SUMMARY} is damaged: fooling: {type(error).__name__}: {first_line(error)}"
-        ) from error
+    radius = run.setting("hardening")
+    if (problem := number(radius)) is not None:
+        raise RunError(f"{run.path / SUMMARY} is damaged: the setting hardening{problem}")
+    text = fooling_text(found, float(radius))
     return [f"{text[:1].upper()}{text[1:]}; the student was hardened against them."]
 
 

@@ -43,6 +43,7 @@ from rkd.checks import (
     object_of,
     one_of,
     plain,
+    proportion,
     scores_of,
     signed,
     string,
@@ -108,7 +109,7 @@ _FIELDS = {
     "data": _DATA,
     "teacher": object_of({"sha256": string, "file": string, "arch": string, "notes": _NAMES}, others=True),
     "detox": object_of({"history": list_of(list_of(signed, 4, 4))}, optional=["history"], others=True),
-    "fooling": object_of({}, others=True),
+    "fooling": object_of({"fooled": proportion, "towards": string, "together": proportion}, others=True),
     "purified": object_of({"sha256": digest}, others=True),
     "made": by_name(digest),
     "timings": by_name(object_of({"seconds": number}, others=True)),
@@ -552,11 +553,7 @@ class Model:
 
 
 def fooling_text(found: dict[str, Any], radius: float) -> str:
-    """A sentence of what `Fooling.to_json` gave.
-
-    Raises:
-        KeyError, TypeError, ValueError: it was not made by that.
-    """
+    """A sentence of what `Fooling.to_json` gave."""
     fooled, together = (Proportion.from_json(found[name]) for name in ("fooled", "together"))
     text = (
         f"changes of at most {radius:g}/255, the same for all images, make the teacher see {_share(fooled)} training "
