@@ -20,7 +20,7 @@ from rkd.errors import DataError, shortened
 from rkd.files import open_regular, storage_errors
 from rkd.ledger import Ledger, Step
 from rkd.metrics import Images, Labels, Predictions
-from rkd.npz import read_npz, read_npz_rows
+from rkd.npz import OtherArrayError, read_npz, read_npz_rows
 
 _BATCH = 64  # fixed, so that two machines run the same batches
 _QUICK_IMAGES = 256
@@ -187,7 +187,7 @@ class _NpzImages:
                     at += len(x)
         except ValueError as error:
             raise DataError(f"{self.path} is not an evaluation set: {error}") from error
-        except TypeError as error:
+        except OtherArrayError as error:
             raise DataError(_expected(self.path, self.bundle, self.size, str(error))) from error
         if at != len(self.labels):
             raise DataError(_expected(self.path, self.bundle, self.size, f"{at} images and {len(self.labels)} labels"))

@@ -19,9 +19,14 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from rkd.errors import first_line
 from rkd.zips import open_zip
 
 _MEMBERS = 64
+
+
+class OtherArrayError(TypeError):
+    """An array is not the one that was asked for."""
 
 
 def read_npz(
@@ -59,18 +64,18 @@ def read_npz_rows(
         size: rows at once, of which no more are held.
 
     Raises:
-        TypeError: there is no such array, or it is of another kind or shape, or in Fortran's order.
+        OtherArrayError: there is no such array, or it is of another kind or shape, or in Fortran's order.
         ValueError: not an .npz, or a header that lies about its size.
     """
     with _opened(file, _MEMBERS) as (archive, entries):
         if name not in entries:
-            raise TypeError(f"there is no {name}")
+            raise OtherArrayError(f"there is no {name}")
         with archive.open(entries[name]) as member:
             shape, fortran, found = _header(member, entries[name])
             if found != dtype or not shape or shape[1:] != row:
-                raise TypeError(f"{name} is {found}{shape}")
+                raise OtherArrayError(f"{name} is {found}{shape}")
             if fortran and shape[0] > 1:
-                raise TypeError(f"{name} is in Fortran's order; save np.ascontiguousarray({name})")
+                raise OtherArrayError(f"{name} is in Fortran's order; save np.ascontiguousarray({name})")
             row_bytes = math.prod(row) * found.itemsize
             for start in range(0, shape[0], size):
                 count = min(size, shape[0] - start)
@@ -94,10 +99,10 @@ def _opened(file: BinaryIO, members: int) -> Iterator[tuple[zipfile.ZipFile, dic
             if len(set(names)) < len(names):
                 raise ValueError(f"two arrays have the same name ({', '.join(names)[:200]})")
             yield archive, dict(zip(names, entries, strict=True))
-    except (ValueError, TypeError):
+    except (ValueError, OtherArrayError):
         raise
-    except Exception as error:  # zipfile leaks struct.error, NotImplementedError, zlib.error and more
-        raise ValueError(f"not a readable .npz ({type(error).__name__}: {error})") from error
+    except Exception as error:  # zipfile leaks struct.error, NotImplementedError, zlib.error, TypeError and more
+        raise ValueError(f"not a readable .npz ({type(error).__name__}: {first_line(error)})") from error
 
 
 def _read_npy(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> NDArray[Any]:

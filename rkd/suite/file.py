@@ -17,7 +17,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from rkd.errors import ConfigError
+from rkd.errors import ConfigError, shortened
 from rkd.suite.recipes import Kind, checked_options, distill_kind, teacher_kind
 from rkd.toml import read_toml, unknown_key
 
@@ -262,9 +262,13 @@ class _Reader:
 
     def _seeds(self, value: Any, where: str) -> tuple[int, ...]:
         if not isinstance(value, list) or not value or not all(type(v) is int and 0 <= v < 2**31 for v in value):
-            raise ConfigError(f"{self.path}: {where} = {value!r}: expected a list of whole numbers such as [0, 1, 2]")
+            raise ConfigError(
+                f"{self.path}: {where} = {shortened(repr(value), 200)}: expected a list of whole numbers such as [0, 1, 2]"
+            )
         if len(set(value)) < len(value) or len(value) > _MOST_SEEDS:
-            raise ConfigError(f"{self.path}: {where} = {value}: a seed is there twice: two cells would have one name")
+            raise ConfigError(
+                f"{self.path}: {where} = {shortened(repr(value), 200)}: a seed is there twice: two cells would have one name"
+            )
         return tuple(value)
 
     def _keys(self, table: Mapping[str, Any], known: Iterable[str], where: str) -> dict[str, Any]:
@@ -281,7 +285,7 @@ class _Reader:
     def _name(self, name: Any, what: str, key: str) -> None:
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise ConfigError(
-                f"{self.path}: {what} has the {key} {name!r}: folders go by it, use up to 60 letters, digits, '-', '+', "
+                f"{self.path}: {what} has the {key} {shortened(repr(name), 100)}: folders go by it, use up to 60 letters, digits, '-', '+', "
                 "'.', '%' and single '_'"
             )
 
