@@ -175,6 +175,7 @@ def test_quick_ends_within_twenty_seconds_however_slow_the_models_are(make_bundl
         assert ("too-short" in dict(reasons(entry))) == (bundles > 1)
 
 
+@pytest.mark.promise
 def test_a_millisecond_more_of_sleep_is_a_millisecond_more_in_the_pair(make_bundle, monkeypatch):
     generator = np.random.default_rng(0)
     open_runner = session.open_runner

@@ -179,6 +179,7 @@ def test_killed_again_and_again_also_while_resuming_it_still_ends_with_the_same_
     assert result(folder) == uninterrupted
 
 
+@pytest.mark.promise
 def test_killed_inside_the_undefended_students_run_both_students_are_the_same(
     start: Start, fresh: Callable[[], Path]
 ) -> None:
