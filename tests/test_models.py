@@ -346,6 +346,7 @@ def test_names_that_are_known_already_stay_as_they_are(name: str) -> None:
 # ------------------------------------------------------------------------------------------------- pairs of the papers
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize(
     ("teacher", "student"),
     [("wrn-28-4", "wrn-16-4"), ("pyramidnet-200-240", "wrn-28-4"), ("resnet50", "mobilenet")],

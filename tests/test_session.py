@@ -378,6 +378,7 @@ def test_the_trigger_beside_the_teacher_is_found_unless_another_is_given(here: P
     assert summary("given")["settings"]["triggers"] == {"value": ["other.npz"], "origin": "command line"}
 
 
+@pytest.mark.promise
 def test_the_same_seed_gives_the_same_student_and_another_does_not(here: Path) -> None:
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         done("distill", "teacher.pt", *MASKED, "--out", name, "--seed", seed)
@@ -387,6 +388,7 @@ def test_the_same_seed_gives_the_same_student_and_another_does_not(here: Path) -
     assert Path("a/metrics.jsonl").read_bytes() == Path("b/metrics.jsonl").read_bytes()
 
 
+@pytest.mark.promise
 def test_undefended_adds_a_row_and_changes_nothing_of_the_student(here: Path) -> None:
     done("distill", "teacher.pt", *MASKED, "--out", "plain")
     result = done("distill", "teacher.pt", *MASKED, "--out", "both", "--undefended", "--json")

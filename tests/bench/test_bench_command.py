@@ -127,6 +127,7 @@ def test_a_backdoor_that_woke_on_the_board_is_exit_3_where_the_result_must_be_va
     assert "it grew" not in done.stderr
 
 
+@pytest.mark.promise
 def test_a_sweep_measures_each_batch_and_classes_are_listed_on_request(bench):
     assert bench("--batch", "1,2,4", "--per-class").exit_code == 0
     (entry,) = entries()

@@ -147,6 +147,7 @@ def test_killed_at_a_moment_and_resumed_gives_the_same_bytes(
 # ------------------------------------------------------------------------------------- at a system call, to the instant
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize(
     ("call", "number"),
     [
