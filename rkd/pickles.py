@@ -45,14 +45,8 @@ class _Made:
 
 @dataclass(frozen=True)
 class _Storage:
-    """The memory of tensors.
+    """The memory of tensors, which holds so many numbers."""
 
-    Attributes:
-        key: its name in the file.
-        count: how many numbers it holds.
-    """
-
-    key: str
     count: int
 
 
@@ -224,7 +218,7 @@ class _Machine:
         if not isinstance(key, str) or not isinstance(count, int) or count < 0:
             raise ValueError("it describes a tensor's memory oddly")
         if key not in self.storages:
-            self.storages[key] = _Storage(key, count)
+            self.storages[key] = _Storage(count)
             self.room -= count
             if self.room < 0:
                 raise ValueError("it announces more numbers than the file can hold")

@@ -73,7 +73,7 @@ SUMMARY, METRICS, STUDENT, TEACHER, MASKS, PERTURBATIONS, PURIFIED, LABELS, EXAM
 )  # fmt: skip
 _DIGESTS = "digests.json"
 _LOG_LIMIT_BYTES, _DIGESTS_LIMIT_BYTES, _MEMBER_LIMIT_BYTES = 2**26, 2**16, 2**34
-_MOST_TOGETHER = 30  # images, below which their commonest class says nothing
+_FEWEST_FOOLED = 30  # images, below which their commonest class says nothing
 _FOOLS_LITTLE = 20.0  # percent
 _KEEP = 2  # checkpoints; the newest may be damaged
 
@@ -561,7 +561,7 @@ def fooling_text(found: dict[str, Any], radius: float) -> str:
     )
     if not fooled.n:
         return "the teacher sees no training image rightly, so nothing can fool it"
-    if fooled.hits >= _MOST_TOGETHER:
+    if fooled.hits >= _FEWEST_FOOLED:
         text += f", {_share(together)} of these as {found['towards']}"
     if fooled.value < _FOOLS_LITTLE:
         text += " (little, which does not clear it: a patch, for one, is not looked for)"

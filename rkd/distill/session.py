@@ -45,7 +45,7 @@ from rkd.distill.objectives import (
 from rkd.distill.settings import DistillSettings
 from rkd.distill.training import monitor, train
 from rkd.errors import ArchitectureError, ConfigError, DataError, RunError
-from rkd.files import read_bytes, sha256, storage_errors, to_json, write_file
+from rkd.files import file_sha256, sha256, storage_errors, to_json, write_file
 from rkd.measure import choose_device, choose_precision, count_macs, use_threads
 from rkd.metrics import evaluate
 from rkd.models import build
@@ -481,7 +481,7 @@ def _purified(run: Run, settings: DistillSettings, work: Inputs, stop: StopReque
     path = run.path / PURIFIED
     if os.path.lexists(path):
         with storage_errors(path):
-            made = sha256(read_bytes(path))
+            made = file_sha256(path)
         if run.summary.get("purified", {}).get("sha256") != made:
             raise RunError(f"{path} has changed since the run made it; restore it, or start a new run")
     clean, held_out = _held_out(settings, work.train)
