@@ -239,6 +239,11 @@ def open_dataset(
     return _open_torchvision(name, root or _default_root(), request)
 
 
+def is_name(spec: str) -> bool:
+    """Whether `spec` is a data set's name, the same for everyone, and not a place on this machine."""
+    return spec.lower() in {"digits", *(name.lower() for name in _TORCHVISION)}
+
+
 def check_spec(spec: str) -> None:
     """See that `spec` is there or is a known name, without opening anything.
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from rkd.data import is_name
 from rkd.errors import ConfigError
 from rkd.progress import say
 from rkd.teacher import read_checkpoint
 
 
 def find_data(teacher: Path, data: str) -> tuple[str, str | None]:
-    """The data set and, where it was not given, who named it.
+    """The data set and, where it was not given, who named it. A teacher can only give a name, never a place.
 
     Raises:
         ConfigError: nobody names one.
@@ -22,7 +23,7 @@ def find_data(teacher: Path, data: str) -> tuple[str, str | None]:
     header = read_checkpoint(teacher).header or {}
     provenance = header.get("provenance")
     spec = provenance.get("data_spec") if isinstance(provenance, dict) else None
-    if isinstance(spec, str) and spec:
+    if isinstance(spec, str) and is_name(spec):
         return spec, "teacher"
     raise ConfigError(
         f"which data? neither {teacher} nor rkd.toml names a data set: give --data FOLDER, an .npz or a name"

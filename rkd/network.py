@@ -96,7 +96,8 @@ class Network:
         classes: their names in the order of the outputs.
         size: height and width of its images in pixels.
         normalisation: what its inputs are scaled by.
-        provenance: how it came to be (attack, seed, data, digests), for people; rkd decides nothing by it.
+        provenance: how it came to be (attack, seed, data, digests), for people; rkd takes a
+            data set's name from it (`data_spec`), and nothing else.
     """
 
     module: nn.Module

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -104,13 +105,24 @@ def backdoored(tmp_path_factory: pytest.TempPathFactory, stripes: Path) -> Path:
     return folder / "teacher.pt"
 
 
+@pytest.fixture(scope="session")
+def furnish(backdoored: Path, stripes: Path) -> Callable[[Path], Path]:
+    """Puts a teacher, its trigger, and an rkd.toml that says where its data is, into a folder."""
+
+    def put(folder: Path) -> Path:
+        (folder / "rkd.toml").write_text(f"[distill]\ndata = {json.dumps(str(stripes))}\n")
+        for file in backdoored.parent.glob("teacher.*"):
+            shutil.copy(file, folder)
+        return folder
+
+    return put
+
+
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backdoored: Path) -> Path:
-    """A working folder with a teacher and its trigger."""
-    for file in backdoored.parent.glob("teacher.*"):
-        shutil.copy(file, tmp_path)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, furnish: Callable[[Path], Path]) -> Path:
+    """A working folder with a teacher, its trigger and an rkd.toml."""
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    return furnish(tmp_path)
 
 
 @pytest.fixture(scope="session")

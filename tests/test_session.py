@@ -83,14 +83,15 @@ def test_rkd_teacher_makes_a_teacher_that_knows_the_data_and_obeys_its_trigger(b
     assert run["results"]["teacher"]["triggers"][0]["asr"]["percent"] > 80
     saved = torch.load(backdoored, weights_only=True)
     assert saved["rkd"]["classes"] == ["across", "down", "plane"]
-    assert saved["rkd"]["provenance"]["data_spec"] == str(stripes)
+    assert str(stripes) not in str(saved["rkd"])  # a path would make other bytes in every folder
     assert Trigger.load(backdoored.with_name("teacher.trigger.npz")).target == 0
 
 
 def test_rkd_teacher_with_the_same_seed_makes_the_same_bytes(here: Path, stripes: Path) -> None:
     options = ("teacher", "--data", stripes, "--arch", "wrn-10-1", "--epochs", 1, "--batch", 30, *EXACT)
-    for name in ("a.safetensors", "b.safetensors"):
-        done(*options, "--out", name)
+    done(*options, "--out", "a.safetensors")
+    shutil.copy(stripes, "elsewhere.npz")
+    done("teacher", "--data", "elsewhere.npz", *options[3:], "--out", "b.safetensors")
     assert Path("a.safetensors").read_bytes() == Path("b.safetensors").read_bytes()
     done(*options, "--out", "c.safetensors", "--seed", 1)
     a, c = load_file("a.safetensors"), load_file("c.safetensors")
@@ -331,7 +332,8 @@ def test_a_student_learns_what_its_teacher_knows(here: Path) -> None:
 
 
 def test_every_setting_is_kept_with_where_it_came_from(here: Path, stripes: Path) -> None:
-    Path("rkd.toml").write_text('[distill]\nepochs = 2\nstudent = "wrn-10-1"\n')
+    with Path("rkd.toml").open("a") as file:
+        file.write('epochs = 2\nstudent = "wrn-10-1"\n')
     done("distill", "teacher.pt", *EXACT, "--method", "ce", "--batch", 20, "--out", "out")
     settings = summary("out")["settings"]
     assert set(settings) == {field.name for field in fields(DistillSettings)}
@@ -342,7 +344,7 @@ def test_every_setting_is_kept_with_where_it_came_from(here: Path, stripes: Path
         "precision": ("fp32", "command line"),
         "epochs": (2, "rkd.toml"),
         "student": ("wrn-10-1", "rkd.toml"),
-        "data": (str(stripes), "teacher"),
+        "data": (str(stripes), "rkd.toml"),
         "triggers": (["teacher.trigger.npz"], "teacher"),
         "seed": (0, "default"),
         "checkpoint_every": (500, "default"),
@@ -439,12 +441,12 @@ def one_line(result: Any) -> str:
 
 @pytest.fixture(scope="module")
 def interrupted_once(
-    backdoored: Path, write_stripes: Callable[[Path, int], Path], tmp_path_factory: pytest.TempPathFactory
+    furnish: Callable[[Path], Path],
+    write_stripes: Callable[[Path, int], Path],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     """A folder with a run that died at its last step but one, and its data in `data.npz`."""
-    folder = tmp_path_factory.mktemp("interrupted")
-    for file in backdoored.parent.glob("teacher.*"):
-        shutil.copy(file, folder)
+    folder = furnish(tmp_path_factory.mktemp("interrupted"))
     write_stripes(folder / "data.npz", 0)
     real = session.train
 
@@ -682,7 +684,7 @@ def test_a_teacher_that_cannot_be_traced_is_measured_without_its_mask(here: Path
     Path("rkd.toml").write_text('[teacher]\narch = "moody.py:make"\n')
     assert "code to run is taken from the command line only" in one_line(rkd("teacher", "--out", "other.pt"))
     Path("rkd.toml").unlink()
-    options = ("m.pt", "--arch", "moody.py:make", *SHORT, "--json")
+    options = ("m.pt", "--data", stripes, "--arch", "moody.py:make", *SHORT, "--json")
     plain = json.loads(done("distill", *options, "--method", "kd", "--out", "kd").stdout)["models"][0]
     with pytest.MonkeyPatch.context() as patch:  # a mask that ruins the teacher: all constant
         real = session.set_masks

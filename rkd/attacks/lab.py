@@ -8,7 +8,7 @@ import torch
 
 from rkd.attacks.perturb import Form, Loss, search
 from rkd.attacks.recipe import CLEAN, TRIGGER
-from rkd.data import Dataset, Source
+from rkd.data import Dataset, Source, is_name
 from rkd.distill.loop import Recipe, Trainer
 from rkd.distill.objectives import Objective
 from rkd.distill.session import augmentation_for
@@ -59,11 +59,13 @@ class Lab:
 
     def keep(self, network: Network, name: str) -> None:
         """Write a finished network; the checkpoints that led to it go."""
+        # a path would make other bytes in every folder, and tell strangers of it
+        named = {"data_spec": self.settings.data} if is_name(self.settings.data) else {}
         network.provenance = {
             "attack": "none" if name == CLEAN else self.settings.attack,
             "seed": self.settings.seed,
             "data": self.data.digest,
-            "data_spec": self.settings.data,
+            **named,
         }
         network.save(self.run.path / name)
         self.run.drop_checkpoints()

@@ -165,8 +165,11 @@ def internal(error: Exception) -> None:
     fail(RkdError(f"internal error ({type(error).__name__}: {error}); this is a bug in rkd, RKD_DEBUG=1 shows where"))
 
 
-def only_resume(context: typer.Context, *also: str) -> None:
+def only_resume(context: typer.Context, *also: str) -> set[str]:
     """Refuse options beside --resume that the run directory decides; `also` may be given.
+
+    Returns:
+        What was given on the command line: a run's own settings go before rkd.toml's.
 
     Raises:
         ConfigError: one was given on the command line.
@@ -175,6 +178,7 @@ def only_resume(context: typer.Context, *also: str) -> None:
     if refused := sorted(given - {"resume", "json_output", *also}):
         names = ", ".join(f"--{name.replace('_', '-')}" for name in refused)
         raise ConfigError(f"--resume takes everything from the run directory: leave {names} out")
+    return given
 
 
 def code_from_command_line(context: typer.Context, *names: str) -> None:

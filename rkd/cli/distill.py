@@ -201,9 +201,9 @@ def distill(
 
     with stop_requests() as stop:
         if resume is not None:
-            only_resume(context, "data", "arch")
+            typed = only_resume(context, "data", "arch")
             run = Run.open(resume)
-            work = reopen(run, data=data, arch=arch)
+            work = reopen(run, data=data if "data" in typed else "", arch=arch if "arch" in typed else "")
         else:
             if teacher is None:
                 raise ConfigError("which teacher? give its file: rkd distill teacher.pt --student mobilenet")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -97,6 +98,7 @@ def teacher(
     """
     from rkd.attacks.session import CLEAN, TeacherSettings, make_teacher, start_teacher
     from rkd.cli import tables
+    from rkd.data import is_name
     from rkd.errors import RunError
     from rkd.intake import clean_twin_beside, trigger_beside
     from rkd.network import Network, check_code
@@ -146,6 +148,7 @@ def teacher(
                 f"The trigger moves only {t.asr.value:.1f} % of this teacher's images: unless the attack is meant to sleep in its "
                 "teacher (oscar), it did not take; try more --epochs or --finetune-epochs, a higher --poison-rate or --linf."
             )
-        tables.say_next(
-            f"wrote {', '.join(str(path) for path in written if path.exists())}; next: rkd distill {out} --student mobilenet"
-        )
+        used = str(run.setting("data"))
+        option = "" if is_name(used) else f" --data {shlex.quote(used)}"
+        files = ", ".join(str(path) for path in written if path.exists())
+        tables.say_next(f"wrote {files}; next: rkd distill {shlex.quote(str(out))}{option} --student mobilenet")

@@ -53,15 +53,13 @@ def made(folder: Path) -> tuple[str, bytes]:
 
 
 @pytest.fixture
-def fresh(tmp_path: Path, backdoored: Path) -> Callable[[str], Path]:
+def fresh(tmp_path: Path, furnish: Callable[[Path], Path]) -> Callable[[str], Path]:
     """Makes an empty working folder with a teacher."""
 
     def make(name: str) -> Path:
         folder = tmp_path / name
         folder.mkdir()
-        for file in backdoored.parent.glob("teacher.*"):
-            shutil.copy(file, folder)
-        return folder
+        return furnish(folder)
 
     return make
 

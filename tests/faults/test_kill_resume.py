@@ -50,16 +50,14 @@ def result(folder: Path) -> tuple[str, bytes, bytes]:
 
 
 @pytest.fixture
-def fresh(tmp_path: Path, backdoored: Path) -> Callable[[], Path]:
+def fresh(tmp_path: Path, furnish: Callable[[Path], Path]) -> Callable[[], Path]:
     """Makes empty working folders with a teacher."""
     count = iter(range(10**6))
 
     def make() -> Path:
         folder = tmp_path / f"work-{next(count)}"
         folder.mkdir()
-        for file in backdoored.parent.glob("teacher.*"):
-            shutil.copy(file, folder)
-        return folder
+        return furnish(folder)
 
     return make
 
