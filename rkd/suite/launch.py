@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from rkd.files import open_log, storage_errors
 
 _TAIL_BYTES = 16_384
+_TURN_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def run_task(task: Task, leash: Leash) -> Outcome:
         pass
     leash.hold(process)
     try:
-        code = process.wait()
+        code = _ended(process)
     except BaseException:
         leash.release()
         process.wait()
@@ -165,6 +166,15 @@ def run_task(task: Task, leash: Leash) -> Outcome:
         leash.release()
     said = explain(code, _tail(log, begin), task.memory_mib) if code else ""
     return Outcome(task.job, code, time.monotonic() - started, said, os.uname().nodename)
+
+
+def _ended(process: subprocess.Popen[bytes]) -> int:
+    """Wait for the exit code. With a timeout Python waits in small steps, between which a Ray task is cancelled."""
+    while True:
+        try:
+            return process.wait(_TURN_S)
+        except subprocess.TimeoutExpired:
+            continue
 
 
 def explain(code: int, printed: str, memory_mib: int) -> str:

@@ -186,13 +186,14 @@ def make_plan(suite: Suite, only: Sequence[str] = (), without: Collection[Cell] 
     if not cells:
         raise ConfigError(f"suite {suite.name}: [[exclude]] and `only` leave no cell at all")
     if only:
+        named = {one: None for cell in cells for one in (cell, cell.control)}
         for pattern in only:
-            if not any(fnmatchcase(cell.name, pattern) for cell in cells):
+            if not any(fnmatchcase(cell.name, pattern) for cell in named):
                 raise ConfigError(
                     f"--only {pattern}: no cell of suite {suite.name} is called so; names are {'/'.join(AXES)}/sSEED, "
                     f"e.g. {next(iter(cells)).name}"
                 )
-        cells = {cell: None for cell in cells if any(fnmatchcase(cell.name, pattern) for pattern in only)}
+        cells = {cell: None for cell in named if any(fnmatchcase(cell.name, pattern) for pattern in only)}
     left = [one for cell in cells for one in (cell, cell.control) if one not in without]
     cells = {one: None for cell in left for one in (cell, cell.control)}  # what is left needs its control, known or not
     rank = {axis: {entry.name: i for i, entry in enumerate(entries)} for axis, entries in suite.axes.items()}

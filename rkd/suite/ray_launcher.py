@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import signal
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from rkd.errors import MissingExtraError, RuntimeUnavailableError
 from rkd.suite.launch import Leash, Outcome, Task, run_task
 
 _MIB = 2**20
+_KNOCK_S = 10.0
 
 
 def work_remotely(task: Task, marker: str, version: str) -> Outcome:
@@ -40,6 +43,20 @@ def work_remotely(task: Task, marker: str, version: str) -> Outcome:
     return run_task(task, Leash())
 
 
+def _knock(address: str) -> None:
+    """See that something answers at HOST:PORT: Ray itself tries for minutes, in silence, and then ends the process.
+
+    Raises:
+        OSError: nothing does.
+    """
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if host and port.isdecimal():
+        try:
+            socket.create_connection((host, int(port)), timeout=_KNOCK_S).close()
+        except (OSError, OverflowError) as error:
+            raise ConnectionError(f"RAY_ADDRESS={address}: {error}") from error
+
+
 class RayLauncher:
     """Jobs on the workers of a cluster, one CPU each.
 
@@ -59,14 +76,18 @@ class RayLauncher:
         except ImportError:
             raise MissingExtraError("ray", "ray") from None
         self._ray = ray
+        mine = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
+            _knock(os.environ.get("RAY_ADDRESS", ""))
             ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             first = str(error).strip().splitlines()[:1] or [type(error).__name__]
             raise RuntimeUnavailableError(
                 f"no Ray cluster was found ({first[0]}); start one (ray start --head), and set RAY_ADDRESS where it is "
                 "on another machine"
             ) from error
+        for number, handler in mine.items():  # Ray sets its own, which end the process before the jobs have saved
+            signal.signal(number, handler)
         self.slots = jobs or int(ray.cluster_resources().get("CPU", 0))
         if self.slots < 1:
             ray.shutdown()

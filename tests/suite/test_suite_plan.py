@@ -106,6 +106,15 @@ def test_each_cell_has_its_control_planned_and_the_control_has_the_same_recipe(p
             assert own.teacher.clean == control.teacher
 
 
+def test_a_control_can_be_asked_for_by_its_name_like_any_cell(suite: Suite) -> None:
+    control = Cell("a", "one", "clean", "all", "main", 0)
+    assert make_plan(suite, only=[control.name]).cells == (control,)
+    assert set(make_plan(suite, only=["a/one/weak/all/main/s0"]).cells) == {
+        control,
+        Cell("a", "one", "weak", "all", "main", 0),
+    }
+
+
 def test_pairs_with_the_same_teacher_share_it(plan: Plan) -> None:
     one, two = (student(plan, "a", pair, "strong", "all", "main", 0).teacher for pair in ("one", "two"))
     assert one == two
