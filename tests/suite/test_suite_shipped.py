@@ -20,5 +20,5 @@ def test_a_shipped_suite_can_be_planned(path: Path) -> None:
     assert {cell.defence for cell in plan.cells} == {entry.name for entry in suite.axes["defence"]}
 
 
-def test_there_are_three() -> None:
-    assert [path.name for path in SUITES] == ["cpu.toml", "paper-gpu.toml", "smoke.toml"]
+def test_there_are_four() -> None:
+    assert [path.name for path in SUITES] == ["ablation.toml", "cpu.toml", "paper-gpu.toml", "smoke.toml"]
