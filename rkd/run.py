@@ -290,7 +290,7 @@ class Run:
         self.save(**changes, made={**self.summary.get("made", {}), name: sha256(data)})
         write_file(path, data)
 
-    def kept(self, name: str) -> bytes | None:
+    def kept(self, name: str, limit_bytes: int = 2**30) -> bytes | None:
         """What `keep` wrote; None where it is not there, or its digest is not known: then it is made again.
 
         Raises:
@@ -301,7 +301,7 @@ class Run:
         if not os.path.lexists(path):
             return None
         with storage_errors(path):
-            data = read_bytes(path)
+            data = read_bytes(path, limit_bytes)
         recorded = self.summary.get("made", {}).get(name)
         if recorded not in (None, sha256(data)):
             raise RunError(f"{path} has changed since the run made it; restore it, or start a new run")

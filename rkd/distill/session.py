@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -45,7 +44,7 @@ from rkd.distill.objectives import (
 from rkd.distill.settings import DistillSettings
 from rkd.distill.training import monitor, train
 from rkd.errors import ArchitectureError, ConfigError, DataError, RunError
-from rkd.files import file_sha256, sha256, storage_errors, to_json, write_file
+from rkd.files import sha256, to_json, write_file
 from rkd.measure import choose_device, choose_precision, count_macs, use_threads
 from rkd.metrics import evaluate
 from rkd.models import build
@@ -473,17 +472,7 @@ def _relabelled(run: Run, work: Inputs) -> Inputs:
 
 
 def _purified(run: Run, settings: DistillSettings, work: Inputs, stop: StopRequest) -> Network:
-    """The purified teacher of a baseline.
-
-    Raises:
-        RunError: the run's is there, and has changed since it was made.
-    """
-    path = run.path / PURIFIED
-    if os.path.lexists(path):
-        with storage_errors(path):
-            made = file_sha256(path)
-        if run.summary.get("purified", {}).get("sha256") != made:
-            raise RunError(f"{path} has changed since the run made it; restore it, or start a new run")
+    """The purified teacher of a baseline; errors are those of `purified`."""
     clean, held_out = _held_out(settings, work.train)
     stage = Purification(
         run=run, stop=stop, teacher=work.teacher, clean=clean, held_out=held_out, recipe=work.recipe,

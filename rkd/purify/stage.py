@@ -10,8 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load as load_safetensors
@@ -23,7 +22,7 @@ from rkd.distill.loop import Recipe, Trainer
 from rkd.distill.objectives import Objective
 from rkd.distill.training import train
 from rkd.errors import CheckpointError
-from rkd.files import read_bytes, sha256, storage_errors, write_file
+from rkd.files import sha256
 from rkd.metrics import Proportion
 from rkd.network import LARGEST_BYTES, Network
 from rkd.progress import say
@@ -63,22 +62,28 @@ class Purification:
     checkpoint_every: int
     resume_hint: str
 
-    def copy(self, stored: Path | None = None) -> Network:
-        """The teacher on the device with weights of its own: the original's, or those of a file of the run.
-
-        Raises:
-            CheckpointError: the file is damaged.
-        """
+    def copy(self) -> Network:
+        """The teacher on the device with weights of its own."""
         module: nn.Module = copy.deepcopy(self.teacher.module).requires_grad_(requires_grad=True)
-        if stored is not None:
-            with storage_errors(stored):
-                data = read_bytes(stored, LARGEST_BYTES)
-            try:
-                module.load_state_dict(load_safetensors(data))
-            except Exception as error:
-                raise CheckpointError(f"{stored} is damaged: {error}") from error
         module = module.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         return replace(self.teacher, module=module)
+
+    def stored(self, name: str) -> Network | None:
+        """The network of a file that `Run.keep` wrote; None where it is not there.
+
+        Raises:
+            RunError: it has changed since.
+            CheckpointError: it does not fit the teacher.
+        """
+        data = self.run.kept(name, LARGEST_BYTES)
+        if data is None:
+            return None
+        network = self.copy()
+        try:
+            network.module.load_state_dict(load_safetensors(data))
+        except Exception as error:
+            raise CheckpointError(f"{self.run.path / name} is damaged: {error}") from error
+        return network
 
     def train(
         self,
@@ -110,11 +115,12 @@ class Purification:
 
     def trained_once(self, name: str, make: Callable[[], Network]) -> Network:
         """The network that a file of the run holds; made and written first where the file is not there."""
-        path = self.run.path / name
-        if not path.is_file():
-            write_file(path, make().to_bytes())
+        network = self.stored(name)
+        if network is None:
+            self.run.keep(name, make().to_bytes())
             self.run.drop_checkpoints()
-        return self.copy(path)
+            network = cast("Network", self.stored(name))
+        return network
 
     def accuracy(self, network: Network) -> Proportion:
         """On the held-out images."""
@@ -128,13 +134,12 @@ class Purification:
         """Say and store what became of the teacher; its file is written last."""
         before, after = self.accuracy(self.teacher), self.accuracy(network)
         data = network.to_bytes()
-        self.run.save(
-            purified={
+        self.run.keep(
+            PURIFIED, data, purified={
                 "teacher_accuracy": round(before.value, 3), "accuracy": round(after.value, 3), "held_out": after.n,
                 "sha256": sha256(data), **facts,
             }
         )  # fmt: skip
-        write_file(self.run.path / PURIFIED, data)
         self.run.drop_checkpoints()
         say(
             f"purified: the teacher's accuracy on {after.n} held-out clean images went from {before.value:.1f} to "
@@ -152,7 +157,8 @@ def purified(how: str, work: Purification) -> Network:
     Raises:
         StoppedError: stopped by a signal, after saving.
         ArchitectureError: this teacher cannot be purified so.
-        CheckpointError: a file of the run is damaged.
+        RunError: a file of the run has changed since it was made.
+        CheckpointError: a file of the run does not fit the teacher.
     """
     from rkd.purify.anp import adversarial_neuron_pruning
     from rkd.purify.finetune import finetune, neural_attention_distillation
@@ -164,9 +170,9 @@ def purified(how: str, work: Purification) -> Network:
         "nad": neural_attention_distillation,
         "anp": adversarial_neuron_pruning,
     }
-    path = work.run.path / PURIFIED
-    if not path.is_file():
+    network = work.stored(PURIFIED)
+    if network is None:
         purifiers[how](work)
-    network = work.copy(path)
+        network = cast("Network", work.stored(PURIFIED))
     network.module.eval()
     return network

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch.nn import functional
 from rkd.data import Source
 from rkd.distill.attention import AttentionTransfer
 from rkd.distill.loop import Recipe
-from rkd.errors import ArchitectureError, CheckpointError
+from rkd.errors import ArchitectureError, CheckpointError, RunError
 from rkd.models import build
 from rkd.network import Network
 from rkd.purify import Purification, purified
@@ -93,9 +94,26 @@ def test_what_is_purified_once_is_read_from_the_run_and_the_same_again_elsewhere
 
 def test_a_damaged_purified_teacher_is_named(make: Make) -> None:
     work = make()
-    (work.run.path / PURIFIED).write_bytes(b"nonsense")
+    work.run.keep(PURIFIED, b"nonsense")
     with pytest.raises(CheckpointError, match=r"purified\.safetensors is damaged"):
         purified("finetune", work)
+
+
+@pytest.mark.parametrize(("how", "name"), [("nad", "finetuned.safetensors"), ("prune", "pruned.safetensors")])
+def test_a_half_way_teacher_that_changed_is_refused_and_one_without_a_digest_made_again(
+    make: Make, how: str, name: str
+) -> None:
+    work = make()
+    purified(how, work)
+    whole, half = ((work.run.path / file).read_bytes() for file in (PURIFIED, name))
+    (work.run.path / PURIFIED).unlink()
+    (work.run.path / name).write_bytes(work.teacher.to_bytes())  # a network that fits
+    with pytest.raises(RunError, match=f"{re.escape(name)} has changed since the run made it"):
+        purified(how, work)
+    del work.run.summary["made"][name]
+    purified(how, work)
+    assert (work.run.path / name).read_bytes() == half
+    assert (work.run.path / PURIFIED).read_bytes() == whole
 
 
 def test_steps_are_the_same_however_many_images_there_are(make: Make) -> None:
@@ -130,7 +148,8 @@ def test_fine_pruning_kills_the_channels_that_clean_images_activate_least_and_th
 def test_pruning_stops_where_accuracy_would_fall_by_more_than_four_points(make: Make) -> None:
     work = make()
     purified("prune", work)
-    only_pruned = work.copy(work.run.path / "pruned.safetensors")
+    only_pruned = work.stored("pruned.safetensors")
+    assert only_pruned is not None
     assert accuracy(only_pruned, work.held_out) >= accuracy(work.teacher, work.held_out) - 4
     dead = dead_channels(only_pruned.module, channel_writers(only_pruned.module, only_pruned.size))
     images, _ = work.clean.batch(np.arange(len(work.clean)))
@@ -184,7 +203,9 @@ def test_nad_trains_the_teacher_towards_the_attention_of_its_fine_tuned_copy(
     assert objective.weights == (500.0, 1000.0, 1000.0)  # Li et al. 2021, section 4.1
     images, _ = work.held_out.batch(np.arange(20))
     inputs = work.teacher.normalisation(torch.from_numpy(images))
-    guide = work.copy(work.run.path / "finetuned.safetensors").module.eval()
+    stored = work.stored("finetuned.safetensors")
+    assert stored is not None
+    guide = stored.module.eval()
     with torch.no_grad():
         torch.testing.assert_close(objective.teacher(inputs)[0], guide(inputs), rtol=1e-3, atol=1e-3)
     assert not same(guide, network.module)
