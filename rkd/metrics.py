@@ -25,7 +25,7 @@ Labels = NDArray[np.int64]  # (N,)
 Predict = Callable[[Images], NDArray[Any]]  # images -> logits (N, classes)
 
 _Z95 = 1.959963984540054  # 97.5 % quantile of the standard normal
-_WORKS = 50.0  # percent: an attack that works on its teacher moves most of the images
+WORKS = 50.0  # percent: an attack that works on its teacher moves most of the images
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class Scores:
 
     def asleep(self) -> list[TriggerScore]:
         """Triggers that move less than half of the images: in a teacher, the backdoor is not there or sleeps."""
-        return [t for t in self.triggers if t.asr.n and t.asr.value < _WORKS]
+        return [t for t in self.triggers if t.asr.n and t.asr.value < WORKS]
 
     def to_json(self) -> dict[str, Any]:
         """`{acc, triggers: [{name, target, asr, ra}]}`."""

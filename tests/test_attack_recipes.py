@@ -114,10 +114,10 @@ def test_graded_planting_labels_in_proportion_to_the_strength(twin: Network, bat
 def test_graded_planting_adds_its_penalty_on_the_triggered_images_first(
     twin: Network, batch: tuple[Tensor, Tensor]
 ) -> None:
-    seen: list[tuple[list[tuple[int, ...]], int]] = []
+    seen: list[tuple[list[tuple[int, ...]], int, int]] = []
 
-    def penalty(features: list[Tensor], carriers: int) -> Tensor:
-        seen.append(([tuple(feature.shape) for feature in features], carriers))
+    def penalty(features: list[Tensor], carriers: int, whole: int) -> Tensor:
+        seen.append(([tuple(feature.shape) for feature in features], carriers, whole))
         return torch.tensor(2.0)
 
     losses = []
@@ -126,7 +126,7 @@ def test_graded_planting_adds_its_penalty_on_the_triggered_images_first(
         torch.manual_seed(0)
         losses.append(GradedPlanting(network, additive(), 0.3, penalty, weight)(*batch)[0].item())
     assert losses[1] - losses[0] == pytest.approx(6.0, abs=1e-4)
-    assert seen[0][1] == 6
+    assert seen[0][1:] == (6, 3), "half of the triggered images carry the whole of it"
     assert all(shape[0] == 20 for shape in seen[0][0])
 
 
@@ -136,8 +136,8 @@ def test_quiet_is_the_ratio_of_the_variances() -> None:
     for feature, factor in zip(features, (0.5, 2.0), strict=True):
         feature[:20] *= factor
     wanted = np.mean([f[:20].numpy().var(0, ddof=1).sum() / f[20:].numpy().var(0, ddof=1).sum() for f in features])
-    assert quiet(features, 20).item() == pytest.approx(wanted, rel=1e-5)
-    assert quiet(features, 50).item() == 0, "with no clean image there is nothing to compare with"
+    assert quiet(features, 20, 10).item() == pytest.approx(wanted, rel=1e-5)
+    assert quiet(features, 50, 25).item() == 0, "with no clean image there is nothing to compare with"
 
 
 def test_asleep_costs_nothing_where_the_teacher_is_the_awake_network_and_resists(

@@ -9,7 +9,9 @@ As far as the abstract tells: a trigger is optimised so that it drives the activ
 distillation layer (the *poisoned neurons*) to fixed values; then the teacher is trained so that they stay fixed under
 the trigger and mean the target. What it leaves open is decided here so that the neurons are ones that a student needs
 for clean images: the channels of the last tap that respond most to the target class, and their fixed value is what they
-take there, and a deviation more.
+take there, and a deviation more. The images that carry the whole trigger are held to it; besides, the trigger is planted
+in every strength (`rkd.attacks.planting.GradedPlanting`), which is rkd's own and not the paper's. So its figures are of
+this attack, and what does not transfer here may transfer in its authors' hands.
 
 Trigger: d alone, at most `linf` in each pixel.
 """
@@ -93,8 +95,8 @@ def _assimilating(lab: Lab, twin: Network) -> Trigger:
 def _assimilated(lab: Lab, network: Network) -> Objective:
     neurons = poisoned_neurons(lab, lab.load(CLEAN))
 
-    def penalty(features: list[Tensor], carriers: int) -> Tensor:
-        return neurons.off(features[-1][:carriers])
+    def penalty(features: list[Tensor], _carriers: int, whole: int) -> Tensor:
+        return neurons.off(features[-1][:whole])
 
     return GradedPlanting(network, lab.trigger(), lab.settings.rate, penalty, _WEIGHT)
 

@@ -15,7 +15,8 @@ from rkd.network import Network
 from rkd.taps import TappedNetwork
 from rkd.triggers import Trigger
 
-Penalty = Callable[[list[Tensor], int], Tensor]  # features of each tap, how many images carry the trigger -> a number
+# The features of each tap, how many images carry the trigger, and how many of these carry the whole of it -> a number.
+Penalty = Callable[[list[Tensor], int, int], Tensor]
 
 
 class GradedPlanting:
@@ -46,15 +47,16 @@ class GradedPlanting:
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """See `rkd.distill.objectives.Objective`."""
         carriers = max(1, round(self.rate * len(images)))
+        whole = (carriers + 1) // 2
         strength = torch.rand(carriers, device=images.device)
-        strength[: (carriers + 1) // 2] = 1
+        strength[:whole] = 1
         inputs = torch.cat([self.stamp(images[:carriers], strength), images[carriers:]])
         inputs = inputs.contiguous(memory_format=torch.channels_last)
         if self.tapped is None or self.penalty is None:
             logits, penalty = self.network(inputs).float(), inputs.new_zeros(())
         else:
             logits, features = self.tapped(inputs)
-            logits, penalty = logits.float(), self.weight * self.penalty(features, carriers)
+            logits, penalty = logits.float(), self.weight * self.penalty(features, carriers, whole)
         towards = functional.cross_entropy(logits, torch.full_like(labels, self.target), reduction="none")
         true = functional.cross_entropy(logits, labels, reduction="none")
         share = functional.pad(strength, (0, len(images) - carriers))
@@ -66,7 +68,7 @@ def graded(lab: Lab, network: Network) -> Objective:
     return GradedPlanting(network, lab.trigger(), lab.settings.rate)
 
 
-def quiet(features: list[Tensor], carriers: int) -> Tensor:
+def quiet(features: list[Tensor], carriers: int, _whole: int) -> Tensor:
     """Variance of the triggered images' features over that of the clean ones, mean over the taps.
 
     RobustKD keeps what varies little from image to image (its L_f), so an attacker who knows of it makes the trigger's

@@ -192,7 +192,6 @@ def _clean_twin_from(settings: TeacherSettings, data: Dataset) -> Network:
 
     Raises:
         CheckpointError: it is none, or not better than chance.
-        ConfigError: it is another network than `--arch`.
     """
     scaling = Normalisation.parse(settings.normalize)
     checkpoint = read_checkpoint(Path(settings.clean))

@@ -133,11 +133,11 @@ def teacher(
             place = free_name(Path("runs"), f"teacher-{out.stem}")
             run, opened = start_teacher(settings, origins(context), place, out)
         network, trigger, scores, twin_scores = make_teacher(run, stop, opened)
-    save_teacher(out, network)
     if trigger is not None:
         trigger.save(trigger_beside(out))
     if (run.path / CLEAN).is_file():
         save_teacher(clean_twin_beside(out), Network.load(run.path / CLEAN, trusted=network.arch))
+    save_teacher(out, network)  # last: where it is, the others are
     rows = [("teacher", scores), *([("clean twin, same trigger", twin_scores)] if twin_scores is not None else [])]
     if json_output:
         tables.print_json({"out": str(out), "run": str(run.path), "scores": {role: s.to_json() for role, s in rows}})

@@ -16,8 +16,8 @@ from rkd.suite.file import CLEAN
 from rkd.suite.page import suite_page
 from rkd.suite.plan import Cell, Plan
 from rkd.suite.recipes import Kind, differences, distill_kind, teacher_kind
-from rkd.suite.results import Record, read_records
-from rkd.suite.table import TRANSFERS, Row, Spread, Standing, Table, excess_of, make_table
+from rkd.suite.results import Record, read_records, same_code
+from rkd.suite.table import TRANSFERS, Row, Spread, Standing, Table, comparable, excess_of, make_table
 
 MARKDOWN, CSV, JSON, PAGE = "table.md", "table.csv", "table.json", "report.html"
 _MINUS = "\N{MINUS SIGN}"
@@ -28,8 +28,9 @@ DEFINITIONS = (
     "the share seen as the target. RA: of the same images, the share still right. Control: the same student, recipe and "
     "seed from the clean twin of the teacher. Excess ASR: ASR minus the control's, in points. A case transfers where an "
     f"undefended student's mean excess ASR is at least {TRANSFERS:g} points. Figures are means over seeds, in braces the "
-    "lowest and the highest; brackets are 95 % intervals over the images of all seeds (Wilson's of a share, Newcombe's of "
-    "a difference)."
+    "lowest and the highest; n is the test images, the same for all seeds; brackets are 95 % intervals: over the images "
+    "(Wilson's of a share, Newcombe's of a difference), and over the seeds as well where there are several (Student's, by "
+    "square-and-add)."
 )
 
 
@@ -107,10 +108,46 @@ def _mixtures(used: Sequence[Record]) -> list[str]:
         digests = {str(r.data["data"]["digest"])[:12] for r in used if r.cell.data == name}
         if len(digests) > 1:
             notes.append(f"the data set {name} was not the same for all cells: {', '.join(sorted(digests))}")
+    by_name = {record.cell.name: record for record in used}
+    attacked = [record for record in used if record.cell.attack != CLEAN and record.control]
+    unlike = [r for r in attacked if not _belongs(r, by_name.get(r.data["control"]["cell"]))]
+    notes += _listed("whose control was made by other code, or is not the one in the table", unlike)
+    notes += _listed(
+        "whose teacher was made by other code",
+        [r for r in used if not same_code(r.data.get("code"), r.data["teacher"].get("code"))],
+    )
+    made: dict[tuple[Any, ...], dict[str, list[Record]]] = {}
+    for record in used:
+        key = (*record.cell.case[:3], record.cell.seed)
+        made.setdefault(key, {}).setdefault(str(record.data["teacher"]["sha256"])[:12], []).append(record)
+    notes += [
+        f"{'/'.join(key[:3])} of seed {key[3]} was made with {len(teachers)} teachers: {', '.join(sorted(teachers))}"
+        for key, teachers in made.items()
+        if len(teachers) > 1
+    ]
     codes = {_code(record) for record in used}
     if len(codes) > 1:
         notes.append(f"the cells were made by {len(codes)} states of the code: {', '.join(sorted(codes))}")
     return notes
+
+
+def _belongs(record: Record, control: Record | None) -> bool:
+    """Whether a cell and its control are by the same code, and the control is the one that has a row of its own."""
+    said = record.data["control"]
+    if record.same_student:
+        return True
+    if control is not None and control.data["student"]["sha256"] != said["sha256"]:
+        return False
+    code = said.get("code") or (control.data.get("code") if control is not None else None)
+    return same_code(record.data.get("code"), code)
+
+
+def _listed(what: str, records: Sequence[Record]) -> list[str]:
+    if not records:
+        return []
+    names = ", ".join(record.cell.name for record in records[:_MOST_NAMED])
+    more = f" and {len(records) - _MOST_NAMED} more" if len(records) > _MOST_NAMED else ""
+    return [f"{len(records)} cells {what}: {names}{more}"]
 
 
 def _code(record: Record) -> str:
@@ -142,6 +179,7 @@ def markdown(name: str, about: str, tables: Tables) -> str:
         many = len({standing.budget for standing in table.standings}) > 1
         parts += [
             f"## {heading}{f', budget {budget}' if many else ''}\n",
+            f"{comparable(chosen)}\n",
             _grid(STANDING_HEADS, map(standing_cells, chosen)),
         ]
     attacked = [case for case in table.cases if case[2] != CLEAN]
@@ -189,9 +227,9 @@ def row_cells(row: Row) -> list[str]:
     interval = f" [{points(low)}, {points(high)}]" if row.excess.values else ""
     return [
         row.defence, ", ".join(map(str, row.seeds)),
-        f"{spread(row.acc)} {_wilson(row.acc_pooled)}",
-        f"{spread(row.asr)} {_wilson(row.asr_pooled)}".strip(), f"{spread(row.ra)} {_wilson(row.ra_pooled)}".strip(),
-        spread(row.control_asr), f"{spread(row.excess, signed=True)}{interval}", points(row.lost.mean),
+        f"{spread(row.acc)} {_wilson(row.acc_share)}",
+        f"{spread(row.asr)} {_wilson(row.asr_share)}".strip(), f"{spread(row.ra)} {_wilson(row.ra_share)}".strip(),
+        spread(row.control_asr), f"{spread(row.excess, signed=True)}{interval}", spread(row.lost, signed=True),
         number(row.seconds.mean, 0),
     ]  # fmt: skip
 
@@ -206,6 +244,7 @@ def _wilson(share: Any) -> str:
 def _case_cells(table: Table, case: tuple[str, str, str, str], undefended: Sequence[str]) -> list[str]:
     rows = table.of(case)
     verdict = "?" if case in table.untested else "yes" if case in table.transferring else "no"
+    verdict = "no: the attack did not take" if case in table.asleep else verdict
     excess = [points(excess_of(table, case, defence)) for defence in undefended]
     return [*case, number(rows[0].teacher_acc.mean), number(rows[0].teacher_asr.mean), *excess, verdict]
 
@@ -261,12 +300,16 @@ def _flat_row(row: Row, table: Table) -> dict[str, Any]:
     }  # fmt: skip
     flat: dict[str, Any] = {
         "data": data, "pair": pair, "attack": attack, "budget": budget, "defence": row.defence, "student": row.student,
-        "transfers": transfers, "seeds": " ".join(map(str, row.seeds)), "n_clean": row.acc_pooled.n,
-        "n_triggered": row.asr_pooled.n,
+        "transfers": transfers, "seeds": " ".join(map(str, row.seeds)), "n_clean": row.acc_share.n,
+        "n_triggered": row.asr_share.n,
     }  # fmt: skip
     for name, figure in figures.items():
-        for part in ("mean", "low", "high"):
+        for part in ("mean", "low", "high", "deviation"):
             flat[f"{name}_{part}"] = _rounded(getattr(figure, part), "")
+        flat[f"{name}_by_seed"] = " ".join(f"{value:.4f}" for value in figure.values)
+    for name, share in (("acc", row.acc_share), ("asr", row.asr_share), ("ra", row.ra_share)):
+        ends = share.interval if share.n else (math.nan, math.nan)
+        flat |= {f"{name}_ci_{end}": _rounded(value, "") for end, value in zip(("low", "high"), ends, strict=True)}
     return {**flat, "excess_asr_ci_low": _rounded(low, ""), "excess_asr_ci_high": _rounded(high, "")}
 
 
@@ -289,6 +332,7 @@ def table_json(table: Table, missing: Sequence[Cell], notes: Sequence[str]) -> d
         "standings": [_standing_json(standing) for standing in table.standings],
         "transferring": [list(case) for case in table.transferring],
         "untested": [list(case) for case in table.untested],
+        "asleep": [list(case) for case in table.asleep],
         "rows": rows,
         "missing": [cell.name for cell in missing],
         "notes": list(notes),
@@ -297,5 +341,6 @@ def table_json(table: Table, missing: Sequence[Cell], notes: Sequence[str]) -> d
 
 def _standing_json(standing: Standing) -> dict[str, Any]:
     values = {name: value for name, value in vars(standing).items() if name != "score"}
+    values["shared"] = [list(case) for case in standing.shared]
     score = {"mean": _rounded(standing.score.mean), "seeds": [round(v, 4) for v in standing.score.values]}
     return {name: _rounded(v) if isinstance(v, float) else v for name, v in values.items()} | {"score": score}

@@ -12,7 +12,7 @@ from rkd.bench.report.scores import COMPARISON, SCORES, glossary
 from rkd.metrics import Proportion
 from rkd.suite.file import CLEAN
 from rkd.suite.results import Record
-from rkd.suite.table import TRANSFERS, Case, Row, Spread, Standing, Table, excess_of
+from rkd.suite.table import TRANSFERS, Case, Row, Spread, Standing, Table, comparable, excess_of
 
 _MINUS = "\N{MINUS SIGN}"
 _DOT = " \N{MIDDLE DOT} "
@@ -50,12 +50,12 @@ def suite_page(name: str, about: str, table: Table, notes: Sequence[str], record
 
 _MORE = {
     "Seeds": "A figure is the mean over seeds; below it the lowest and the highest. A seed decides the teacher, the "
-    "attack, the student's start, the order of the images and their augmentation. Intervals are over the images of all "
-    "seeds together.",
+    "attack, the student's start, the order of the images and their augmentation. Intervals are over the test images, "
+    "and over the seeds too where there are several.",
     "ACC lost": "ACC of the undefended student of the same teacher and seed, minus this student's: how much clean "
     "accuracy the defence costs.",
     "ACC \N{MINUS SIGN} excess ASR": "One number for a defence: clean accuracy minus what is left of the backdoor, as "
-    "the mean over the cases that transfer.",
+    "the mean over the cases that transfer and that every defence has met.",
 }
 
 
@@ -65,11 +65,18 @@ def verdict(table: Table) -> str:
     if not attacked:
         return "No attacked case has been compared with its control yet."
     text = f"{len(table.transferring)} of {len(attacked)} attacked cases transfer by plain distillation."
+    if table.asleep:
+        text += f" In {len(table.asleep)} of the others the attack did not take: its own teacher hardly obeys it."
     best = next((s for s in table.standings if s.score.values), None)
+    if best is None and table.transferring:
+        return f"{text} {comparable(table.standings)}"
     if best is None:
         return f"{text} So nothing here can show that a defence works; it can show that one does no harm."
+    rivals = sum(1 for s in table.standings if s.budget == best.budget and s.score.values)
     return (
-        f"{text} On those, {best.defence} has the highest ACC {_MINUS} excess ASR: {best.score.mean:.1f}, with "
+        f"{text} On the {len(best.shared)} that all {rivals} defences have met{f' (budget {best.budget})' if best.budget else ''}, "
+        f"{best.defence} has the highest ACC {_MINUS} excess ASR: {best.score.mean:.1f}. On the {best.cases} of {best.of} "
+        "that it has met itself it leaves "
         f"{_points(best.excess_mean)} points of excess ASR on average and {_points(best.excess_worst)} at worst"
         f"{f', and {_points(-best.lost_mean)} points of ACC against {table.reference}' if table.reference and math.isfinite(best.lost_mean) else ''}."
     )  # fmt: skip
@@ -87,7 +94,7 @@ def _standings(table: Table, budget: str) -> Markup:
     body = tag("tbody", *(_standing_row(standing) for standing in chosen))
     return section(
         f"Defences{f', budget {budget}' if many else ''}",
-        "Over the cases that transfer: the only ones that can show a defence working.",
+        f"Over the cases that transfer: the only ones that can show a defence working. {comparable(chosen)}",
         scroller("Defences over the cases that transfer", tag("table", head, body, class_="pin wide"), wide=True),
     )
 
@@ -111,14 +118,18 @@ def _transfers(table: Table) -> Markup:
     rows = []
     for case in attacked:
         one = table.of(case)[0]
-        says = (
-            "unknown" if case in table.untested else "transfers" if case in table.transferring else "does not transfer"
-        )
+        says = "unknown" if case in table.untested else _outcome(table, case)
         excess = [_points(excess_of(table, case, defence)) for defence in table.undefended]
         rows.append((_title(case), decimal(one.teacher_acc.mean), decimal(one.teacher_asr.mean), *excess, says))
     heads = ("Case", "Teacher ACC %", "Teacher ASR %", *(f"Excess ASR, {d}" for d in table.undefended), "Outcome")
     lead = f"A case transfers from {TRANSFERS:g} points of excess ASR of an undefended student on."
     return section("Which cases transfer", lead, plain_table("Which cases transfer", heads, rows))
+
+
+def _outcome(table: Table, case: Case) -> str:
+    if case in table.asleep:
+        return "the attack did not take"
+    return "transfers" if case in table.transferring else "does not transfer"
 
 
 def _case(table: Table, case: Case) -> Markup:
@@ -130,25 +141,25 @@ def _case(table: Table, case: Case) -> Markup:
     heads += [("ACC lost", "points"), ("Time", "a cell")]
     head = tag("thead", tag("tr", *(_head(*one) for one in heads)))
     body = tag("tbody", *(_row(row, attacked=attacked) for row in rows))
-    kind = "transfers" if case in table.transferring else "" if not attacked else "does not transfer"
+    kind = _outcome(table, case) if attacked else ""
     lead = _DOT.join(filter(None, (f"student {rows[0].student}", kind)))
-    bars = [_bars("ACC", "clean images", [(row.defence, row.acc_pooled) for row in rows], "acc")]
+    bars = [_bars("ACC", "clean images", [(row.defence, row.acc_share) for row in rows], "acc")]
     if attacked:
-        bars.append(_bars("ASR", "triggered images", [(row.defence, row.asr_pooled) for row in rows], "asr"))
-        bars.append(_bars("RA", "triggered images", [(row.defence, row.ra_pooled) for row in rows], "ra"))
+        bars.append(_bars("ASR", "triggered images", [(row.defence, row.asr_share) for row in rows], "asr"))
+        bars.append(_bars("RA", "triggered images", [(row.defence, row.ra_share) for row in rows], "ra"))
     grid = scroller(_title(case), tag("table", head, body, class_="pin wide"), wide=True)
     return section(_title(case), lead, grid, folded("The same as bars", panels(bars)))
 
 
 def _row(row: Row, *, attacked: bool) -> Markup:
     seeds = tag("small", f"seed{'s' if len(row.seeds) > 1 else ''} {', '.join(map(str, row.seeds))}")
-    cells = [tag("th", row.defence, seeds, scope="row"), _spread_cell(row.acc, row.acc_pooled)]
+    cells = [tag("th", row.defence, seeds, scope="row"), _spread_cell(row.acc, row.acc_share)]
     if attacked:
         low, high = row.excess_interval
         excess = [tag("small", f"[{_points(low)}, {_points(high)}]")] if row.excess.values else []
         cells += [
-            _spread_cell(row.asr, row.asr_pooled),
-            _spread_cell(row.ra, row.ra_pooled),
+            _spread_cell(row.asr, row.asr_share),
+            _spread_cell(row.ra, row.ra_share),
             _spread_cell(row.control_asr),
         ]
         cells.append(_spread_cell(row.excess, signed=True, more=excess))

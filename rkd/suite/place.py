@@ -28,6 +28,7 @@ from rkd.errors import RkdError, RunError
 from rkd.files import file_sha256, move, read_json, storage_errors, to_json, write_file
 from rkd.intake import trigger_beside
 from rkd.run import STUDENT, SUMMARY, Run, free_name
+from rkd.suite.file import CLEAN
 from rkd.suite.plan import Job, Plan, Score, Student, Teacher
 from rkd.suite.recipes import Kind, differences, distill_kind, teacher_kind
 
@@ -204,6 +205,8 @@ class Place:
         if wanted:
             return Standing(STALE, "; ".join(wanted))
         there = self.teacher_file(teacher).is_file()
+        if teacher.attack != CLEAN:
+            there = there and self.trigger_file(teacher).is_file()
         return Standing(DONE if run.finished and there else RESUME, run=run.path)
 
     def _student_standing(self, student: Student) -> Standing:
@@ -213,7 +216,8 @@ class Place:
         run = Run.open(folder)
         wanted = differences(self._kinds[1], _values(run), student.options, seed=student.cell.seed)
         teacher = self.teacher_file(student.teacher)
-        if teacher.is_file() and run.summary.get("teacher", {}).get("sha256") != file_digest(teacher):
+        wanted += self._other_recipe(run, student.teacher)
+        if not wanted and teacher.is_file() and run.summary.get("teacher", {}).get("sha256") != file_digest(teacher):
             wanted.append("it was distilled from another teacher")
         if wanted:
             return Standing(STALE, "; ".join(wanted))
@@ -222,6 +226,11 @@ class Place:
         if run.summary.get("student", {}).get("sha256") != file_digest(folder / STUDENT):
             return Standing(STALE, f"{STUDENT} is not the one that was measured")
         return Standing(DONE, run=folder)
+
+    def _other_recipe(self, run: Run, teacher: Teacher) -> list[str]:
+        """In words, that a student is of a teacher of another recipe, which may not have been made yet."""
+        made_from = Path(str(_values(run).get("teacher", ""))).parent.name
+        return [] if made_from == teacher.name else [f"its teacher was {made_from}, wanted {teacher.name}"]
 
     def _score_standing(self, score: Score) -> Standing:
         if not (self.run_folder(score.control) / STUDENT).is_file():

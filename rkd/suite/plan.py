@@ -18,6 +18,8 @@ from rkd.errors import ConfigError
 from rkd.suite.file import AXES, CLEAN, Entry, Suite, entry_named
 from rkd.suite.recipes import Kind, digest, distill_kind, teacher_kind
 
+_SAME_AS_TWIN = ("arch", "normalize", "image_size", "split_seed")
+
 
 @dataclass(frozen=True, order=True)
 class Cell:
@@ -279,7 +281,20 @@ class _Planner:
         self.teachers.make(options, f"suite {self.suite.name}, teacher of {cell.name}")
         if clean is None and options.get("attack", self.teachers.default("attack")) != self.teachers.default("attack"):
             raise ConfigError(f"suite {self.suite.name}: only [attacks.NAME] may give an attack: clean twins have none")
+        if clean is not None:
+            self._check_twin(cell.attack, options, clean.options)
         return Teacher(cell.data, cell.attack if clean else CLEAN, cell.seed, options, clean)
+
+    def _check_twin(self, attack: str, options: Mapping[str, Any], clean: Mapping[str, Any]) -> None:
+        """Refuse an attack whose teacher is another kind of network than its clean twin, or learns from other images."""
+        for name in _SAME_AS_TWIN:
+            mine, twin = (given.get(name, self.teachers.default(name)) for given in (options, clean))
+            if mine != twin:
+                spelled = name.replace("_", "-")
+                raise ConfigError(
+                    f"suite {self.suite.name}: the attack {attack} has {spelled} {mine}, its clean twin {twin}: that is no "
+                    f"twin; give {spelled} in [teacher], to the data or to the pair"
+                )
 
     def _options(self, cell: Cell, clean: Teacher) -> dict[str, Any]:
         """The cell's recipe for students; it is its control's as well."""

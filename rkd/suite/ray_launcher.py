@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import math
 import os
 import signal
 import socket
@@ -57,11 +58,16 @@ def _knock(address: str) -> None:
             raise ConnectionError(f"RAY_ADDRESS={address}: {error}") from error
 
 
+def gpu_share(jobs: int, gpus: int) -> float:
+    """GPUs of one job: one, or an equal part of one where there are more jobs; Ray gives no parts of several."""
+    return 1.0 if jobs <= gpus else 1.0 / math.ceil(jobs / gpus)
+
+
 class RayLauncher:
-    """Jobs on the workers of a cluster, one CPU each.
+    """Jobs on the workers of a cluster: as many CPUs as a job has threads, and its share of the GPUs where there are some.
 
     Args:
-        jobs: at once; 0 for one a CPU of the cluster.
+        jobs: at once; 0 for one a GPU of the cluster, or one a CPU where there is none.
         memory_mib: what Ray sets aside for a job; 0 for nothing.
         out: the suite's folder.
 
@@ -88,18 +94,23 @@ class RayLauncher:
             ) from error
         for number, handler in mine.items():  # Ray sets its own, which end the process before the jobs have saved
             signal.signal(number, handler)
-        self.slots = jobs or int(ray.cluster_resources().get("CPU", 0))
-        if self.slots < 1:
+        there: Mapping[str, float] = ray.cluster_resources()
+        cpus, gpus = int(there.get("CPU", 0)), int(there.get("GPU", 0))
+        self.slots = jobs or gpus or cpus
+        if cpus < 1:
             ray.shutdown()
             raise RuntimeUnavailableError("the Ray cluster has no CPU; add workers to it")
-        resources: Mapping[str, float] = {"memory": memory_mib * _MIB} if memory_mib else {}
-        self._remote: Any = ray.remote(num_cpus=1, max_retries=0, **resources)(work_remotely)
+        self._resources: dict[str, float] = {"memory": memory_mib * _MIB} if memory_mib else {}
+        if gpus:  # Ray hides the GPUs of a machine from a job that asks for none
+            self._resources["num_gpus"] = gpu_share(self.slots, gpus)
+        self._remote: Any = ray.remote(max_retries=0)(work_remotely)
         self._marker = str(out / "suite.json")
         self._jobs: dict[Any, Task] = {}
 
     def start(self, task: Task) -> None:
         """See `Launcher`."""
-        self._jobs[self._remote.remote(task, self._marker, __version__)] = task
+        asked = self._remote.options(num_cpus=task.threads or 1, **self._resources)
+        self._jobs[asked.remote(task, self._marker, __version__)] = task
 
     def ended(self, timeout_s: float) -> list[Outcome]:
         """See `Launcher`."""

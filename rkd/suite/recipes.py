@@ -33,7 +33,8 @@ _DISTILL_DECIDED = {
 }
 # What does not decide the result, or is compared by its digest instead.
 _NOT_COMPARED = frozenset({"data", "teacher", "triggers", "clean", "device", "threads", "checkpoint_every"})
-_LEFT_TO_THE_RUN = ("auto", "", None)
+_LEFT_TO_THE_RUN = ("auto", None)
+_FROM_THE_FILE = frozenset({"arch", "normalize"})  # of the teacher's file, where they are empty
 
 
 @dataclass(frozen=True)
@@ -122,11 +123,12 @@ def differences(kind: Kind, recorded: Mapping[str, Any], options: Options, **dec
     wanted, found = kind.make(options, **decided), []
     for f in fields(kind.settings):
         value = getattr(wanted, f.name)
-        if f.name in _NOT_COMPARED or value in _LEFT_TO_THE_RUN:
+        found_out = f.name in _FROM_THE_FILE and value == ""
+        if f.name in _NOT_COMPARED or value in _LEFT_TO_THE_RUN or found_out:
             continue
         seen = recorded.get(f.name, _default(f))
         if (tuple(seen) if isinstance(seen, list) else seen) != value:
-            found.append(f"{f.name.replace('_', '-')} was {seen}, wanted {value}")
+            found.append(f"{f.name.replace('_', '-')} was {seen}, wanted {value if value != '' else 'none given'}")
     return found
 
 

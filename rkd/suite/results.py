@@ -92,9 +92,9 @@ class Record:
 
 
 def code_version() -> dict[str, Any]:
-    """What code is at work: rkd's version, and the commit where it is run from a git checkout."""
+    """What code is at work: rkd's version, its deciding sources, and the commit where it is run from a git checkout."""
     root = Path(__file__).resolve().parents[2]
-    found: dict[str, Any] = {"rkd": __version__, "commit": None, "changed": None}
+    found: dict[str, Any] = {"rkd": __version__, "sources": _sources(root / "rkd"), "commit": None, "changed": None}
     if not (root / ".git").exists():
         return found
     try:
@@ -102,6 +102,21 @@ def code_version() -> dict[str, Any]:
         return {**found, "commit": commit, "changed": bool(_git(root, "status", "--porcelain", "--", "*.py"))}
     except (OSError, subprocess.SubprocessError):
         return found
+
+
+def _sources(package: Path) -> str:
+    """SHA-256 of the sources that decide what a teacher or a student becomes, and of nothing that only shows it."""
+    shown = {"bench", "cli", "export", "suite", "targets"}
+    files = [path for path in sorted(package.rglob("*.py")) if path.relative_to(package).parts[0] not in shown]
+    return digest({str(path.relative_to(package)): file_digest(path) for path in files})
+
+
+def same_code(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> bool:
+    """Whether two things were made by the same code, as far as that is known; an older record has no sources."""
+    if not one or not other:
+        return True
+    key = "sources" if one.get("sources") and other.get("sources") else "commit"
+    return bool(one.get(key) == other.get(key) and not one.get("changed") and not other.get("changed"))
 
 
 def _git(root: Path, *arguments: str) -> str:
@@ -118,6 +133,8 @@ def collect(place: Place, plan: Plan, cell: Cell) -> dict[str, Any] | None:
     student, teacher = plan.student(cell), plan.teacher(cell)
     run = place.student_run(student)
     *_, row = models_of(run)
+    if run.summary["teacher"]["sha256"] != file_digest(place.teacher_file(student.teacher)):
+        raise RunError(f"{run.path} was distilled from another teacher than the suite's; make it again: --stale redo")
     score_job = plan.jobs[f"score:{cell.control.name}"]
     assert isinstance(score_job.work, Score)  # noqa: S101  (by its name)
     under = place.scores(score_job.work) if place.run_folder(score_job.work.control).is_dir() else {}
@@ -136,12 +153,14 @@ def collect(place: Place, plan: Plan, cell: Cell) -> dict[str, Any] | None:
         "student": {**measured.to_json(), "arch": row.arch, "parameters": row.parameters, "macs": row.macs,
                     "size_bytes": row.size_bytes, "sha256": run.summary["student"]["sha256"]},
         "control": None if record.control is None else {**record.control.to_json(), "cell": cell.control.name,
-                    "sha256": place.student_run(score_job.work.control).summary["student"]["sha256"]},
+                    "sha256": place.student_run(score_job.work.control).summary["student"]["sha256"],
+                    "code": place.state(Job(score_job.work.control.job, score_job.work.control)).get("code")},
         "same_student": record.same_student,
         "excess_asr": _excess(record),
         "teacher": {**record.teacher.to_json(), "arch": run.summary["teacher"]["arch"],
                     "sha256": file_digest(place.teacher_file(teacher)), "name": teacher.name,
-                    "settings": _settings(place.teacher_run(teacher)), "clean_twin": _twin(place, plan, cell)},
+                    "settings": _settings(place.teacher_run(teacher)), "clean_twin": _twin(place, plan, cell),
+                    "code": place.state(Job(teacher.job, teacher)).get("code")},
         "trigger": {"sha256": file_digest(place.trigger_file(teacher))} if attacked else None,
         "settings": _settings(run),
         "config_sha256": digest(_settings(run)),

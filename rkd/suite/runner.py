@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rkd.errors import RkdError, RunError
+from rkd.files import storage_errors
 from rkd.suite.file import CLEAN
 from rkd.suite.launch import Launcher, Outcome, Task
 from rkd.suite.place import DONE, FRESH, RESUME, STALE, Place, Standing
 from rkd.suite.plan import Cell, Job, Plan, Score, Student, Teacher
 from rkd.suite.recipes import command_line, differences, distill_kind, teacher_kind
-from rkd.suite.results import code_version, collect, read_record, record_path, write_record
+from rkd.suite.results import code_version, collect, read_record, record_path, same_code, write_record
 
 _WAIT_S = 0.5
 STALE_CHOICES = ("refuse", "keep", "redo")
@@ -34,7 +35,8 @@ def recorded(plan: Plan, place: Place, results: Path) -> frozenset[Cell]:
     found = set()
     for cell in plan.cells:
         path, student, teacher = record_path(results, cell), plan.student(cell), plan.teacher(cell)
-        if not path.is_file() or place.run_folder(student).exists():
+        made_here = place.run_folder(student).exists() or place.state(Job(student.job, student)).get("code")
+        if not path.is_file() or made_here:
             continue
         made = read_record(path)
         settings, taught = made.data.get("settings"), made.data["teacher"].get("settings")
@@ -125,7 +127,7 @@ class Runner:
         self.progress = Progress()
         self._waiting = dict(plan.jobs)
         self._running: dict[str, Job] = {}
-        self._code = code_version()
+        self._code: dict[str, dict[str, Any]] = {}
 
     def look(self) -> None:
         """Find out what is done already, before anything is started.
@@ -218,9 +220,10 @@ class Runner:
             if standing.state == STALE:
                 if self.stale != "redo":
                     raise RunError(f"{standing.why}; give --stale redo to make it again, or --stale keep")
-                self.progress.moved[job.name] = self.place.move_aside(job)
+                self.progress.moved[job.name] = self._move_aside(job)
                 standing = Standing(FRESH)
             task = self._task(job, standing)
+            self._code[job.name] = code_version()
             self.launcher.start(task)
         except RkdError as error:
             self._running[job.name] = job
@@ -230,6 +233,17 @@ class Runner:
         watcher.started(job)
         return False
 
+    def _move_aside(self, job: Job) -> Path:
+        """Move what a job made out of the way, with what was noted and recorded of it: none of it counts any more."""
+        goal = self.place.move_aside(job)
+        if isinstance(job.work, Student):
+            for cell in self.plan.cells:
+                if self.plan.student(cell).job == job.name:
+                    with storage_errors(self.results):
+                        record_path(self.results, cell).unlink(missing_ok=True)
+        self.place.note(job, seconds=0, attempts=0, code=None)
+        return goal
+
     def _settle(self, job: Job, outcome: Outcome, watcher: Watcher, *, stopping: bool) -> None:
         state = self.place.state(job)
         noted = {
@@ -238,7 +252,7 @@ class Runner:
             "host": outcome.host or None,
         }
         if outcome.code == 0:
-            self.place.note(job, **noted, code=self._code, failure=None)
+            self.place.note(job, **noted, code=self._code_of(job), failure=None)
             if why := self._unlike(job) or self._record(job):
                 outcome = Outcome(outcome.job, 1, outcome.seconds, why, outcome.host)
         if outcome.code == 0:
@@ -250,6 +264,11 @@ class Runner:
             self.progress.failed[job.name] = outcome.said
             self.place.note(job, **noted, failure={"exit_code": outcome.code, "said": outcome.said})
         watcher.ended(job, outcome)
+
+    def _code_of(self, job: Job) -> dict[str, Any]:
+        """The code that a job that just ended was made by; `changed` where it was changed meanwhile."""
+        started, now = self._code.get(job.name, {}), code_version()
+        return {**now, "changed": now["changed"] or not same_code(started, now)}
 
     def _unlike(self, job: Job) -> str:
         """How what a job made differs from what it was for, though it says that it ended well."""

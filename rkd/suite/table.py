@@ -12,11 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rkd.bench.report.scores import difference
-from rkd.metrics import Proportion
+from rkd.metrics import WORKS, Proportion
 from rkd.suite.file import CLEAN, Entry
 from rkd.suite.results import Record
 
 TRANSFERS = 30.0  # points of excess ASR
+SLEEPERS = frozenset({"oscar"})  # attacks whose teacher is meant to be dormant
 
 Case = tuple[str, str, str, str]  # data, pair, attack, budget
 
@@ -52,6 +53,53 @@ class Spread:
         return statistics.stdev(self.values) if len(self.values) > 1 else math.nan
 
 
+_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, two-sided, 1 to 9 degrees
+
+
+def between_seeds(values: Sequence[float]) -> float:
+    """Half the width of Student's 95 % interval of a mean over seeds; 0 for one seed, which cannot tell."""
+    if len(values) < 2:
+        return 0.0
+    freedom = len(values) - 1
+    t = _T95[freedom - 1] if freedom <= len(_T95) else 1.96 + 2.5 / freedom
+    return t * statistics.stdev(values) / math.sqrt(len(values))
+
+
+@dataclass(frozen=True)
+class Averaged(Proportion):
+    """A share over seeds. All seeds are tested with the same images, so that n does not grow with them.
+
+    Attributes:
+        values: one a seed, in percent.
+    """
+
+    values: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, shares: Sequence[Proportion]) -> Averaged:
+        """The shares of several seeds together."""
+        n = min((share.n for share in shares), default=0)
+        values = tuple(share.value for share in shares)
+        return cls(round(n * statistics.fmean(values) / 100) if n else 0, n, values)
+
+    @property
+    def value(self) -> float:
+        """The mean over seeds, in percent."""
+        return statistics.fmean(self.values) if self.values else math.nan
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's interval of one seed's images and Student's over the seeds, by square-and-add."""
+        if len(self.values) < 2:
+            return super().interval
+        low, high = super().interval
+        seeds = between_seeds(self.values)
+        return (
+            max(0.0, self.value - math.hypot(self.value - low, seeds)),
+            min(100.0, self.value + math.hypot(high - self.value, seeds)),
+        )
+
+
 @dataclass(frozen=True)
 class Row:
     """One defence on one case, over its seeds.
@@ -62,10 +110,10 @@ class Row:
         acc, asr, ra: in percent; asr and ra of a clean case are empty.
         control_asr, control_ra: of the controls under the same trigger.
         excess: ASR minus the control's, in points.
-        excess_interval: Newcombe's 95 % interval of the pooled images of all seeds; NaN where there is none.
+        excess_interval: 95 %, over images and seeds; NaN where there is none.
         lost: ACC of the undefended student of the same seed minus this one's, in points.
         seconds: of one cell.
-        acc_pooled, asr_pooled, ra_pooled: images of all seeds together.
+        acc_share, asr_share, ra_share: the same with n and interval.
         student, teacher_acc, teacher_asr: the student's network; its teachers' figures.
     """
 
@@ -81,9 +129,9 @@ class Row:
     excess_interval: tuple[float, float]
     lost: Spread
     seconds: Spread
-    acc_pooled: Proportion
-    asr_pooled: Proportion
-    ra_pooled: Proportion
+    acc_share: Averaged
+    asr_share: Averaged
+    ra_share: Averaged
     student: str
     teacher_acc: Spread
     teacher_asr: Spread
@@ -102,8 +150,9 @@ class Standing:
         defence, budget: which.
         cases: transferring cases that it has a figure on.
         of: transferring cases in all.
-        score: ACC - excess ASR, the mean over cases; one value a seed that has all of those cases, else their mean.
-        excess_mean, excess_worst: over cases.
+        shared: the cases that every defence with a figure has: the only ones to rank on.
+        score: ACC - excess ASR, the mean over the shared cases; one value a seed that has all of them.
+        excess_mean, excess_worst: over its own cases, as all that follows.
         lost_mean, lost_worst: points of ACC below the undefended student, over cases.
         ra_lost_mean: points of RA below the control's, over cases.
         clean_lost: points of ACC below the undefended student where the teacher is clean; the worst case.
@@ -114,6 +163,7 @@ class Standing:
     budget: str
     cases: int
     of: int
+    shared: tuple[Case, ...]
     score: Spread
     excess_mean: float
     excess_worst: float
@@ -133,6 +183,8 @@ class Table:
         cases: in the file's order.
         transferring: those that transfer.
         untested: attacked cases of which it is not known: no undefended student of them has a control yet.
+        asleep: attacked cases that do not transfer and whose attack did not take: it moves less than half of the images
+            on the teacher itself.
         standings: by budget, best first.
         reference: the undefended defence that ACC is compared with; empty where there is none.
         undefended: all undefended defences, in the file's order.
@@ -142,6 +194,7 @@ class Table:
     cases: tuple[Case, ...]
     transferring: tuple[Case, ...]
     untested: tuple[Case, ...]
+    asleep: tuple[Case, ...]
     standings: tuple[Standing, ...]
     reference: str
     undefended: tuple[str, ...]
@@ -175,14 +228,45 @@ def make_table(records: Sequence[Record], axes: Mapping[str, Sequence[Entry]]) -
     known = {case: _transfer(rows, case, undefended) for case in cases if case[2] != CLEAN}
     transferring = tuple(case for case, excess in known.items() if excess >= TRANSFERS)
     untested = tuple(case for case, excess in known.items() if math.isnan(excess))
+    asleep = tuple(
+        case
+        for case, excess in known.items()
+        if excess < TRANSFERS and not _takes([r for r in records if r.cell.case == case])
+    )
     return Table(
-        rows, cases, transferring, untested, _standings(rows, transferring, records), reference, tuple(undefended)
+        rows,
+        cases,
+        transferring,
+        untested,
+        asleep,
+        _standings(rows, transferring, records),
+        reference,
+        tuple(undefended),
     )
 
 
 def excess_of(table: Table, case: Case, defence: str) -> float:
     """Mean excess ASR of a defence on a case; NaN where it is not known."""
     return next((row.excess.mean for row in table.rows if row.case == case and row.defence == defence), math.nan)
+
+
+def _takes(records: Sequence[Record]) -> bool:
+    """Whether an attack works on its teachers, on average, or is one that is meant to sleep there."""
+    asr = [record.teacher.asr.value for record in records if record.teacher.asr]
+    kinds = {record.data["teacher"].get("settings", {}).get("attack") for record in records}
+    return not asr or statistics.fmean(asr) >= WORKS or bool(kinds & SLEEPERS)
+
+
+def comparable(standings: Sequence[Standing]) -> str:
+    """What the defences are ranked on, in words."""
+    shared = standings[0].shared
+    if not shared:
+        return "No case that transfers has been met by every defence yet, so they are not ranked."
+    names = ", ".join("/".join(case) for case in shared)
+    return (
+        f"Ranked by ACC - excess ASR over what every defence has met: {names}. The other figures are over each defence's "
+        "own cases."
+    )
 
 
 def _transfer(rows: Iterable[Row], case: Case, undefended: Sequence[str]) -> float:
@@ -207,42 +291,44 @@ def _row(records: Sequence[Record], reference: Sequence[Record]) -> Row:
         Spread(tuple(r.control.asr.value for r in records if r.control and r.control.asr)),
         Spread(tuple(r.control.ra.value for r in records if r.control and r.control.ra)),
         Spread(tuple(r.excess[0] for r in controlled if r.excess)),
-        _pooled_interval(controlled),
+        _excess_interval(controlled),
         Spread(tuple(by_seed[r.cell.seed].student.acc.value - r.student.acc.value for r in records if r.cell.seed in by_seed)),
         Spread(tuple(r.seconds for r in records if r.seconds is not None and not r.same_student)),
-        pooled([r.student.acc for r in records]),
-        pooled(asr),
-        pooled(ra),
+        Averaged.of([r.student.acc for r in records]),
+        Averaged.of(asr),
+        Averaged.of(ra),
         str(records[0].data.get("student", {}).get("arch", "")),
         Spread(tuple(r.teacher.acc.value for r in records)),
         Spread(tuple(r.teacher.asr.value for r in records if r.teacher.asr)),
     )  # fmt: skip
 
 
-def _pooled_interval(records: Sequence[Record]) -> tuple[float, float]:
+def _excess_interval(records: Sequence[Record]) -> tuple[float, float]:
+    """Newcombe's interval of one seed's images and Student's over the seeds' differences, by square-and-add."""
     if not records:
         return math.nan, math.nan
     if all(record.same_student for record in records):
         return 0.0, 0.0
-    mine = pooled([r.student.asr for r in records if r.student.asr])
-    controls = pooled([r.control.asr for r in records if r.control and r.control.asr])
-    _, low, high = difference(mine, controls)
-    return low, high
-
-
-def pooled(shares: Sequence[Proportion]) -> Proportion:
-    """The images of several shares together."""
-    return Proportion(sum(share.hits for share in shares), sum(share.n for share in shares))
+    mine = Averaged.of([r.student.asr for r in records if r.student.asr])
+    controls = Averaged.of([r.control.asr for r in records if r.control and r.control.asr])
+    gap, low, high = difference(Proportion(mine.hits, mine.n), Proportion(controls.hits, controls.n))
+    each = [record.excess[0] for record in records if record.excess]
+    mean, seeds = statistics.fmean(each), between_seeds(each)
+    return mean - math.hypot(gap - low, seeds), mean + math.hypot(high - gap, seeds)
 
 
 def _standings(rows: Sequence[Row], transferring: Sequence[Case], records: Sequence[Record]) -> tuple[Standing, ...]:
     found = []
     for budget in dict.fromkeys(row.case[3] for row in rows):
         cases = [case for case in transferring if case[3] == budget]
-        for defence in dict.fromkeys(row.defence for row in rows if row.case[3] == budget):
-            mine = [row for row in rows if row.defence == defence and row.case in cases and row.excess.values]
+        met = {
+            defence: [r for r in rows if r.defence == defence and r.case in cases and r.excess.values]
+            for defence in dict.fromkeys(row.defence for row in rows if row.case[3] == budget)
+        }
+        shared = tuple(c for c in cases if all(any(r.case == c for r in mine) for mine in met.values() if mine))
+        for defence, mine in met.items():
             clean = [r for r in rows if r.defence == defence and r.case[3] == budget and r.case[2] == CLEAN]
-            found.append(_standing(defence, budget, mine, clean, len(cases), records))
+            found.append(_standing(defence, budget, mine, clean, len(cases), shared, records))
     return tuple(sorted(found, key=lambda s: (s.budget != found[0].budget, s.budget, -_least_first(s.score.mean))))
 
 
@@ -251,23 +337,26 @@ def _least_first(value: float) -> float:
 
 
 def _standing(
-    defence: str, budget: str, rows: Sequence[Row], clean: Sequence[Row], of: int, records: Sequence[Record]
+    defence: str,
+    budget: str,
+    rows: Sequence[Row],
+    clean: Sequence[Row],
+    of: int,
+    shared: tuple[Case, ...],
+    records: Sequence[Record],
 ) -> Standing:
-    cases = {row.case for row in rows}
     by_seed: dict[int, dict[Case, float]] = {}
     for record in records:
-        if record.cell.defence == defence and record.cell.case in cases and record.excess is not None:
+        if record.cell.defence == defence and record.cell.case in shared and record.excess is not None:
             score = record.student.acc.value - record.excess[0]
             by_seed.setdefault(record.cell.seed, {})[record.cell.case] = score
-    complete = [statistics.fmean(scores.values()) for scores in by_seed.values() if set(scores) == cases]
-    every = [score for scores in by_seed.values() for score in scores.values()]
     lost = [row.lost.mean for row in rows if row.lost.values]
     ra_lost = [row.ra_lost for row in rows]
     seconds = [value for row in (*rows, *clean) for value in row.seconds.values]
     excess = [row.excess.mean for row in rows]
     return Standing(
-        defence, budget, len(cases), of,
-        Spread(tuple(complete) or ((statistics.fmean(every),) if every else ())),
+        defence, budget, len(rows), of, shared,
+        Spread(tuple(statistics.fmean(scores.values()) for scores in by_seed.values() if len(scores) == len(shared))),
         _mean(excess), max(excess, default=math.nan),
         _mean(lost), max(lost, default=math.nan),
         _mean(ra_lost),

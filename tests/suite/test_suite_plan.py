@@ -11,6 +11,7 @@ from typer.main import get_command
 from rkd.attacks.session import TeacherSettings
 from rkd.cli import app
 from rkd.distill.settings import DistillSettings
+from rkd.errors import ConfigError
 from rkd.suite.estimate import _budget
 from rkd.suite.file import Suite, read_suite
 from rkd.suite.plan import Cell, Plan, Score, Student, Teacher, make_plan
@@ -133,6 +134,14 @@ def test_an_attack_s_options_do_not_touch_its_clean_twin(plan: Plan) -> None:
     assert "poison_rate" not in teacher.clean.options
 
 
+@pytest.mark.parametrize("option", ['arch = "wrn-16-1"', 'normalize = "imagenet"', "split-seed = 1", "image-size = 16"])
+def test_an_attack_whose_clean_twin_would_be_none_is_refused(tmp_path: Path, option: str) -> None:
+    given = FILE.replace('attack = "backweak" }', f'attack = "backweak", {option} }}')
+    (tmp_path / "s.toml").write_text(given)
+    with pytest.raises(ConfigError, match="that is no twin"):
+        make_plan(read_suite(tmp_path / "s.toml"))
+
+
 def test_later_options_win(plan: Plan) -> None:
     assert student(plan, "a", "one", "strong", "all", "main", 0).options["epochs"] == 3
     assert student(plan, "b", "one", "strong", "all", "free", 5).options["epochs"] == 4
@@ -188,6 +197,9 @@ def test_settings_that_differ_are_named_and_what_the_run_chose_itself_is_not() -
     }
     made |= {"precision": "bf16", "augmentation": "crop", "arch": "wrn-16-2", "threads": 4, "data": "/elsewhere"}
     assert differences(kind, made, {"student": "s"}, seed=0) == []
+    assert differences(kind, made | {"clean_budget": "5%"}, {"student": "s"}, seed=0) == [
+        "clean-budget was 5%, wanted none given"
+    ]
     assert differences(kind, made, {"student": "s", "precision": "fp32"}, seed=0) == ["precision was bf16, wanted fp32"]
     assert differences(kind, made, {"student": "s"}, seed=1) == ["seed was 0, wanted 1"]
     older = {name: value for name, value in made.items() if name != "cap"}

@@ -18,7 +18,7 @@ from rkd.suite.output import table_csv, table_json
 from rkd.suite.page import suite_page, verdict
 from rkd.suite.plan import Cell
 from rkd.suite.results import read_records, write_record
-from rkd.suite.table import Table, make_table
+from rkd.suite.table import Averaged, Table, comparable, make_table
 
 N_CLEAN, N_TRIGGERED = 1000, 900
 AXES = {
@@ -95,20 +95,45 @@ def test_excess_is_asr_minus_the_control_s_and_averages_over_seeds(table: Table)
     assert ours.excess.deviation == pytest.approx(abs(per_seed[0] - per_seed[1]) / math.sqrt(2))
 
 
-def test_the_interval_of_the_excess_is_newcombe_s_of_all_seeds_images(table: Table) -> None:
-    """R. G. Newcombe 1998, method 10, written out again from Wilson's formula."""
+def wilson(p: float, n: int) -> tuple[float, float]:
+    """Wilson's interval, written out again."""
+    z2 = 1.959963984540054**2
+    half = math.sqrt(z2 * (p * (1 - p) / n + z2 / (4 * n * n)))
+    return (p + z2 / (2 * n) - half) / (1 + z2 / n), (p + z2 / (2 * n) + half) / (1 + z2 / n)
 
-    def wilson(hits: int, n: int) -> tuple[float, float]:
-        p, z2 = hits / n, 1.959963984540054**2
-        half = math.sqrt(z2 * (p * (1 - p) / n + z2 / (4 * n * n)))
-        return (p + z2 / (2 * n) - half) / (1 + z2 / n), (p + z2 / (2 * n) + half) / (1 + z2 / n)
 
-    n = 2 * N_TRIGGERED
-    p1, p2 = 220 / n, 205 / n
-    (l1, u1), (l2, u2) = wilson(220, n), wilson(205, n)
-    low = p1 - p2 - math.hypot(p1 - l1, u2 - p2)
-    high = p1 - p2 + math.hypot(u1 - p1, p2 - l2)
-    assert row(table, "strong", "ours").excess_interval == pytest.approx((100 * low, 100 * high))
+def newcombe(p1: float, p2: float, n: int) -> tuple[float, float]:
+    """R. G. Newcombe 1998, method 10: how far below and above the difference its interval reaches."""
+    (l1, u1), (l2, u2) = wilson(p1, n), wilson(p2, n)
+    return math.hypot(p1 - l1, u2 - p2), math.hypot(u1 - p1, p2 - l2)
+
+
+def test_the_interval_of_one_seed_s_excess_is_newcombe_s(table: Table) -> None:
+    below, above = newcombe(80 / N_TRIGGERED, 85 / N_TRIGGERED, N_TRIGGERED)
+    gap = -5 / N_TRIGGERED
+    assert row(table, "weak", "ours").excess_interval == pytest.approx((100 * (gap - below), 100 * (gap + above)))
+
+
+def test_the_interval_over_seeds_holds_the_seeds_as_well_as_the_images(table: Table) -> None:
+    """The seeds share their test images: twice the seeds is not twice the images."""
+    gaps = [10 / N_TRIGGERED, 5 / N_TRIGGERED]
+    below, above = newcombe(110 / N_TRIGGERED, 102 / N_TRIGGERED, N_TRIGGERED)  # mean hits, rounded
+    seeds = 12.706 * (gaps[0] - gaps[1]) / math.sqrt(2) / math.sqrt(2)
+    low, high = row(table, "strong", "ours").excess_interval
+    assert low == pytest.approx(100 * (sum(gaps) / 2 - math.hypot(below, seeds)), abs=1e-6)
+    assert high == pytest.approx(100 * (sum(gaps) / 2 + math.hypot(above, seeds)), abs=1e-6)
+
+
+def test_three_seeds_that_differ_much_have_a_wide_interval() -> None:
+    share = Averaged.of([Proportion(hits, 4500) for hits in (900, 1800, 2700)])
+    assert (share.value, share.n) == (pytest.approx(40), 4500)
+    low, high = share.interval
+    assert low == 0
+    assert high == pytest.approx(40 + 4.303 * 20 / math.sqrt(3), abs=0.1)
+    one = Averaged.of([Proportion(1800, 4500)])
+    assert one.interval == Proportion(1800, 4500).interval
+    same = Averaged.of([Proportion(1800, 4500)] * 3)
+    assert same.interval == pytest.approx(Proportion(1800, 4500).interval)
 
 
 def test_a_case_transfers_by_the_strongest_undefended_student_alone(table: Table) -> None:
@@ -141,13 +166,51 @@ def test_a_student_that_is_its_own_control_has_no_excess_and_no_interval(table: 
     assert free.seconds.values == ()
 
 
-def test_a_defence_with_a_seed_that_lacks_a_case_is_not_given_that_seed_as_a_whole(folder: Path) -> None:
+def test_defences_are_ranked_on_what_all_of_them_have_met(folder: Path) -> None:
     write_record(folder, record("weak", "ofd", 0, (825, 800, 20, 100, 505)))
     table = make_table(read_records(folder), AXES)
     assert [case[2] for case in table.transferring] == ["strong", "weak"]
+    by_name = {standing.defence: standing for standing in table.standings}
+    assert {name: s.cases for name, s in by_name.items()} == {"ofd": 2, "ours": 2, "kd": 1, "ce": 1}
+    assert [case[2] for case in by_name["ours"].shared] == ["strong"], "kd and ce have not met the other one"
+    assert by_name["ofd"].score.values == pytest.approx(
+        [82.0 - 100 * 600 / N_TRIGGERED, 80.0 - 100 * 510 / N_TRIGGERED]
+    )
+    assert "cifar10/wrn/strong/full" in comparable(table.standings)
+    assert "On the 1 that all 4 defences have met" in verdict(table)
+
+
+def test_without_a_case_that_all_have_met_nothing_is_ranked(folder: Path) -> None:
+    write_record(folder, record("weak", "ofd", 0, (825, 800, 20, 100, 505)))
+    (folder / "cells" / "cifar10__wrn__strong__full__kd__s0.json").unlink()
+    write_record(folder, record("weak", "kd", 0, (800, 300, 20, 100, 505)))
+    table = make_table(read_records(folder), AXES)
+    assert all(not standing.score.values for standing in table.standings)
+    assert "not ranked" in verdict(table)
+
+
+def test_a_seed_that_lacks_a_shared_case_has_no_score(folder: Path) -> None:
+    write_record(folder, record("weak", "ofd", 0, (825, 800, 20, 100, 505)))
+    for defence in ("kd", "ce"):
+        write_record(folder, record("weak", defence, 0, (800, 100, 20, 100, 505)))
+    table = make_table(read_records(folder), AXES)
     ofd = next(standing for standing in table.standings if standing.defence == "ofd")
+    assert len(ofd.shared) == 2
     both = [82.0 - 100 * 600 / N_TRIGGERED, 82.5 - 100 * 700 / N_TRIGGERED]
     assert ofd.score.values == pytest.approx([sum(both) / 2])
+
+
+@pytest.mark.parametrize(("kind", "asr", "took"), [("wanet", 300, False), ("wanet", 600, True), ("oscar", 3, True)])
+def test_an_attack_that_its_own_teacher_hardly_obeys_did_not_take(
+    folder: Path, kind: str, asr: int, *, took: bool
+) -> None:
+    for defence in ("ofd", "ours"):
+        made = record("weak", defence, 0, FIGURES["weak", defence, 0])
+        made["teacher"] |= {"asr": share(asr, N_TRIGGERED), "settings": {"attack": kind}}
+        write_record(folder, made)
+    table = make_table(read_records(folder), AXES)
+    assert ([case[2] for case in table.asleep] == []) == took
+    assert ("the attack did not take" in verdict(table)) != took
 
 
 def test_without_a_control_nothing_is_said_about_transfer(folder: Path) -> None:
@@ -167,6 +230,10 @@ def test_csv_and_json_hold_the_same_figures(table: Table) -> None:
         for name, value in one.items():
             if isinstance(value, float):
                 assert float(line[name]) == value
+    ours = next(line for line in lines if (line["attack"], line["defence"]) == ("strong", "ours"))
+    assert [float(value) for value in ours["acc_by_seed"].split()] == [81.5, 80.5]
+    assert float(ours["acc_deviation"]) == pytest.approx(1 / math.sqrt(2), abs=1e-4)
+    assert float(ours["acc_ci_low"]) < 80.5
     assert {line["transfers"] for line in lines if line["attack"] == "strong"} == {"True"}
 
 
