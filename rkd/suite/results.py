@@ -115,8 +115,9 @@ def same_code(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) ->
     """Whether two things were made by the same code, as far as that is known; an older record has no sources."""
     if not one or not other:
         return True
-    key = "sources" if one.get("sources") and other.get("sources") else "commit"
-    return bool(one.get(key) == other.get(key) and not one.get("changed") and not other.get("changed"))
+    if one.get("sources") and other.get("sources"):
+        return bool(one["sources"] == other["sources"])
+    return bool(one.get("commit") == other.get("commit") and not one.get("changed") and not other.get("changed"))
 
 
 def _git(root: Path, *arguments: str) -> str:

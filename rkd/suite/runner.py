@@ -266,9 +266,9 @@ class Runner:
         watcher.ended(job, outcome)
 
     def _code_of(self, job: Job) -> dict[str, Any]:
-        """The code that a job that just ended was made by; `changed` where it was changed meanwhile."""
+        """The code that a job that just ended was made by; not known by its sources where these changed meanwhile."""
         started, now = self._code.get(job.name, {}), code_version()
-        return {**now, "changed": now["changed"] or not same_code(started, now)}
+        return now if same_code(started, now) else {**now, "sources": None, "changed": True}
 
     def _unlike(self, job: Job) -> str:
         """How what a job made differs from what it was for, though it says that it ended well."""

@@ -15,6 +15,7 @@ import pytest
 from rkd.errors import StorageError
 from rkd.run import Run
 from rkd.suite.launch import Leash, LocalLauncher, Task, explain, run_task
+from rkd.suite.ray_launcher import gpu_share
 
 SUITE = """
 [defences.ofd]
@@ -145,3 +146,11 @@ def test_killed_stopped_and_out_of_memory_a_suite_goes_on_and_loses_nothing(fold
     assert "ofd" in (folder / "results/my/table.md").read_text()
     logs = (folder / "runs/my/logs").iterdir()
     assert sum(path.read_text().count("$ rkd teacher") for path in logs) == 1
+
+
+@pytest.mark.parametrize(
+    ("jobs", "gpus", "share"), [(1, 1, 1.0), (2, 4, 1.0), (4, 1, 0.25), (4, 2, 0.5), (3, 2, 0.5), (8, 3, 1 / 3)]
+)
+def test_jobs_share_the_gpus_of_a_cluster(jobs: int, gpus: int, share: float) -> None:
+    assert gpu_share(jobs, gpus) == pytest.approx(share)
+    assert gpus * int(1 / gpu_share(jobs, gpus)) >= jobs, "all of them run at once"

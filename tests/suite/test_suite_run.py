@@ -345,3 +345,74 @@ def test_a_tar_cannot_write_outside_of_its_folder(name: str, tmp_path: Path) -> 
         ready_sources({"bad": tmp_path / "bad.tar"}, tmp_path / "deep" / "data")
     assert not (tmp_path / "deep" / "outside.txt").exists()
     assert not (tmp_path / "deep" / "data" / "bad").exists()
+
+
+def test_a_student_of_another_teacher_recipe_is_refused_before_that_teacher_is_made(resumed: Path, here: Any) -> None:
+    edit(resumed / "tiny.toml", '[teacher]\narch = "wrn-10-1"\nepochs = 2', '[teacher]\narch = "wrn-10-1"\nepochs = 3')
+    refused = suite("tiny.toml")
+    assert refused.exit_code == 1
+    assert "its teacher was stripes-wrn-10-1-clean-s0-" in refused.stderr
+    assert here.done == []
+
+
+def test_a_kept_student_of_another_teacher_is_not_recorded_as_this_one_s(resumed: Path, here: Any) -> None:
+    run = Run.open(resumed / "runs/tiny/cells/stripes/tiny/patch/full/ofd/s0")
+    run.save(teacher={**run.summary["teacher"], "sha256": "0" * 64})
+    kept = suite("tiny.toml", "--stale", "keep")
+    assert kept.exit_code == 1
+    assert "was distilled from another teacher than the suite's" in kept.output
+    assert here.done == []
+
+
+def test_a_teacher_whose_trigger_was_not_written_is_not_done(resumed: Path, here: Any) -> None:
+    (trigger,) = (resumed / "runs/tiny/teachers").glob("*patch*/teacher.trigger.npz")
+    before = trigger.read_bytes()
+    trigger.unlink()
+    done = suite("tiny.toml")
+    assert done.exit_code == 0, done.output
+    assert [job.partition(":")[0] for job in here.done] == ["teacher"], "it goes on; what it made is the same"
+    assert trigger.read_bytes() == before
+
+
+def test_what_is_redone_and_fails_leaves_no_old_result(
+    resumed: Path, here: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edit(resumed / "tiny.toml", 'distill = { method = "ofd" }', 'distill = { method = "ofd", epochs = 1, lr = 1e30 }')
+    failed = suite("tiny.toml", "--stale", "redo")
+    assert failed.exit_code == 1
+    edit(resumed / "tiny.toml", 'distill = { method = "ofd", epochs = 1, lr = 1e30 }', 'distill = { method = "ofd" }')
+    assert not list((resumed / "results/tiny/cells").glob("*patch*ofd*"))
+    here.done.clear()
+    again = suite("tiny.toml", "--stale", "redo")
+    assert again.exit_code == 0, again.output
+    assert "student:stripes/tiny/patch/full/ofd/s0" in here.done
+    assert record(resumed, "patch", "ofd")["settings"]["epochs"] == 2
+
+
+def test_a_run_that_was_removed_here_is_made_again(resumed: Path, here: Any) -> None:
+    shutil.rmtree(resumed / "runs/tiny/cells/stripes/tiny/patch/full/ofd/s0")
+    done = suite("tiny.toml")
+    assert done.exit_code == 0, done.output
+    assert here.done == ["student:stripes/tiny/patch/full/ofd/s0"]
+
+
+def test_the_table_names_cells_whose_control_or_teacher_is_by_other_code(resumed: Path) -> None:
+    path = resumed / "results/tiny/cells/stripes__tiny__patch__full__ofd__s0.json"
+    good = json.loads(path.read_text())
+    assert good["code"]["sources"] == good["control"]["code"]["sources"] == good["teacher"]["code"]["sources"]
+
+    def noted(**changes: Any) -> str:
+        path.write_text(json.dumps({**good, **changes}))
+        assert suite("tiny.toml", "--table-only").exit_code == 0
+        return (resumed / "results/tiny/table.md").read_text()
+
+    other = {**good["code"], "sources": "f" * 64}
+    assert "by other code" not in noted()
+    assert "1 cells whose control was made by other code" in noted(control={**good["control"], "code": other})
+    assert "is not the one in the table: stripes/tiny/patch" in noted(control={**good["control"], "sha256": "e" * 64})
+    assert "1 cells whose teacher was made by other code" in noted(teacher={**good["teacher"], "code": other})
+    kd = {**good["cell"], "defence": "ce"}
+    assert "with 2 teachers" not in noted(cell=good["cell"])
+    twin = path.with_name("stripes__tiny__patch__full__ce__s0.json")
+    twin.write_text(json.dumps({**good, "cell": kd, "teacher": {**good["teacher"], "sha256": "a" * 64}}))
+    assert "stripes/tiny/patch of seed 0 was made with 2 teachers" in noted()

@@ -17,7 +17,7 @@ from rkd.suite.file import Entry
 from rkd.suite.output import table_csv, table_json
 from rkd.suite.page import suite_page, verdict
 from rkd.suite.plan import Cell
-from rkd.suite.results import read_records, write_record
+from rkd.suite.results import read_records, same_code, write_record
 from rkd.suite.table import Averaged, Table, comparable, make_table
 
 N_CLEAN, N_TRIGGERED = 1000, 900
@@ -278,3 +278,18 @@ def test_no_results_make_an_empty_table_not_an_error() -> None:
     assert table.rows == ()
     assert "No attacked case" in verdict(table)
     assert suite_page("empty", "", table, [], [])
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ({"sources": "a", "commit": "1", "changed": True}, {"sources": "a", "commit": "2", "changed": False}, True),
+        ({"sources": "a", "commit": "1"}, {"sources": "b", "commit": "1"}, False),
+        ({"commit": "1", "changed": False}, {"sources": "b", "commit": "1", "changed": False}, True),
+        ({"commit": "1", "changed": True}, {"sources": "b", "commit": "1", "changed": False}, False),
+        ({"sources": None, "commit": "1", "changed": True}, {"sources": "b", "commit": "1", "changed": False}, False),
+        (None, {"sources": "a"}, True),
+    ],
+)
+def test_code_is_the_same_where_its_deciding_sources_are(one: Any, other: Any, *, same: bool) -> None:
+    assert same_code(one, other) == same_code(other, one) == same
