@@ -42,6 +42,7 @@ _TORCHVISION = (
     "CIFAR10", "CIFAR100", "Country211", "DTD", "FashionMNIST", "FGVCAircraft", "Flowers102", "Food101", "GTSRB",
     "Imagenette", "KMNIST", "MNIST", "OxfordIIITPet", "PCAM", "QMNIST", "RenderedSST2", "STL10", "SVHN", "USPS",
 )  # fmt: skip
+_BY_LOWER_NAME = {name.lower(): name for name in _TORCHVISION}
 
 
 class Source(Protocol):
@@ -241,7 +242,7 @@ def open_dataset(
 
 def is_name(spec: str) -> bool:
     """Whether `spec` is a data set's name, the same for everyone, and not a place on this machine."""
-    return spec.lower() in {"digits", *(name.lower() for name in _TORCHVISION)}
+    return spec.lower() == "digits" or spec.lower() in _BY_LOWER_NAME
 
 
 def check_spec(spec: str) -> None:
@@ -431,19 +432,18 @@ def _open_digits(size: Size) -> Dataset:
 
 def _torchvision_name(spec: str, *, forced: bool) -> str:
     name = spec[len("torchvision:") :] if forced else spec
-    known = {n.lower(): n for n in _TORCHVISION}
-    if name.lower() in known:
-        return known[name.lower()]
+    if name.lower() in _BY_LOWER_NAME:
+        return _BY_LOWER_NAME[name.lower()]
     if forced:
         return name
     if "/" in spec or spec.lower().endswith(".npz") or spec.startswith((".", "~")):
         raise DataError(f"no such folder or file: {spec}; expected a folder of images, an .npz or a data set's name")
     folders = [path.name for path in Path().iterdir() if path.is_dir()]
-    close = difflib.get_close_matches(spec.lower(), [*folders, "digits", *known], n=1)
+    close = difflib.get_close_matches(spec.lower(), [*folders, "digits", *_BY_LOWER_NAME], n=1)
     hint = f"did you mean {close[0]}? " if close else ""
     raise DataError(
         f"there is no folder {shown(spec)!r} here, and no data set of that name; {hint}expected a folder of images, an "
-        f".npz, digits, or one of torchvision's: {', '.join(sorted(known))}"
+        f".npz, digits, or one of torchvision's: {', '.join(sorted(_BY_LOWER_NAME))}"
     )
 
 

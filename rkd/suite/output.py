@@ -87,9 +87,7 @@ def _named(job: str) -> str:
 def _notes(records: Sequence[Record], used: Sequence[Record], missing: Sequence[Cell], plan: Plan) -> list[str]:
     notes = list[str]()
     if missing:
-        names = ", ".join(cell.name for cell in missing[:_MOST_NAMED])
-        more = f" and {len(missing) - _MOST_NAMED} more" if len(missing) > _MOST_NAMED else ""
-        notes.append(f"{len(missing)} of {len(plan.cells)} cells have no result yet: {names}{more}")
+        notes.append(f"{len(missing)} of {len(plan.cells)} cells have no result yet: {_first(missing)}")
     if extra := len(records) - len(used):
         notes.append(f"{extra} results are of cells that the suite file does not have: left out")
     kinds = teacher_kind(), distill_kind()
@@ -116,10 +114,11 @@ def _mixtures(used: Sequence[Record]) -> list[str]:
         "whose teacher was made by other code",
         [r for r in used if not same_code(r.data.get("code"), r.data["teacher"].get("code"))],
     )
-    made: dict[tuple[Any, ...], dict[str, list[Record]]] = {}
+    made: dict[tuple[Any, ...], set[str]] = {}
     for record in used:
-        key = (*record.cell.case[:3], record.cell.seed)
-        made.setdefault(key, {}).setdefault(str(record.data["teacher"]["sha256"])[:12], []).append(record)
+        made.setdefault((*record.cell.case[:3], record.cell.seed), set()).add(
+            str(record.data["teacher"]["sha256"])[:12]
+        )
     notes += [
         f"{'/'.join(key[:3])} of seed {key[3]} was made with {len(teachers)} teachers: {', '.join(sorted(teachers))}"
         for key, teachers in made.items()
@@ -143,11 +142,13 @@ def _belongs(record: Record, control: Record | None) -> bool:
 
 
 def _listed(what: str, records: Sequence[Record]) -> list[str]:
-    if not records:
-        return []
-    names = ", ".join(record.cell.name for record in records[:_MOST_NAMED])
-    more = f" and {len(records) - _MOST_NAMED} more" if len(records) > _MOST_NAMED else ""
-    return [f"{len(records)} cells {what}: {names}{more}"]
+    return [f"{len(records)} cells {what}: {_first([record.cell for record in records])}"] if records else []
+
+
+def _first(cells: Sequence[Cell]) -> str:
+    """The names of the first cells, and how many more there are."""
+    names = ", ".join(cell.name for cell in cells[:_MOST_NAMED])
+    return f"{names} and {len(cells) - _MOST_NAMED} more" if len(cells) > _MOST_NAMED else names
 
 
 def _code(record: Record) -> str:

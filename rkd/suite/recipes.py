@@ -32,7 +32,7 @@ _DISTILL_DECIDED = {
     "undefended": "undefended students are cells of their own",
 }
 # What does not decide the result, or is compared by its digest instead.
-_NOT_COMPARED = frozenset({"data", "teacher", "triggers", "clean", "device", "threads", "checkpoint_every"})
+NOT_COMPARED = frozenset({"data", "teacher", "triggers", "clean", "device", "threads", "checkpoint_every"})
 _LEFT_TO_THE_RUN = ("auto", None)
 _FROM_THE_FILE = frozenset({"arch", "normalize"})  # of the teacher's file, where they are empty
 
@@ -124,7 +124,7 @@ def differences(kind: Kind, recorded: Mapping[str, Any], options: Options, **dec
     for f in fields(kind.settings):
         value = getattr(wanted, f.name)
         found_out = f.name in _FROM_THE_FILE and value == ""
-        if f.name in _NOT_COMPARED or value in _LEFT_TO_THE_RUN or found_out:
+        if f.name in NOT_COMPARED or value in _LEFT_TO_THE_RUN or found_out:
             continue
         seen = recorded.get(f.name, _default(f))
         if (tuple(seen) if isinstance(seen, list) else seen) != value:

@@ -21,11 +21,10 @@ from rkd.run import Run, models_of
 from rkd.suite.file import CLEAN
 from rkd.suite.place import Place, file_digest, flat
 from rkd.suite.plan import Cell, Job, Plan, Score
-from rkd.suite.recipes import digest
+from rkd.suite.recipes import NOT_COMPARED, digest
 
 SCHEMA = 1
 CELLS = "cells"  # below results/SUITE
-_MACHINE = ("data", "teacher", "triggers", "clean", "device", "threads", "checkpoint_every")  # paths, or of no effect
 _LIMIT_BYTES = 2**20
 
 
@@ -212,7 +211,7 @@ def _twin(place: Place, plan: Plan, cell: Cell) -> dict[str, Any] | None:
 def _settings(run: Run | None) -> dict[str, Any]:
     """Every setting that decides a result, without paths."""
     settings = run.summary["settings"] if run is not None else {}
-    return {name: s["value"] for name, s in settings.items() if name not in _MACHINE}
+    return {name: s["value"] for name, s in settings.items() if name not in NOT_COMPARED}
 
 
 def _excess(record: Record) -> dict[str, float] | None:
