@@ -13,6 +13,7 @@ import re
 from typing import Final
 
 DASH: Final = "\N{EN DASH}"
+MINUS: Final = "\N{MINUS SIGN}"
 
 # Control characters, lone surrogates, and the marks that reorder text: a name must not repaint the page around it.
 _UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -72,6 +73,14 @@ def coordinate(value: float) -> str:
 def decimal(value: float, places: int = 1) -> str:
     """A number to read, with thousands separated; a dash for NaN and infinities."""
     return f"{value:,.{places}f}" if math.isfinite(value) else DASH
+
+
+def points(value: float) -> str:
+    """A difference in percentage points, with its sign; a dash for NaN and infinities."""
+    if not math.isfinite(value):
+        return DASH
+    rounded = round(value, 1) + 0.0
+    return f"{'+' if rounded > 0 else MINUS if rounded < 0 else ''}{abs(rounded):.1f}"
 
 
 def significant(value: float, digits: int = 3) -> str:

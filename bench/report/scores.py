@@ -6,11 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 
 from rkd.bench.report.bars import share_bars
-from rkd.bench.report.markup import DASH, Markup, decimal, join, tag
+from rkd.bench.report.markup import DASH, Markup, decimal, join, points, tag
 from rkd.bench.report.page import figure, panels
 from rkd.metrics import Proportion, Scores, TriggerScore
 
-_MINUS = "\N{MINUS SIGN}"
 
 SCORES: dict[str, str] = {
     "ACC (accuracy)": "The share of clean test images that are predicted correctly. Higher is better.",
@@ -62,7 +61,7 @@ def share_cell(share: Proportion | None, control: Proportion | None = None) -> M
     low, high = share.interval
     lines = [tag("small", f"[{low:.1f}, {high:.1f}]"), tag("small", f"n {share.n:,}")]
     if control is not None and control.n:
-        gap, gap_low, gap_high = (_signed(value) for value in difference(share, control))
+        gap, gap_low, gap_high = (points(value) for value in difference(share, control))
         lines.append(tag("small", f"excess {gap}", tag("br"), f"[{gap_low}, {gap_high}]", class_="excess"))
     return tag("td", tag("b", decimal(share.value)), *lines, class_="n")
 
@@ -143,7 +142,3 @@ def score_panels(rows: Sequence[tuple[str, Scores]]) -> Markup:
 
 def _bars(what: str, rows: Sequence[tuple[str, Proportion]], colour: str) -> Markup:
     return share_bars(f"{what} with 95 % intervals", rows, colour)
-
-
-def _signed(value: float) -> str:
-    return f"{'+' if value >= 0 else _MINUS}{abs(value):.1f}"

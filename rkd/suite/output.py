@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rkd.bench.report.markup import DASH
+from rkd.bench.report.markup import DASH, MINUS, points
 from rkd.files import to_json, write_file
 from rkd.suite.file import CLEAN
 from rkd.suite.page import suite_page
@@ -20,7 +20,6 @@ from rkd.suite.results import Record, read_records, same_code
 from rkd.suite.table import TRANSFERS, Row, Spread, Standing, Table, comparable, excess_of, make_table
 
 MARKDOWN, CSV, JSON, PAGE = "table.md", "table.csv", "table.json", "report.html"
-_MINUS = "\N{MINUS SIGN}"
 _MOST_NAMED = 12
 
 DEFINITIONS = (
@@ -194,7 +193,7 @@ def markdown(name: str, about: str, tables: Tables) -> str:
             "teacher ACC",
             "teacher ASR",
             *(f"excess, {d}" for d in undefended),
-            "transfers",
+            "outcome",
         )
         parts += [
             "## Which cases transfer\n",
@@ -244,10 +243,8 @@ def _wilson(share: Any) -> str:
 
 def _case_cells(table: Table, case: tuple[str, str, str, str], undefended: Sequence[str]) -> list[str]:
     rows = table.of(case)
-    verdict = "?" if case in table.untested else "yes" if case in table.transferring else "no"
-    verdict = "no: the attack did not take" if case in table.asleep else verdict
     excess = [points(excess_of(table, case, defence)) for defence in undefended]
-    return [*case, number(rows[0].teacher_acc.mean), number(rows[0].teacher_asr.mean), *excess, verdict]
+    return [*case, number(rows[0].teacher_acc.mean), number(rows[0].teacher_asr.mean), *excess, table.outcome(case)]
 
 
 def _grid(heads: Sequence[str], rows: Any) -> str:
@@ -267,15 +264,7 @@ def spread(figure: Spread, *, signed: bool = False) -> str:
 
 def number(value: float, places: int = 1) -> str:
     """A number to read; empty where it is not known."""
-    return f"{value:.{places}f}".replace("-", _MINUS) if math.isfinite(value) else ""
-
-
-def points(value: float) -> str:
-    """A difference in points, with its sign; empty where it is not known."""
-    if not math.isfinite(value):
-        return ""
-    rounded = round(value, 1) + 0.0
-    return f"{'+' if rounded > 0 else _MINUS if rounded < 0 else ''}{abs(rounded):.1f}"
+    return f"{value:.{places}f}".replace("-", MINUS) if math.isfinite(value) else ""
 
 
 # ----------------------------------------------------------------------------------------------------------------- CSV

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from rkd.bench.report.bars import share_bars
-from rkd.bench.report.markup import DASH, Markup, decimal, join, tag
+from rkd.bench.report.markup import DASH, MINUS, Markup, decimal, join, points, tag
 from rkd.bench.report.page import figure, folded, panels, plain_table, provenance, scroller, section, shell
 from rkd.bench.report.scores import COMPARISON, SCORES, glossary
 from rkd.metrics import Proportion
@@ -14,7 +14,6 @@ from rkd.suite.file import CLEAN
 from rkd.suite.results import Record
 from rkd.suite.table import TRANSFERS, Case, Row, Spread, Standing, Table, comparable, excess_of
 
-_MINUS = "\N{MINUS SIGN}"
 _DOT = " \N{MIDDLE DOT} "
 
 
@@ -75,10 +74,10 @@ def verdict(table: Table) -> str:
     rivals = sum(1 for s in table.standings if s.budget == best.budget and s.score.values)
     return (
         f"{text} On the {len(best.shared)} that all {rivals} defences have met{f' (budget {best.budget})' if best.budget else ''}, "
-        f"{best.defence} has the highest ACC {_MINUS} excess ASR: {best.score.mean:.1f}. On the {best.cases} of {best.of} "
+        f"{best.defence} has the highest ACC {MINUS} excess ASR: {best.score.mean:.1f}. On the {best.cases} of {best.of} "
         "that it has met itself it leaves "
-        f"{_points(best.excess_mean)} points of excess ASR on average and {_points(best.excess_worst)} at worst"
-        f"{f', and {_points(-best.lost_mean)} points of ACC against {table.reference}' if table.reference and math.isfinite(best.lost_mean) else ''}."
+        f"{points(best.excess_mean)} points of excess ASR on average and {points(best.excess_worst)} at worst"
+        f"{f', and {points(-best.lost_mean)} points of ACC against {table.reference}' if table.reference and math.isfinite(best.lost_mean) else ''}."
     )  # fmt: skip
 
 
@@ -86,16 +85,17 @@ def _standings(table: Table, budget: str) -> Markup:
     chosen = [standing for standing in table.standings if standing.budget == budget]
     many = len({standing.budget for standing in table.standings}) > 1
     heads = (
-        ("Defence", ""), (f"ACC {_MINUS} excess ASR", "higher is better"), ("Excess ASR", "mean and worst case"),
+        ("Defence", ""), (f"ACC {MINUS} excess ASR", "higher is better"), ("Excess ASR", "mean and worst case"),
         ("ACC lost", "mean and worst case"), ("RA below control", "mean"), ("ACC lost, clean teacher", "worst case"),
         ("Time", "a cell"),
     )  # fmt: skip
     head = tag("thead", tag("tr", *(_head(*one) for one in heads)))
     body = tag("tbody", *(_standing_row(standing) for standing in chosen))
+    title = f"Defences{f', budget {budget}' if many else ''}"
     return section(
-        f"Defences{f', budget {budget}' if many else ''}",
+        title,
         f"Over the cases that transfer: the only ones that can show a defence working. {comparable(chosen)}",
-        scroller("Defences over the cases that transfer", tag("table", head, body, class_="pin wide"), wide=True),
+        scroller(f"{title}, over the cases that transfer", tag("table", head, body, class_="pin wide"), wide=True),
     )
 
 
@@ -118,18 +118,13 @@ def _transfers(table: Table) -> Markup:
     rows = []
     for case in attacked:
         one = table.of(case)[0]
-        says = "unknown" if case in table.untested else _outcome(table, case)
-        excess = [_points(excess_of(table, case, defence)) for defence in table.undefended]
-        rows.append((_title(case), decimal(one.teacher_acc.mean), decimal(one.teacher_asr.mean), *excess, says))
+        excess = [points(excess_of(table, case, defence)) for defence in table.undefended]
+        rows.append(
+            (_title(case), decimal(one.teacher_acc.mean), decimal(one.teacher_asr.mean), *excess, table.outcome(case))
+        )
     heads = ("Case", "Teacher ACC %", "Teacher ASR %", *(f"Excess ASR, {d}" for d in table.undefended), "Outcome")
     lead = f"A case transfers from {TRANSFERS:g} points of excess ASR of an undefended student on."
     return section("Which cases transfer", lead, plain_table("Which cases transfer", heads, rows))
-
-
-def _outcome(table: Table, case: Case) -> str:
-    if case in table.asleep:
-        return "the attack did not take"
-    return "transfers" if case in table.transferring else "does not transfer"
 
 
 def _case(table: Table, case: Case) -> Markup:
@@ -141,7 +136,7 @@ def _case(table: Table, case: Case) -> Markup:
     heads += [("ACC lost", "points"), ("Time", "a cell")]
     head = tag("thead", tag("tr", *(_head(*one) for one in heads)))
     body = tag("tbody", *(_row(row, attacked=attacked) for row in rows))
-    kind = _outcome(table, case) if attacked else ""
+    kind = table.outcome(case) if attacked else ""
     lead = _DOT.join(filter(None, (f"student {rows[0].student}", kind)))
     bars = [_bars("ACC", "clean images", [(row.defence, row.acc_share) for row in rows], "acc")]
     if attacked:
@@ -156,7 +151,7 @@ def _row(row: Row, *, attacked: bool) -> Markup:
     cells = [tag("th", row.defence, seeds, scope="row"), _spread_cell(row.acc, row.acc_share)]
     if attacked:
         low, high = row.excess_interval
-        excess = [tag("small", f"[{_points(low)}, {_points(high)}]")] if row.excess.values else []
+        excess = [tag("small", f"[{points(low)}, {points(high)}]")] if row.excess.values else []
         cells += [
             _spread_cell(row.asr, row.asr_share),
             _spread_cell(row.ra, row.ra_share),
@@ -181,7 +176,7 @@ def _spread_cell(
     """A mean, its range over seeds, and the interval and n of the images behind it."""
     if not spread.values:
         return tag("td", DASH, class_="n")
-    show = _points if signed else decimal
+    show = points if signed else decimal
     lines = [tag("b", show(spread.mean))]
     if len(spread.values) > 1:
         lines.append(tag("small", f"{show(spread.low)} to {show(spread.high)}"))
@@ -192,16 +187,8 @@ def _spread_cell(
 
 
 def _pair_cell(mean: float, worst: float | None = None) -> Markup:
-    below = tag("small", f"worst {_points(worst)}") if worst is not None and math.isfinite(worst) else Markup()
-    return tag("td", tag("b", _points(mean)), below, class_="n")
-
-
-def _points(value: float) -> str:
-    """A difference in points with its sign; a dash where it is not known."""
-    if not math.isfinite(value):
-        return DASH
-    rounded = round(value, 1) + 0.0
-    return f"{'+' if rounded > 0 else _MINUS if rounded < 0 else ''}{abs(rounded):.1f}"
+    below = tag("small", f"worst {points(worst)}") if worst is not None and math.isfinite(worst) else Markup()
+    return tag("td", tag("b", points(mean)), below, class_="n")
 
 
 def _title(case: Case) -> str:

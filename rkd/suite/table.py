@@ -203,6 +203,14 @@ class Table:
         """The rows of a case."""
         return [row for row in self.rows if row.case == case]
 
+    def outcome(self, case: Case) -> str:
+        """What plain distillation does with an attacked case, in words."""
+        if case in self.untested:
+            return "unknown"
+        if case in self.asleep:
+            return "the attack did not take"
+        return "transfers" if case in self.transferring else "does not transfer"
+
 
 def make_table(records: Sequence[Record], axes: Mapping[str, Sequence[Entry]]) -> Table:
     """Put finished cells together.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -250,6 +251,18 @@ def test_the_page_stands_alone_and_escapes(table: Table, folder: Path) -> None:
     assert verdict(table) in page.replace("&#x27;", "'")
     for defence in ("ofd", "kd", "ce", "ours"):
         assert defence in page
+
+
+def test_every_table_of_the_page_has_a_name_of_its_own(folder: Path) -> None:
+    """Whoever cannot see the page goes from one landmark to the next by their names."""
+    for (attack, defence, seed), hits in FIGURES.items():
+        one = record(attack, defence, seed, hits)
+        one["cell"]["budget"] = "labels-5"
+        write_record(folder, one)
+    table = make_table(read_records(folder), AXES | {"budget": [Entry("full"), Entry("labels-5")]})
+    labels = re.findall('role="region" aria-label="([^"]*)"', suite_page("x", "", table, [], []))
+    assert len(labels) > len(table.cases)
+    assert len(set(labels)) == len(labels)
 
 
 @pytest.mark.parametrize(
