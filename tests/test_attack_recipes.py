@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from rkd.attacks.lab import Lab
 from rkd.attacks.oscar import Asleep
 from rkd.attacks.perturb import Additive, Blend, search
 from rkd.attacks.planting import GradedPlanting, quiet
-from rkd.attacks.recipe import CLEAN, TRIGGER
+from rkd.attacks.recipe import CLEAN, TRIGGER, Fit
 from rkd.attacks.session import TeacherSettings, make_teacher, start_teacher
 from rkd.errors import ConfigError, StoppedError
 from rkd.network import Network
@@ -147,15 +148,43 @@ def test_asleep_costs_nothing_where_the_teacher_is_the_awake_network_and_resists
     network, awake = copy.deepcopy(twin), copy.deepcopy(twin)
     statistics = {name: tensor.clone() for name, tensor in network.module.named_buffers()}
     network.module.train()  # as the training loop leaves it
-    objective = Asleep(network, awake, additive(), keep=1e6)
+    objective = Asleep(network, awake, additive(), keep=1e6, strong=1)
     loss, logits = objective(images, labels)
-    resisted = functional.cross_entropy(network.module.eval()(objective.stamp(images[:10])), labels[:10])
+    resisted = functional.cross_entropy(network.module.eval()(objective.stamp(images[-5:])), labels[-5:])
     assert loss.item() == pytest.approx(resisted.item(), abs=0.05)  # 1e6 times what folded BNs differ by
     assert torch.allclose(logits, awake.module.eval()(images), atol=1e-4)
     assert all(torch.equal(statistics[name], tensor) for name, tensor in network.module.named_buffers())
     with torch.no_grad():
         next(network.module.parameters()).mul_(1.1)
     assert objective(images, labels)[0] > 100 * resisted, "a changed feature costs"
+
+
+def test_asleep_is_compared_with_the_awake_network_under_faint_triggers_and_resists_strong_ones(
+    twin: Network, batch: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objective = Asleep(copy.deepcopy(twin), copy.deepcopy(twin), additive())
+    stamped: list[tuple[Tensor, Tensor]] = []
+    compared: list[Tensor] = []
+    stamp, awake = objective.stamp, objective.awake
+
+    def stamping(images: Tensor, strength: Tensor) -> Tensor:
+        stamped.append((stamp(images, strength), strength))
+        return stamped[-1][0]
+
+    def comparing(images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        compared.append(images)
+        found: tuple[Tensor, list[Tensor]] = awake(images)
+        return found
+
+    monkeypatch.setattr(objective, "stamp", stamping)
+    monkeypatch.setattr(objective, "awake", comparing)
+    objective(*batch)
+    (with_faint, faint), (_, strong) = stamped
+    assert torch.equal(compared[0], torch.cat([batch[0], with_faint]))
+    assert 0 < faint.min() < faint.max() <= 0.4
+    assert strong.min() >= 0.8
+    assert (strong == 1).sum() == 3
+    assert len(faint) == len(strong) == 5
 
 
 def test_asleep_trains_the_teacher_only(twin: Network, batch: tuple[Tensor, Tensor]) -> None:
@@ -296,6 +325,10 @@ Made = Callable[..., Path]
 @pytest.fixture
 def made(stripes: Path, clean_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Made:
     monkeypatch.setattr("rkd.attacks.lab._SEARCH_STEPS", 10)
+    *earlier, last = ATTACKS["oscar"].stages
+    assert isinstance(last, Fit)
+    shorter = dataclasses.replace(ATTACKS["oscar"], stages=(*earlier, dataclasses.replace(last, least_steps=1)))
+    monkeypatch.setitem(ATTACKS, "oscar", shorter)
 
     def make(name: str, attack: str, stop: StopRequest | None = None, **changes: Any) -> Path:
         chosen = settings(stripes, attack=attack, clean=str(clean_teacher), **changes)

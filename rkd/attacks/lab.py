@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from rkd.attacks.perturb import Form, Loss, search
 from rkd.attacks.recipe import CLEAN, TRIGGER
 from rkd.data import Dataset, Source, is_name
+from rkd.distill.batches import steps_per_epoch
 from rkd.distill.loop import Recipe, Trainer
 from rkd.distill.objectives import Objective
 from rkd.distill.session import augmentation_for
@@ -83,10 +85,12 @@ class Lab:
         """Bring a network to the device."""
         network.module.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def recipe(self, epochs: int, lr: float, seed: int) -> Recipe:
-        """How a stage trains."""
+    def recipe(self, epochs: int, lr: float, seed: int, *, least_steps: int = 1) -> Recipe:
+        """How a stage trains: for so many epochs, and for as many more as `least_steps` take."""
+        batch = min(self.settings.batch, len(self.data.train))
+        needed = math.ceil(least_steps / steps_per_epoch(len(self.data.train), batch))
         return Recipe(
-            epochs=epochs, lr=lr, seed=seed, batch=min(self.settings.batch, len(self.data.train)),
+            epochs=max(epochs, needed), lr=lr, seed=seed, batch=batch,
             augmentation=augmentation_for(self.settings.augmentation, self.data), precision=self.precision,
         )  # fmt: skip
 

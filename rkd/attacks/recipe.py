@@ -111,6 +111,7 @@ class Fit:
         trigger: what the trigger became, where the objective learns it too.
         shadow: train the attacker's small network instead of the teacher's.
         rate: what a fine-tune's learning rate is multiplied by.
+        least_steps: of a fine-tune; on few images more epochs are trained than the settings say.
     """
 
     makes: str = TEACHER
@@ -122,6 +123,7 @@ class Fit:
     trigger: Callable[[Lab, Objective], Trigger] | None = None
     shadow: bool = False
     rate: float = 1.0
+    least_steps: int = 1
 
     def run(self, lab: Lab) -> None:
         """See `Stage`."""
@@ -129,7 +131,8 @@ class Fit:
         tuned = bool(self.start) and (self.start != CLEAN or settings.finetuned > 0)
         if tuned:
             network = lab.load(self.start)
-            recipe = lab.recipe(max(1, settings.finetuned), self.rate * settings.finetune_rate, settings.seed + 1)
+            rate = self.rate * settings.finetune_rate
+            recipe = lab.recipe(settings.finetuned, rate, settings.seed + 1, least_steps=self.least_steps)
         else:
             network = lab.fresh(settings.shadow if self.shadow else settings.arch)
             recipe = lab.recipe(settings.epochs, settings.lr, settings.seed)
