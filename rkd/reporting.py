@@ -93,7 +93,7 @@ def _control_of(run: Run, controls: Sequence[Run]) -> Run:
     """
     names = (
         "student", "method", "variant", "hardening", "harden_from", "perturbations", "cap", "mask", "variance", "replacement", "taps", "teacher_mode",
-        "input_noise", "accuracy_budget", "purify_steps", "purify_lr", "labels", "epochs", "batch", "lr",
+        "input_noise", "accuracy_budget", "purify", "purify_steps", "purify_lr", "labels", "epochs", "batch", "lr",
         "clean_budget", "seed",
     )  # fmt: skip
     differing: list[str] = []

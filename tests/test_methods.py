@@ -111,6 +111,30 @@ def test_robustkd_without_hardening_and_without_a_mask_is_refused() -> None:
     assert settings(hardening=0.0, cap=0.2).masked
 
 
+def test_what_purifies_the_teacher_is_the_methods_or_with_robustkd_the_options() -> None:
+    assert [settings(method=name).purifier for name in ("ofd", "ce", "finetune", "nad+kd")] == [
+        None,
+        None,
+        "finetune",
+        "nad",
+    ]
+    assert settings(purify="none").purifier is None
+    assert settings(variant="paper").purifier is None
+    assert settings(variant="paper", purify="prune").purifier == "prune"
+    for method in ("ofd", "finetune+ofd", "ce"):
+        with pytest.raises(ConfigError, match=f"--purify changes nothing with --method .*{method[:3]}"):
+            settings(method=method, purify="nad")
+    with pytest.raises(ConfigError, match="--purify 'wash': expected none or finetune or prune or nad or anp"):
+        settings(purify="wash")
+
+
+def test_a_baseline_purifies_for_400_steps_and_robustkd_for_half_of_the_students_at_most() -> None:
+    ours, baseline = settings(purify="finetune"), settings(method="finetune+ofd")
+    assert [ours.steps_to_purify(steps) for steps in (1, 100, 10_000)] == [1, 50, 400]
+    assert [baseline.steps_to_purify(steps) for steps in (1, 100, 10_000)] == [400, 400, 400]
+    assert settings(purify="finetune", purify_steps=7).steps_to_purify(100) == 7
+
+
 @pytest.mark.parametrize(
     ("change", "option"),
     [
@@ -143,7 +167,7 @@ def test_taps_are_counted_from_one_at_the_input(text: str, taps: tuple[int, ...]
 def test_the_undefended_twin_has_no_defence_left() -> None:
     defended = settings(
         undefended=True, cap=0.05, mask="channel", variance=False, replacement="zero", taps="last", teacher_mode="train",
-        input_noise=4.0, epochs=7, labels=False,
+        input_noise=4.0, epochs=7, labels=False, purify="nad",
     )  # fmt: skip
     twin = defended.undefended_twin("other.pt", ("trigger.npz",))
     plain = DistillSettings(

@@ -288,6 +288,22 @@ def test_hardening_goes_with_purified_teachers_without_a_teacher_and_without_lab
     assert ("the student was hardened against them" in (here / "out" / "report.html").read_text()) == searched
 
 
+def test_robustkd_purifies_the_teacher_and_hardens_against_what_fools_it_as_it_came(here: Path) -> None:
+    plain, purified = Path("plain"), Path("purified")
+    done("distill", "teacher.pt", *SHORT, "--purify", "none", "--out", plain)
+    rows = json.loads(
+        done("distill", "teacher.pt", *SHORT, "--purify", "finetune", "--out", purified, "--json").stdout
+    )["models"]  # fmt: skip
+    assert [row["role"] for row in rows] == ["teacher", "fine-tuned teacher", "RobustKD student"]
+    assert (plain / "perturbations.npz").read_bytes() == (purified / "perturbations.npz").read_bytes()
+    assert summary(purified)["settings"]["purify_steps"]["value"] == 9, "half of the student's 18"
+    trained, untouched = (
+        Network.load(purified / name).module.state_dict() for name in ("purified.safetensors", "teacher.safetensors")
+    )
+    assert any(not torch.equal(untouched[name], tensor) for name, tensor in trained.items())
+    assert (plain / "student.safetensors").read_bytes() != (purified / "student.safetensors").read_bytes()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "auto"])
 @pytest.mark.parametrize(

@@ -172,9 +172,23 @@ def distill(
         float,
         typer.Option(help="Deviation, in 255ths, of Gaussian noise on the student's images.", rich_help_panel=ABLATION),
     ] = 0.0,
+    purify: Annotated[
+        Optional[str],
+        typer.Option(
+            help="What the teacher goes through before its features are distilled: none, finetune, prune, nad or anp. "
+            "Default: none.",
+            show_default=False,
+            rich_help_panel=ABLATION,
+        ),
+    ] = None,
     purify_steps: Annotated[
-        int, typer.Option(help="Training steps of finetune, prune, nad and anp.", rich_help_panel=BASELINE)
-    ] = 400,
+        Optional[int],
+        typer.Option(
+            help="Training steps of finetune, prune, nad and anp. Default: 400; with robustkd at most half of the student's.",
+            show_default=False,
+            rich_help_panel=BASELINE,
+        ),
+    ] = None,
     purify_lr: Annotated[
         float,
         typer.Option(help="Their highest learning rate; 0 for the method's own.", rich_help_panel=BASELINE),
@@ -220,7 +234,7 @@ def distill(
                 teacher=str(teacher), student=student, data=found_data, method=method, triggers=found_triggers,
                 undefended=undefended, accuracy_budget=accuracy_budget, hardening=hardening, clean_budget=clean_budget, labels=labels, epochs=epochs,
                 variant=variant, cap=cap, harden_from=harden_from, perturbations=perturbations, mask=mask, variance=variance, replacement=replacement, taps=taps,
-                teacher_mode=teacher_mode, input_noise=input_noise, purify_steps=purify_steps, purify_lr=purify_lr,
+                teacher_mode=teacher_mode, input_noise=input_noise, purify=purify, purify_steps=purify_steps, purify_lr=purify_lr,
                 batch=batch, lr=lr, augmentation=augmentation, seed=seed, split_seed=split_seed, precision=precision, arch=arch,
                 normalize=normalize, image_size=image_size, device=device, threads=threads, checkpoint_every=checkpoint_every,
             )  # fmt: skip

@@ -33,7 +33,7 @@ METHODS = {
 }
 
 _SHORT = {"ofd": "OFD", "kd": "logit KD", "at": "AT"}
-_TREATED = {
+PURIFIED = {  # what a purified teacher is called in tables, by its purifier
     "finetune": "fine-tuned teacher",
     "prune": "fine-pruned teacher",
     "nad": "teacher purified by NAD",
@@ -78,14 +78,9 @@ class Method:
         return "robustkd" if self == Method("robustkd", "ofd") else f"{self.treatment}+{self.objective}"
 
     @property
-    def purifies(self) -> bool:
-        """Whether the teacher's weights are changed before the student sees it."""
-        return self.treatment not in ("", "robustkd")
-
-    @property
-    def purified(self) -> str:
-        """What the treated teacher is called in tables."""
-        return _TREATED[self.treatment]
+    def purifier(self) -> str | None:
+        """What changes the teacher's weights before the student sees it, by the method's name alone."""
+        return self.treatment if self.treatment in PURIFIED else None
 
     def role(self, *, hardened: bool, labels: bool = True) -> str:
         """What the student is called in tables."""
@@ -98,6 +93,6 @@ class Method:
             name = "RobustKD student" if (self.objective, labels) == ("ofd", True) else f"RobustKD student ({short})"
             return name if hardened else f"{name} (paper's form)"
         if self.treatment:
-            name = f"student of the {self.purified} ({short})"
+            name = f"student of the {PURIFIED[self.treatment]} ({short})"
             return f"hardened {name}" if hardened else name
         return f"{'hardened' if hardened else 'undefended'} student ({short})"

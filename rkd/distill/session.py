@@ -30,6 +30,7 @@ from rkd.distill.hardening import (
 )
 from rkd.distill.labels import RelabelledSource, answers, check_labels
 from rkd.distill.loop import Recipe, Trainer, autocast
+from rkd.distill.methods import PURIFIED as PURIFIED_NAMES
 from rkd.distill.methods import Method
 from rkd.distill.noise import InputNoise
 from rkd.distill.objectives import (
@@ -130,7 +131,7 @@ def _check_teacher(settings: DistillSettings, work: Inputs) -> None:
     """
     if settings.chosen_taps is not None:
         TappedNetwork(work.teacher.module, work.data.size, only=settings.chosen_taps)
-    if Method.parse(settings.method).treatment == "prune":
+    if settings.purifier == "prune":
         channel_writers(work.teacher.module, work.data.size)
     if settings.perturbations in ("teacher", "both"):
         _placed(work.teacher.module, work.device)
@@ -159,6 +160,7 @@ def _resolved(
         normalize=str(work.teacher.normalisation),
         precision=work.recipe.precision,
         augmentation=work.recipe.augmentation,
+        purify_steps=settings.steps_to_purify(work.steps),
     )
     return resolved, found
 
@@ -233,18 +235,20 @@ def distill(run: Run, stop: StopRequest, work: Inputs | None = None) -> list[Mod
                 "--accuracy-budget bounds what a mask may cost; no mask is learned here (--cap 0.05, or --variant paper)"
             )
         work = work if settings.labels else _relabelled(run, work)
-        method = Method.parse(settings.method)
-        trusted = _purified(run, settings, work, stop) if method.purifies else work.teacher
+        trusted = _purified(run, settings, work, stop, settings.purifier) if settings.purifier else work.teacher
         student = _fresh_student(run, settings, work)
-        objective = _objective(run, settings, replace(work, teacher=trusted), student)
+        hardening = _on_the_students_images(run, settings, work)  # before the teacher is tapped or masked
+        objective = _objective(run, settings, replace(work, teacher=trusted), student, hardening)
         _train_student(run, settings, work, student, objective, stop)
         rows = rows or [_measure("teacher", work.teacher, work, (run.path / TEACHER).stat().st_size)]
-        if method.purifies:
-            rows.append(_measure(method.purified, trusted, work, (run.path / PURIFIED).stat().st_size))
+        if settings.purifier:
+            rows.append(
+                _measure(PURIFIED_NAMES[settings.purifier], trusted, work, (run.path / PURIFIED).stat().st_size)
+            )
         data = student.to_bytes()
         write_file(run.path / STUDENT, data)
         _keep_examples(run, work, student)
-        role = method.role(hardened=settings.radius > 0, labels=settings.labels)
+        role = Method.parse(settings.method).role(hardened=settings.radius > 0, labels=settings.labels)
         rows.append(_measure(role, student, work, len(data)))
         run.finish(models=[row.to_json() for row in rows], student={"sha256": sha256(data), "arch": student.arch})
     return rows
@@ -323,6 +327,11 @@ class Inputs:
         }  # fmt: skip
         notes = (*notes, f"training images are {how.get(recipe.augmentation, '?')}")
         return cls(data, train_source, teacher, checkpoint.sha256, triggers, device, recipe, notes)
+
+    @property
+    def steps(self) -> int:
+        """Of the student's training."""
+        return steps_per_epoch(len(self.train), self.recipe.batch) * self.recipe.epochs
 
     def check_same(self, run: Run) -> None:
         """Refuse to go on with other data, or from another teacher, than the run was started with."""
@@ -471,23 +480,24 @@ def _relabelled(run: Run, work: Inputs) -> Inputs:
     return replace(work, train=RelabelledSource(work.train, labels))
 
 
-def _purified(run: Run, settings: DistillSettings, work: Inputs, stop: StopRequest) -> Network:
-    """The purified teacher of a baseline; errors are those of `purified`."""
+def _purified(run: Run, settings: DistillSettings, work: Inputs, stop: StopRequest, purifier: str) -> Network:
+    """The purified teacher; errors are those of `purified`."""
     clean, held_out = _held_out(settings, work.train)
     stage = Purification(
         run=run, stop=stop, teacher=work.teacher, clean=clean, held_out=held_out, recipe=work.recipe,
-        steps=settings.purify_steps, lr=settings.purify_lr, device=work.device,
+        steps=settings.steps_to_purify(work.steps), lr=settings.purify_lr, device=work.device,
         checkpoint_every=settings.checkpoint_every, resume_hint=_resume_command(run),
     )  # fmt: skip
-    return purified(Method.parse(settings.method).treatment, stage)
+    return purified(purifier, stage)
 
 
-def _objective(run: Run, settings: DistillSettings, work: Inputs, student: Network) -> Objective:
+def _objective(
+    run: Run, settings: DistillSettings, work: Inputs, student: Network, hardening: nn.Module | None
+) -> Objective:
     """The objective of the method; for RobustKD the mask is learned first, or taken from the run."""
     method = Method.parse(settings.method)
     module = _placed(work.teacher.module, work.device)
     module.requires_grad_(requires_grad=False)
-    hardening = _on_the_students_images(run, settings, work)  # before the teacher is tapped or masked
     if method.objective == "ce" or (method.objective == "kd" and method.treatment != "robustkd"):
         torch.manual_seed(settings.seed)
         objective: Objective = (
@@ -526,7 +536,8 @@ def _objective(run: Run, settings: DistillSettings, work: Inputs, student: Netwo
 
 
 def _on_the_students_images(run: Run, settings: DistillSettings, work: Inputs) -> nn.Module | None:
-    """What the student's images pass: hardening, noise, both or nothing."""
+    """What the student's images pass: hardening against what fools the teacher as it came, noise, both or nothing."""
+    _placed(work.teacher.module, work.device).requires_grad_(requires_grad=False)
     std = work.teacher.normalisation.std
     passed: list[nn.Module] = []
     if settings.radius:
@@ -538,8 +549,8 @@ def _on_the_students_images(run: Run, settings: DistillSettings, work: Inputs) -
                 run, work.teacher, work.train, first[:fixed], linf,
                 seed=settings.seed, device=work.device, batch=work.recipe.batch,
             )  # fmt: skip
-        steps = steps_per_epoch(len(work.train), work.recipe.batch) * settings.epochs
-        passed.append(UniversalPerturbations(first, linf, std, fixed=fixed, start=int(settings.harden_from * steps)))
+        start = int(settings.harden_from * work.steps)
+        passed.append(UniversalPerturbations(first, linf, std, fixed=fixed, start=start))
     if settings.input_noise:
         passed.append(InputNoise(settings.input_noise / 255, std))
     return None if not passed else passed[0] if len(passed) == 1 else nn.Sequential(*passed)

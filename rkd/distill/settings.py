@@ -7,21 +7,25 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 from rkd.distill.batches import AUGMENTATIONS
-from rkd.distill.methods import Method
+from rkd.distill.methods import PURIFIED, Method
 from rkd.errors import ConfigError, RunError
 from rkd.run import Run
 
 S = TypeVar("S", bound="TrainingSettings")
 
 _PRECISIONS = ("fp32", "bf16", "fp16")
-_VARIANTS = {  # of RobustKD: radius of hardening in 255ths, and the mask's cap; docs/results.md says why
-    "default": (8.0, 0.0),
-    "paper": (0.0, 0.9),
+_PURIFY_STEPS = 400
+_NO_PURIFIER = "none"
+_VARIANTS: dict[str, tuple[float, float, str]] = {
+    # of RobustKD: radius of hardening in 255ths, the mask's cap, what purifies the teacher; docs/results.md says why
+    "default": (8.0, 0.0, _NO_PURIFIER),
+    "paper": (0.0, 0.9, _NO_PURIFIER),
 }
 _CHOICES = {
     "variant": tuple(_VARIANTS),
     "mask": ("position", "channel"),
     "perturbations": ("teacher", "student", "both"),
+    "purify": (_NO_PURIFIER, *PURIFIED),
     "replacement": ("mean", "zero", "random"),
     "teacher_mode": ("eval", "train"),
 }
@@ -121,7 +125,10 @@ class DistillSettings(TrainingSettings):
         taps: which of the teacher's taps are used: `all`, `last`, or numbers from the input such as `1,3`.
         teacher_mode: `eval`, or `train` for a teacher whose BNs use each batch's statistics.
         input_noise: deviation, in 255ths, of Gaussian noise on the student's images.
-        purify_steps: of the stage that purifies the teacher.
+        purify: with robustkd, what the teacher goes through before its features are distilled: `none`, `finetune`,
+            `prune`, `nad` or `anp`; None for the variant's, and for other methods, whose name says it.
+        purify_steps: of the stage that purifies the teacher; None for 400, with robustkd for half of the student's
+            where that is less.
         purify_lr: its highest learning rate; 0 for the method's own.
         labels: whether the training images' labels are used; otherwise the teacher's answers stand in for them.
         clean_budget: training images to use, a number or a share such as `10%`; empty for all.
@@ -145,7 +152,8 @@ class DistillSettings(TrainingSettings):
     taps: str = "all"
     teacher_mode: str = "eval"
     input_noise: float = 0.0
-    purify_steps: int = 400
+    purify: str | None = None
+    purify_steps: int | None = None
     purify_lr: float = 0.0
     labels: bool = True
     clean_budget: str = ""
@@ -159,7 +167,7 @@ class DistillSettings(TrainingSettings):
         object.__setattr__(self, "method", str(method))
         self._fill_in(method)
         for name, known in _CHOICES.items():
-            if getattr(self, name) not in (*known, *((None,) if name == "perturbations" else ())):
+            if getattr(self, name) not in (*known, *((None,) if name in ("perturbations", "purify") else ())):
                 option = name.replace("_", "-")
                 raise ConfigError(f"--{option} {getattr(self, name)!r}: expected {' or '.join(known)}")
         if self.cap and method.treatment != "robustkd":
@@ -174,9 +182,9 @@ class DistillSettings(TrainingSettings):
         for option, value in (("hardening", self.radius), ("input-noise", self.input_noise)):
             if not 0 <= value <= 255:
                 raise ConfigError(f"--{option} {value:g}: expected 0 to 255 (255ths of a pixel's range)")
-        if not 1 <= self.purify_steps < 2**32 or not 0 <= self.purify_lr < math.inf:
+        if not 1 <= self.steps_to_purify(2**32) < 2**32 or not 0 <= self.purify_lr < math.inf:
             raise ConfigError(
-                f"--purify-steps {self.purify_steps}, --purify-lr {self.purify_lr:g}: expected 1 or more, 0 or more"
+                f"--purify-steps {self.steps_to_purify(2**32)}, --purify-lr {self.purify_lr:g}: expected 1 or more, 0 or more"
             )
         _ = self.chosen_taps
         self._check_together(method)
@@ -185,7 +193,9 @@ class DistillSettings(TrainingSettings):
 
     def _fill_in(self, method: Method) -> None:
         """What was left open becomes the variant's, or the method's."""
-        radius, cap = _VARIANTS.get(self.variant, (0.0, 0.0))
+        radius, cap, purify = _VARIANTS.get(self.variant, (0.0, 0.0, _NO_PURIFIER))
+        if self.purify is None and method.treatment == "robustkd":
+            object.__setattr__(self, "purify", purify)
         if self.cap is None:
             object.__setattr__(self, "cap", cap)
         if self.hardening is None:
@@ -198,7 +208,7 @@ class DistillSettings(TrainingSettings):
         defaults = {field.name: field.default for field in fields(self)}
         defaults["perturbations"] = _searched(method) if self.radius else None
         needs = {
-            "robustkd": (method.treatment == "robustkd", ("variant",)),
+            "robustkd": (method.treatment == "robustkd", ("variant", "purify")),
             "hardening (--hardening 8)": (self.radius > 0, ("harden_from", "perturbations")),
             "robustkd with a mask (--cap 0.05, or --variant paper)": (
                 self.masked,
@@ -232,6 +242,18 @@ class DistillSettings(TrainingSettings):
         return _VARIANTS[self.variant][1] if self.cap is None else self.cap
 
     @property
+    def purifier(self) -> str | None:
+        """What changes the teacher's weights before the student sees it; None for nothing."""
+        found = self.purify or Method.parse(self.method).purifier
+        return None if found == _NO_PURIFIER else found
+
+    def steps_to_purify(self, steps: int) -> int:
+        """Of the stage that purifies the teacher, where the student is trained for `steps`."""
+        if self.purify_steps is not None:
+            return self.purify_steps
+        return _PURIFY_STEPS if self.purify is None else max(1, min(_PURIFY_STEPS, steps // 2))
+
+    @property
     def masked(self) -> bool:
         """Whether the teacher's features are detoxified by a mask."""
         return Method.parse(self.method).treatment == "robustkd" and self.mask_cap > 0
@@ -254,7 +276,7 @@ class DistillSettings(TrainingSettings):
         """The same run without a defence: OFD from the teacher as it is."""
         return replace(
             self, method="ofd", undefended=False, teacher=teacher, triggers=triggers, variant="default", cap=0.0,
-            hardening=0.0, harden_from=0.5, perturbations=None, mask="position", variance=True, replacement="mean", taps="all", teacher_mode="eval", input_noise=0.0,
+            hardening=0.0, harden_from=0.5, perturbations=None, purify=None, mask="position", variance=True, replacement="mean", taps="all", teacher_mode="eval", input_noise=0.0,
         )  # fmt: skip
 
 
