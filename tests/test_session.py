@@ -148,6 +148,10 @@ PURIFIED = {
     "prune+ofd": ("fine-pruned teacher", {"purified.safetensors", "pruned.safetensors"}),
     "nad+kd": ("teacher purified by NAD", {"purified.safetensors", "finetuned.safetensors"}),
     "anp+at": ("teacher purified by ANP", {"purified.safetensors"}),
+    **{
+        method: ("fine-tuned teacher", {"purified.safetensors"})
+        for method in ("robustkd", "robustkd+kd", "robustkd+at")
+    },
 }
 
 

@@ -111,7 +111,7 @@ def distill(
     variant: Annotated[
         str,
         typer.Option(
-            help="default (hardening, no mask), or paper: the paper's form of RobustKD (no hardening, a mask up to 0.9).",
+            help="default (a fine-tuned teacher, hardening, no mask), or paper: the paper's form of RobustKD (a mask up to 0.9 alone).",
             rich_help_panel=ABLATION,
         ),
     ] = "default",
@@ -176,7 +176,7 @@ def distill(
         Optional[str],
         typer.Option(
             help="What the teacher goes through before its features are distilled: none, finetune, prune, nad or anp. "
-            "Default: none.",
+            "Default: finetune; none with --variant paper.",
             show_default=False,
             rich_help_panel=ABLATION,
         ),

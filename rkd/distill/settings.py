@@ -16,10 +16,10 @@ S = TypeVar("S", bound="TrainingSettings")
 _PRECISIONS = ("fp32", "bf16", "fp16")
 _PURIFY_STEPS = 400
 _NO_PURIFIER = "none"
-_VARIANTS: dict[str, tuple[float, float, str]] = {
+_VARIANTS: dict[str, tuple[float, float, str | None]] = {
     # of RobustKD: radius of hardening in 255ths, the mask's cap, what purifies the teacher; docs/results.md says why
-    "default": (8.0, 0.0, _NO_PURIFIER),
-    "paper": (0.0, 0.9, _NO_PURIFIER),
+    "default": (8.0, 0.0, "finetune"),
+    "paper": (0.0, 0.9, None),
 }
 _CHOICES = {
     "variant": tuple(_VARIANTS),
@@ -112,7 +112,7 @@ class DistillSettings(TrainingSettings):
         triggers: paths of the triggers to test with; no method ever sees them.
         undefended: also train a student of the undefended teacher (OFD), to compare with.
         accuracy_budget: points of clean accuracy that the detoxified teacher may lose, where there is a mask.
-        variant: of RobustKD: `default`, or `paper` for the paper's form (no hardening, a cap of 0.9).
+        variant: of RobustKD: `default`, or `paper` for the paper's form (no hardening, a cap of 0.9, nothing purified).
         cap: upper end of RobustKD's mask; 0 for no mask; None for the variant's.
         hardening: radius, in 255ths, of the universal perturbations that the student is hardened against; 0 for none;
             None for the variant's with robustkd and 0 with other methods.
@@ -193,7 +193,7 @@ class DistillSettings(TrainingSettings):
 
     def _fill_in(self, method: Method) -> None:
         """What was left open becomes the variant's, or the method's."""
-        radius, cap, purify = _VARIANTS.get(self.variant, (0.0, 0.0, _NO_PURIFIER))
+        radius, cap, purify = _VARIANTS.get(self.variant, (0.0, 0.0, None))
         if self.purify is None and method.treatment == "robustkd":
             object.__setattr__(self, "purify", purify)
         if self.cap is None:
