@@ -415,7 +415,8 @@ def test_undefended_adds_a_row_and_changes_nothing_of_the_student(here: Path) ->
     done("distill", "teacher.pt", *MASKED, "--out", "plain")
     result = done("distill", "teacher.pt", *MASKED, "--out", "both", "--undefended", "--json")
     rows = json.loads(result.stdout)["models"]
-    assert [row["role"] for row in rows] == ["teacher", "undefended student (OFD)", "RobustKD student"]
+    wanted = ["teacher", "undefended student (OFD)", "fine-tuned teacher", "RobustKD student"]
+    assert [row["role"] for row in rows] == wanted
     assert Path("both/student.safetensors").read_bytes() == Path("plain/student.safetensors").read_bytes()
     done("distill", "teacher.pt", *SHORT, "--out", "ofd", "--method", "ofd")
     undefended, alone = (load_file(p) for p in ("both/undefended/student.safetensors", "ofd/student.safetensors"))

@@ -23,6 +23,7 @@ STEPS = 6  # 90 images, 30 a step, two epochs
 RESUME = ("distill", "--resume", "run")
 METHODS: dict[str, tuple[str, ...]] = {
     "robustkd": (),
+    "robustkd, not purified": ("--purify", "none"),
     "robustkd, paper": ("--variant", "paper"),
     "ofd": ("--method", "ofd"),
     "ofd, hardened": ("--method", "ofd", "--hardening", "8", "--perturbations", "both"),
@@ -47,6 +48,9 @@ def made(folder: Path) -> tuple[str, bytes]:
     assert not list(path.rglob(".rkd-tmp-*"))
     log = (path / "metrics.jsonl").read_bytes()
     lines = [json.loads(line) for line in log.splitlines()]
+    purifying = [line["step"] for line in lines if "loss" in line and not line["stage"].startswith("distil")]
+    lines = [line for line in lines if line["stage"].startswith("distil")]
+    assert purifying in ([], [2, 4]), "one line an epoch: no gap, no repeat"
     assert [line["step"] for line in lines if "loss" in line] == [3, 6], "one line an epoch: no gap, no repeat"
     assert [line["step"] for line in lines if line.get("ends_epoch")] == [3, 6]
     return digest, log

@@ -27,7 +27,7 @@ from rkd.export import command as export_module
 from rkd.run import Run
 
 EXACT = ("--threads", "1", "--precision", "fp32", "--device", "cpu", "--checkpoint-every", "1")
-COMMAND = ("distill", "teacher.pt", "--student", "wrn-10-1", "--epochs", "1", "--batch", "45", "--cap", "0.05", "--out",
+COMMAND = ("distill", "teacher.pt", "--student", "wrn-10-1", "--epochs", "1", "--batch", "45", "--cap", "0.05", "--purify", "none", "--out",
            "run", *EXACT)  # fmt: skip
 RESULTS = ("student.safetensors", "masks.npz", "perturbations.npz", "metrics.jsonl")
 
