@@ -49,7 +49,7 @@ def print_tables(made: Tables) -> None:
 
     table = folding_table(*STANDING_HEADS)
     for standing in made.table.standings:
-        budget = f" ({standing.budget})" if len({s.budget for s in made.table.standings}) > 1 else ""
+        budget = f" ({standing.budget})" if len(made.table.budgets) > 1 else ""
         name, *cells = standing_cells(standing)
         table.add_row(escape(name + budget), *cells)
     console().print(table)

@@ -139,9 +139,9 @@ def _check_teacher(settings: DistillSettings, work: Inputs) -> None:
 
 
 def _placed(module: nn.Module, device: torch.device) -> nn.Module:
-    """The teacher's module itself, in eval mode, where and as it is computed with."""
+    """The teacher's module itself, frozen and in eval mode, where and as it is computed with."""
     placed: nn.Module = module.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-    return placed
+    return placed.requires_grad_(requires_grad=False)
 
 
 def _resolved(
@@ -497,7 +497,6 @@ def _objective(
     """The objective of the method; for RobustKD the mask is learned first, or taken from the run."""
     method = Method.parse(settings.method)
     module = _placed(work.teacher.module, work.device)
-    module.requires_grad_(requires_grad=False)
     if method.objective == "ce" or (method.objective == "kd" and method.treatment != "robustkd"):
         torch.manual_seed(settings.seed)
         objective: Objective = (
@@ -537,7 +536,7 @@ def _objective(
 
 def _on_the_students_images(run: Run, settings: DistillSettings, work: Inputs) -> nn.Module | None:
     """What the student's images pass: hardening against what fools the teacher as it came, noise, both or nothing."""
-    _placed(work.teacher.module, work.device).requires_grad_(requires_grad=False)
+    _placed(work.teacher.module, work.device)
     std = work.teacher.normalisation.std
     passed: list[nn.Module] = []
     if settings.radius:

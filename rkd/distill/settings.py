@@ -182,10 +182,9 @@ class DistillSettings(TrainingSettings):
         for option, value in (("hardening", self.radius), ("input-noise", self.input_noise)):
             if not 0 <= value <= 255:
                 raise ConfigError(f"--{option} {value:g}: expected 0 to 255 (255ths of a pixel's range)")
-        if not 1 <= self.steps_to_purify(2**32) < 2**32 or not 0 <= self.purify_lr < math.inf:
-            raise ConfigError(
-                f"--purify-steps {self.steps_to_purify(2**32)}, --purify-lr {self.purify_lr:g}: expected 1 or more, 0 or more"
-            )
+        steps = _PURIFY_STEPS if self.purify_steps is None else self.purify_steps
+        if not 1 <= steps < 2**32 or not 0 <= self.purify_lr < math.inf:
+            raise ConfigError(f"--purify-steps {steps}, --purify-lr {self.purify_lr:g}: expected 1 or more, 0 or more")
         _ = self.chosen_taps
         self._check_together(method)
         if ".py" in self.student:

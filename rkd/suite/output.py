@@ -173,12 +173,11 @@ def markdown(name: str, about: str, tables: Tables) -> str:
     parts = [f"# {name}\n", *([f"{about}\n"] if about else []), f"{DEFINITIONS}\n"]
     if tables.notes:
         parts += ["## Before relying on this\n", "\n".join(f"- {note}" for note in tables.notes) + "\n"]
-    for budget in dict.fromkeys(standing.budget for standing in table.standings):
+    for budget in table.budgets:
         chosen = [standing for standing in table.standings if standing.budget == budget]
         heading = "Defences over the cases that transfer"
-        many = len({standing.budget for standing in table.standings}) > 1
         parts += [
-            f"## {heading}{f', budget {budget}' if many else ''}\n",
+            f"## {heading}{f', budget {budget}' if len(table.budgets) > 1 else ''}\n",
             f"{comparable(chosen)}\n",
             _grid(STANDING_HEADS, map(standing_cells, chosen)),
         ]

@@ -38,7 +38,7 @@ def suite_page(name: str, about: str, table: Table, notes: Sequence[str], record
         facts,
         [
             section("Before relying on this", "", warning),
-            *(_standings(table, budget) for budget in dict.fromkeys(s.budget for s in table.standings)),
+            *(_standings(table, budget) for budget in table.budgets),
             _transfers(table),
             *(_case(table, case) for case in (*table.transferring, *(c for c in table.cases if c not in table.transferring))),
             section("What the figures mean", "", glossary({**SCORES, **COMPARISON, **_MORE})),
@@ -83,7 +83,6 @@ def verdict(table: Table) -> str:
 
 def _standings(table: Table, budget: str) -> Markup:
     chosen = [standing for standing in table.standings if standing.budget == budget]
-    many = len({standing.budget for standing in table.standings}) > 1
     heads = (
         ("Defence", ""), (f"ACC {MINUS} excess ASR", "higher is better"), ("Excess ASR", "mean and worst case"),
         ("ACC lost", "mean and worst case"), ("RA below control", "mean"), ("ACC lost, clean teacher", "worst case"),
@@ -91,7 +90,7 @@ def _standings(table: Table, budget: str) -> Markup:
     )  # fmt: skip
     head = tag("thead", tag("tr", *(_head(*one) for one in heads)))
     body = tag("tbody", *(_standing_row(standing) for standing in chosen))
-    title = f"Defences{f', budget {budget}' if many else ''}"
+    title = f"Defences{f', budget {budget}' if len(table.budgets) > 1 else ''}"
     return section(
         title,
         f"Over the cases that transfer: the only ones that can show a defence working. {comparable(chosen)}",

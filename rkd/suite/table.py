@@ -203,6 +203,11 @@ class Table:
         """The rows of a case."""
         return [row for row in self.rows if row.case == case]
 
+    @property
+    def budgets(self) -> tuple[str, ...]:
+        """The budgets that have a ranking, in its order."""
+        return tuple(dict.fromkeys(standing.budget for standing in self.standings))
+
     def outcome(self, case: Case) -> str:
         """What plain distillation does with an attacked case, in words."""
         if case in self.untested:
