@@ -10,7 +10,6 @@ from rkd.bench.report.markup import DASH, Markup, decimal, join, points, tag
 from rkd.bench.report.page import figure, panels
 from rkd.metrics import Proportion, Scores, TriggerScore
 
-
 SCORES: dict[str, str] = {
     "ACC (accuracy)": "The share of clean test images that are predicted correctly. Higher is better.",
     "ASR (attack success rate)": "Of triggered test images whose true class is not the target, the share predicted as "
