@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rkd.data import Dataset, Source
-from rkd.distill.session import clean_budget, config_digest, open_with_progress
+from rkd.distill.inputs import clean_budget, open_with_progress
+from rkd.distill.session import config_digest
 from rkd.distill.settings import DistillSettings
 from rkd.errors import ConfigError, DataError, RunError
 from rkd.export import Calibration, Exporter, ExportReport, choose_calibration, choose_evaluation

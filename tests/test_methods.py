@@ -135,6 +135,15 @@ def test_a_baseline_purifies_for_400_steps_and_robustkd_for_half_of_the_students
     assert settings(purify="finetune", purify_steps=7).steps_to_purify(100) == 7
 
 
+@pytest.mark.parametrize("change", [{"purify_steps": 7}, {"purify_lr": 0.1}])
+def test_how_to_purify_is_refused_where_nothing_is_purified(change: dict[str, object]) -> None:
+    for without in ({"method": "ofd"}, {"method": "ce"}, {"purify": "none"}, {"variant": "paper"}):
+        with pytest.raises(ConfigError, match="--purify-(steps|lr) changes nothing with --method .* a purifier"):
+            settings(**without, **change)
+    assert settings(method="nad+ofd", **change).purifier == "nad"
+    assert settings(purify_steps=7, purify_lr=0.1, undefended=True).undefended_twin("t", ()).purifier is None
+
+
 @pytest.mark.parametrize(
     ("change", "option"),
     [

@@ -24,7 +24,8 @@ from typer.testing import CliRunner
 
 from rkd.cli import app
 from rkd.detox import DetoxRecipe
-from rkd.distill import session
+from rkd.distill import inputs, session
+from rkd.distill.methods import Method
 from rkd.distill.settings import DistillSettings
 from rkd.network import Network
 from rkd.run import Run
@@ -36,7 +37,8 @@ MASKED = (*SHORT, "--cap", "0.05")  # robustkd with its mask
 
 
 def for_method(method: str) -> tuple[str, ...]:
-    return MASKED if method.startswith("robustkd") else SHORT
+    purifies = ("--purify-steps", "10") if Method.parse(method).purifier or method.startswith("robustkd") else ()
+    return (*(MASKED if method.startswith("robustkd") else SHORT), *purifies)
 
 
 def rkd(*arguments: object) -> Any:
@@ -157,7 +159,7 @@ PURIFIED = {
 
 @pytest.mark.parametrize("method", ROLES)
 def test_each_method_leaves_a_whole_run_directory(here: Path, method: str) -> None:
-    result = done("distill", "teacher.pt", "--method", method, *for_method(method), "--purify-steps", 10, "--json")
+    result = done("distill", "teacher.pt", "--method", method, *for_method(method), "--json")
     printed = json.loads(result.stdout)
     place = Path(f"runs/wrn-10-1-{method}-s0")
     assert printed["run"] == str(place)
@@ -596,10 +598,14 @@ def test_what_is_no_regular_file_in_a_run_is_refused(here: Path, monkeypatch: py
     def dies(*_: object, **__: object) -> None:
         raise MemoryError
 
-    options = {"labels.npz": ("--method", "kd", "--no-labels"), "purified.safetensors": ("--method", "finetune+kd")}
+    options = {
+        "labels.npz": ("--method", "kd", "--no-labels"),
+        "purified.safetensors": ("--method", "finetune+kd", "--purify-steps", 2),
+    }
+    default = ("--cap", "0.05", "--purify-steps", 2)
     with monkeypatch.context() as patch:
         patch.setattr(session, "train", dies)
-        rkd("distill", "teacher.pt", *SHORT, *options.get(name, ("--cap", "0.05")), "--purify-steps", 2, "--out", "out")
+        rkd("distill", "teacher.pt", *SHORT, *options.get(name, default), "--out", "out")
     path = here / "out" / name
     assert path.is_file()
     path.unlink()
@@ -643,7 +649,7 @@ def test_what_needs_no_image_is_refused_before_any_is_read(
     def read(*_: object, **__: object) -> None:
         raise AssertionError("the images were read")
 
-    monkeypatch.setattr(session, "open_dataset", read)
+    monkeypatch.setattr(inputs, "open_dataset", read)
     bare = here / "bare.pt"
     torch.save(torch.load(here / "teacher.pt", weights_only=True)["state_dict"], bare)
     taken, said = {

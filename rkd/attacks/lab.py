@@ -11,9 +11,9 @@ from rkd.attacks.perturb import Form, Loss, search
 from rkd.attacks.recipe import CLEAN, TRIGGER
 from rkd.data import Dataset, Source, is_name
 from rkd.distill.batches import steps_per_epoch
+from rkd.distill.inputs import augmentation_for
 from rkd.distill.loop import Recipe, Trainer
 from rkd.distill.objectives import Objective
-from rkd.distill.session import augmentation_for
 from rkd.distill.training import monitor, train
 from rkd.files import write_file
 from rkd.measure import choose_device, choose_precision

@@ -20,8 +20,8 @@ from rkd.attacks import ATTACKS
 from rkd.attacks.lab import Lab
 from rkd.attacks.recipe import CLEAN, CLEAN_TWIN, TRIGGER, Attack
 from rkd.data import Dataset
+from rkd.distill.inputs import open_with_progress
 from rkd.distill.loop import autocast
-from rkd.distill.session import open_with_progress
 from rkd.distill.settings import TrainingSettings
 from rkd.errors import ConfigError, RunError
 from rkd.measure import choose_device, choose_precision, use_threads

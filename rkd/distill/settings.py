@@ -128,7 +128,7 @@ class DistillSettings(TrainingSettings):
         purify: with robustkd, what the teacher goes through before its features are distilled: `none`, `finetune`,
             `prune`, `nad` or `anp`; None for the variant's, and for other methods, whose name says it.
         purify_steps: of the stage that purifies the teacher; None for 400, with robustkd for half of the student's
-            where that is less.
+            where that is less, and without a purifier.
         purify_lr: its highest learning rate; 0 for the method's own.
         labels: whether the training images' labels are used; otherwise the teacher's answers stand in for them.
         clean_budget: training images to use, a number or a share such as `10%`; empty for all.
@@ -209,6 +209,9 @@ class DistillSettings(TrainingSettings):
         needs = {
             "robustkd": (method.treatment == "robustkd", ("variant", "purify")),
             "hardening (--hardening 8)": (self.radius > 0, ("harden_from", "perturbations")),
+            "a purifier (robustkd, or finetune, prune, nad or anp before it)": (
+                self.purifier is not None, ("purify_steps", "purify_lr"),
+            ),
             "robustkd with a mask (--cap 0.05, or --variant paper)": (
                 self.masked,
                 ("mask", "variance", "replacement"),
@@ -275,7 +278,7 @@ class DistillSettings(TrainingSettings):
         """The same run without a defence: OFD from the teacher as it is."""
         return replace(
             self, method="ofd", undefended=False, teacher=teacher, triggers=triggers, variant="default", cap=0.0,
-            hardening=0.0, harden_from=0.5, perturbations=None, purify=None, mask="position", variance=True, replacement="mean", taps="all", teacher_mode="eval", input_noise=0.0,
+            hardening=0.0, harden_from=0.5, perturbations=None, purify=None, purify_steps=None, purify_lr=0.0, mask="position", variance=True, replacement="mean", taps="all", teacher_mode="eval", input_noise=0.0,
         )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from rkd.distill.session import open_with_progress
+from rkd.distill.inputs import open_with_progress
 from rkd.errors import RunError
 from rkd.files import read_json, sha256, to_json, write_file
 from rkd.measure import choose_device, use_threads
