@@ -134,6 +134,23 @@ def test_wherever_the_disk_fails_with_an_undefended_student_both_are_the_same(he
 
 
 @pytest.mark.promise
+def test_wherever_the_disk_fails_a_purified_teacher_and_its_student_are_the_same(here: Path) -> None:
+    command = ("distill", "teacher.pt", "--student", "wrn-10-1", "--epochs", "1", "--batch", "45", "--purify-steps", "2",
+               "--out", "run", *EXACT)  # fmt: skip
+    names = ("purified.safetensors", "student.safetensors", "perturbations.npz", "metrics.jsonl")
+    whole = Disk()
+    assert rkd(whole, *command).exit_code == 0
+    wanted = [(here / "run" / name).read_bytes() for name in names]
+    for disk in whole.failing(MIXED):
+        shutil.rmtree("run")
+        check_refusal(disk, rkd(disk, *command), here)
+        assert not list(here.rglob(".rkd-tmp-*")), disk
+        again = ("distill", "--resume", "run") if Path("run").exists() else command
+        assert rkd(Disk(), *again).exit_code == 0, disk
+        assert [(here / "run" / name).read_bytes() for name in names] == wanted, disk
+
+
+@pytest.mark.promise
 def test_wherever_the_disk_fails_a_teacher_goes_on_from_its_last_checkpoint_to_the_same_bytes(
     here: Path, stripes: Path, steps: list[int]
 ) -> None:
