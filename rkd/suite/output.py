@@ -17,7 +17,7 @@ from rkd.suite.page import suite_page
 from rkd.suite.plan import Cell, Plan
 from rkd.suite.recipes import Kind, differences, distill_kind, teacher_kind
 from rkd.suite.results import Record, read_records, same_code
-from rkd.suite.table import TRANSFERS, Row, Spread, Standing, Table, comparable, excess_of, make_table
+from rkd.suite.table import TRANSFERS, Paired, Row, Spread, Standing, Table, comparable, excess_of, make_table
 
 MARKDOWN, CSV, JSON, PAGE = "table.md", "table.csv", "table.json", "report.html"
 _MOST_NAMED = 12
@@ -205,7 +205,7 @@ def markdown(name: str, about: str, tables: Tables) -> str:
 
 
 STANDING_HEADS = (
-    "defence", "cases", "ACC - excess ASR", "excess ASR, mean", "worst", "ACC lost, mean", "worst", "RA below control",
+    "defence", "cases", "ACC - excess ASR", "behind the first", "excess ASR, mean", "worst", "ACC lost, mean", "worst", "RA below control",
     "ACC lost, clean teacher", "s a cell",
 )  # fmt: skip
 ROW_HEADS = ("defence", "seeds", "ACC", "ASR", "RA", "control ASR", "excess ASR", "ACC lost", "s a cell")
@@ -214,8 +214,8 @@ ROW_HEADS = ("defence", "seeds", "ACC", "ASR", "RA", "control ASR", "excess ASR"
 def standing_cells(standing: Standing) -> list[str]:
     """A defence's line."""
     return [
-        standing.defence, f"{standing.cases} of {standing.of}", spread(standing.score), points(standing.excess_mean),
-        points(standing.excess_worst), points(standing.lost_mean), points(standing.lost_worst),
+        standing.defence, f"{standing.cases} of {standing.of}", spread(standing.score), paired(standing.behind),
+        points(standing.excess_mean), points(standing.excess_worst), points(standing.lost_mean), points(standing.lost_worst),
         points(standing.ra_lost_mean), points(standing.clean_lost), number(standing.seconds, 0),
     ]  # fmt: skip
 
@@ -259,6 +259,15 @@ def spread(figure: Spread, *, signed: bool = False) -> str:
     show = points if signed else number
     mean = show(figure.mean)
     return mean if len(figure.values) < 2 else f"{mean} {{{show(figure.low)}, {show(figure.high)}}}"
+
+
+def paired(behind: Paired) -> str:
+    """A mean difference, with its interval where there are several pairs, and how many there are."""
+    if not behind.values:
+        return ""
+    low, high = behind.interval
+    between = f" [{number(low)}, {number(high)}]" if len(behind.values) > 1 else ""
+    return f"{number(behind.mean)}{between} n={len(behind.values)}"
 
 
 def number(value: float, places: int = 1) -> str:
@@ -329,7 +338,14 @@ def table_json(table: Table, missing: Sequence[Cell], notes: Sequence[str]) -> d
 
 
 def _standing_json(standing: Standing) -> dict[str, Any]:
-    values = {name: value for name, value in vars(standing).items() if name != "score"}
-    values["shared"] = [list(case) for case in standing.shared]
+    values = {name: value for name, value in vars(standing).items() if name not in ("score", "behind")}
+    values |= {"shared": [list(case) for case in standing.shared], "seeds": list(standing.seeds)}
+    low, high = map(_rounded, standing.behind.interval)
+    values["behind"] = {
+        "mean": _rounded(standing.behind.mean),
+        "low": low,
+        "high": high,
+        "n": len(standing.behind.values),
+    }
     score = {"mean": _rounded(standing.score.mean), "seeds": [round(v, 4) for v in standing.score.values]}
     return {name: _rounded(v) if isinstance(v, float) else v for name, v in values.items()} | {"score": score}

@@ -12,7 +12,7 @@ from rkd.bench.report.scores import COMPARISON, SCORES, glossary
 from rkd.metrics import Proportion
 from rkd.suite.file import CLEAN
 from rkd.suite.results import Record
-from rkd.suite.table import TRANSFERS, Case, Row, Spread, Standing, Table, comparable, excess_of
+from rkd.suite.table import TRANSFERS, Case, Paired, Row, Spread, Standing, Table, comparable, excess_of
 
 _DOT = " \N{MIDDLE DOT} "
 
@@ -54,7 +54,9 @@ _MORE = {
     "ACC lost": "ACC of the undefended student of the same teacher and seed, minus this student's: how much clean "
     "accuracy the defence costs.",
     "ACC \N{MINUS SIGN} excess ASR": "One number for a defence: clean accuracy minus what is left of the backdoor, as "
-    "the mean over the cases that transfer and that every defence has met.",
+    "the mean over the cases that transfer and that every defence has met, with the seeds that all of them have.",
+    "Behind the first": "How far the first of the ranking is ahead by that figure: the mean over every case and seed that "
+    "both have met (n), and Student's 95 % interval over these. An interval with zero in it: the two are not told apart.",
 }
 
 
@@ -74,17 +76,31 @@ def verdict(table: Table) -> str:
     rivals = sum(1 for s in table.standings if s.budget == best.budget and s.score.values)
     return (
         f"{text} On the {len(best.shared)} that all {rivals} defences have met{f' (budget {best.budget})' if best.budget else ''}, "
-        f"{best.defence} has the highest ACC {MINUS} excess ASR: {best.score.mean:.1f}. On the {best.cases} of {best.of} "
+        f"{best.defence} has the highest ACC {MINUS} excess ASR: {best.score.mean:.1f}{_ahead(table, best)}. On the {best.cases} of {best.of} "
         "that it has met itself it leaves "
         f"{points(best.excess_mean)} points of excess ASR on average and {points(best.excess_worst)} at worst"
         f"{f', and {points(-best.lost_mean)} points of ACC against {table.reference}' if table.reference and math.isfinite(best.lost_mean) else ''}."
     )  # fmt: skip
 
 
+def _ahead(table: Table, best: Standing) -> str:
+    """How far the first is ahead of the one that is closest to it, and whether that can be told from nothing."""
+    rivals = [s for s in table.standings if s.budget == best.budget and s.behind.values and s.score.values]
+    if not rivals:
+        return ""
+    closest = min(rivals, key=lambda standing: standing.behind.mean)
+    low, high = closest.behind.interval
+    told = f"[{decimal(low)}, {decimal(high)}]" if math.isfinite(low) else "which one pair cannot tell from nothing"
+    if math.isfinite(low) and not closest.behind.separated:
+        told += ", not told apart"
+    n = len(closest.behind.values)
+    return f", {decimal(closest.behind.mean)} ahead of {closest.defence} ({told}; {n} case{'s and seeds' if n > 1 else ' and seed'} of both)"
+
+
 def _standings(table: Table, budget: str) -> Markup:
     chosen = [standing for standing in table.standings if standing.budget == budget]
     heads = (
-        ("Defence", ""), (f"ACC {MINUS} excess ASR", "higher is better"), ("Excess ASR", "mean and worst case"),
+        ("Defence", ""), (f"ACC {MINUS} excess ASR", "higher is better"), ("Behind the first", "mean difference"), ("Excess ASR", "mean and worst case"),
         ("ACC lost", "mean and worst case"), ("RA below control", "mean"), ("ACC lost, clean teacher", "worst case"),
         ("Time", "a cell"),
     )  # fmt: skip
@@ -104,6 +120,7 @@ def _standing_row(standing: Standing) -> Markup:
         "tr",
         tag("th", standing.defence, cases, scope="row"),
         _spread_cell(standing.score),
+        _behind_cell(standing.behind),
         _pair_cell(standing.excess_mean, standing.excess_worst),
         _pair_cell(standing.lost_mean, standing.lost_worst),
         _pair_cell(standing.ra_lost_mean),
@@ -183,6 +200,14 @@ def _spread_cell(
         low, high = share.interval
         lines += [tag("small", f"[{low:.1f}, {high:.1f}]"), tag("small", f"n {share.n:,}")]
     return tag("td", *lines, *more, class_="n")
+
+
+def _behind_cell(behind: Paired) -> Markup:
+    if not behind.values:
+        return tag("td", DASH, class_="n")
+    low, high = behind.interval
+    between = tag("small", f"[{decimal(low)}, {decimal(high)}]") if math.isfinite(low) else Markup()
+    return tag("td", tag("b", decimal(behind.mean)), between, tag("small", f"n {len(behind.values)}"), class_="n")
 
 
 def _pair_cell(mean: float, worst: float | None = None) -> Markup:

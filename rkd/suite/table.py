@@ -101,6 +101,35 @@ class Averaged(Proportion):
 
 
 @dataclass(frozen=True)
+class Paired:
+    """How far one defence is ahead of another, on what both have met.
+
+    Attributes:
+        values: one a case and seed, in points.
+    """
+
+    values: tuple[float, ...] = ()
+
+    @property
+    def mean(self) -> float:
+        """Their mean; NaN where there is none."""
+        return statistics.fmean(self.values) if self.values else math.nan
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Student's 95 % interval of the mean over cases and seeds; NaN below two, which cannot tell."""
+        if len(self.values) < 2:
+            return math.nan, math.nan
+        half = between_seeds(self.values)
+        return self.mean - half, self.mean + half
+
+    @property
+    def separated(self) -> bool:
+        """Whether the interval leaves zero out."""
+        return self.interval[0] > 0
+
+
+@dataclass(frozen=True)
 class Row:
     """One defence on one case, over its seeds.
 
@@ -111,6 +140,7 @@ class Row:
         control_asr, control_ra: of the controls under the same trigger.
         excess: ASR minus the control's, in points.
         excess_interval: 95 %, over images and seeds; NaN where there is none.
+        ra_lost: mean over the seeds of the control's RA minus RA, in points; NaN where there is no control.
         lost: ACC of the undefended student of the same seed minus this one's, in points.
         seconds: of one cell.
         acc_share, asr_share, ra_share: the same with n and interval.
@@ -127,6 +157,7 @@ class Row:
     control_ra: Spread
     excess: Spread
     excess_interval: tuple[float, float]
+    ra_lost: float
     lost: Spread
     seconds: Spread
     acc_share: Averaged
@@ -135,11 +166,6 @@ class Row:
     student: str
     teacher_acc: Spread
     teacher_asr: Spread
-
-    @property
-    def ra_lost(self) -> float:
-        """Mean RA of the controls minus mean RA."""
-        return self.control_ra.mean - self.ra.mean
 
 
 @dataclass(frozen=True)
@@ -151,7 +177,10 @@ class Standing:
         cases: transferring cases that it has a figure on.
         of: transferring cases in all.
         shared: the cases that every defence with a figure has: the only ones to rank on.
-        score: ACC - excess ASR, the mean over the shared cases; one value a seed that has all of them.
+        seeds: those with which every such defence has met all of these cases.
+        score: ACC - excess ASR, the mean over the shared cases; one value a seed of these.
+        behind: how far the first of the ranking is ahead by ACC - excess ASR, on every case that transfers and seed that
+            both have; empty for the first itself, and where there is no ranking.
         excess_mean, excess_worst: over its own cases, as all that follows.
         lost_mean, lost_worst: points of ACC below the undefended student, over cases.
         ra_lost_mean: points of RA below the control's, over cases.
@@ -164,7 +193,9 @@ class Standing:
     cases: int
     of: int
     shared: tuple[Case, ...]
+    seeds: tuple[int, ...]
     score: Spread
+    behind: Paired
     excess_mean: float
     excess_worst: float
     lost_mean: float
@@ -272,13 +303,15 @@ def _takes(records: Sequence[Record]) -> bool:
 
 def comparable(standings: Sequence[Standing]) -> str:
     """What the defences are ranked on, in words."""
-    shared = standings[0].shared
-    if not shared:
-        return "No case that transfers has been met by every defence yet, so they are not ranked."
+    shared, seeds = standings[0].shared, standings[0].seeds
+    if not seeds:
+        return "No case that transfers has been met by every defence with the same seed yet, so they are not ranked."
     names = ", ".join("/".join(case) for case in shared)
     return (
-        f"Ranked by ACC - excess ASR over what every defence has met: {names}. The other figures are over each defence's "
-        "own cases."
+        f"Ranked by ACC - excess ASR over what every defence has met: {names}, seed{'s' if len(seeds) > 1 else ''} "
+        f"{', '.join(map(str, seeds))}. Behind the first: the mean difference of that figure to the first of the ranking, "
+        "on every case and seed (n) that both have met, with Student's 95 % interval over these. The other figures are "
+        "over each defence's own cases."
     )
 
 
@@ -305,6 +338,7 @@ def _row(records: Sequence[Record], reference: Sequence[Record]) -> Row:
         Spread(tuple(r.control.ra.value for r in records if r.control and r.control.ra)),
         Spread(tuple(r.excess[0] for r in controlled if r.excess)),
         _excess_interval(controlled),
+        _mean([r.control.ra.value - r.student.ra.value for r in records if r.control and r.control.ra and r.student.ra]),
         Spread(tuple(by_seed[r.cell.seed].student.acc.value - r.student.acc.value for r in records if r.cell.seed in by_seed)),
         Spread(tuple(r.seconds for r in records if r.seconds is not None and not r.same_student)),
         Averaged.of([r.student.acc for r in records]),
@@ -331,18 +365,51 @@ def _excess_interval(records: Sequence[Record]) -> tuple[float, float]:
 
 
 def _standings(rows: Sequence[Row], transferring: Sequence[Case], records: Sequence[Record]) -> tuple[Standing, ...]:
-    found = []
+    found: list[Standing] = []
     for budget in dict.fromkeys(row.case[3] for row in rows):
         cases = [case for case in transferring if case[3] == budget]
-        met = {
-            defence: [r for r in rows if r.defence == defence and r.case in cases and r.excess.values]
-            for defence in dict.fromkeys(row.defence for row in rows if row.case[3] == budget)
+        scores = {defence: _scores(defence, cases, records) for defence in _defences(rows, budget)}
+        met = [score for score in scores.values() if score]
+        shared = tuple(case for case in cases if all(any(case == c for c, _ in score) for score in met))
+        seeds = tuple(
+            sorted(
+                s
+                for s in {s for score in met for _, s in score}
+                if all((c, s) in score for score in met for c in shared)
+            )
+        )
+        seeds = seeds if shared else ()
+        of_seeds = {
+            defence: Spread(
+                tuple(statistics.fmean(score[case, seed] for case in shared) for seed in seeds) if score else ()
+            )
+            for defence, score in scores.items()
         }
-        shared = tuple(c for c in cases if all(any(r.case == c for r in mine) for mine in met.values() if mine))
-        for defence, mine in met.items():
-            clean = [r for r in rows if r.defence == defence and r.case[3] == budget and r.case[2] == CLEAN]
-            found.append(_standing(defence, budget, mine, clean, len(cases), shared, records))
-    return tuple(sorted(found, key=lambda s: (s.budget != found[0].budget, s.budget, -_least_first(s.score.mean))))
+        order = sorted(scores, key=lambda defence: -_least_first(of_seeds[defence].mean))
+        for defence in order:
+            first, mine = scores[order[0]] if seeds else {}, scores[defence]
+            ahead = tuple(first[key] - mine[key] for key in first if key in mine) if defence != order[0] else ()
+            chosen = [row for row in rows if row.defence == defence and row.case[3] == budget]
+            found.append(
+                _standing(
+                    defence, budget, [r for r in chosen if r.case in cases and r.excess.values],
+                    [r for r in chosen if r.case[2] == CLEAN], len(cases), shared, seeds, of_seeds[defence], Paired(ahead),
+                )
+            )  # fmt: skip
+    return tuple(found)
+
+
+def _defences(rows: Sequence[Row], budget: str) -> list[str]:
+    return list(dict.fromkeys(row.defence for row in rows if row.case[3] == budget))
+
+
+def _scores(defence: str, cases: Sequence[Case], records: Sequence[Record]) -> dict[tuple[Case, int], float]:
+    """ACC - excess ASR of a defence, by case and seed."""
+    return {
+        (record.cell.case, record.cell.seed): record.student.acc.value - record.excess[0]
+        for record in records
+        if record.cell.defence == defence and record.cell.case in cases and record.excess is not None
+    }
 
 
 def _least_first(value: float) -> float:
@@ -356,20 +423,16 @@ def _standing(
     clean: Sequence[Row],
     of: int,
     shared: tuple[Case, ...],
-    records: Sequence[Record],
+    seeds: tuple[int, ...],
+    score: Spread,
+    behind: Paired,
 ) -> Standing:
-    by_seed: dict[int, dict[Case, float]] = {}
-    for record in records:
-        if record.cell.defence == defence and record.cell.case in shared and record.excess is not None:
-            score = record.student.acc.value - record.excess[0]
-            by_seed.setdefault(record.cell.seed, {})[record.cell.case] = score
     lost = [row.lost.mean for row in rows if row.lost.values]
-    ra_lost = [row.ra_lost for row in rows]
+    ra_lost = [row.ra_lost for row in rows if math.isfinite(row.ra_lost)]
     seconds = [value for row in (*rows, *clean) for value in row.seconds.values]
     excess = [row.excess.mean for row in rows]
     return Standing(
-        defence, budget, len(rows), of, shared,
-        Spread(tuple(statistics.fmean(scores.values()) for scores in by_seed.values() if len(scores) == len(shared))),
+        defence, budget, len(rows), of, shared, seeds, score, behind,
         _mean(excess), max(excess, default=math.nan),
         _mean(lost), max(lost, default=math.nan),
         _mean(ra_lost),

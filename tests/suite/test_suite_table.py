@@ -19,7 +19,7 @@ from rkd.suite.output import table_csv, table_json
 from rkd.suite.page import suite_page, verdict
 from rkd.suite.plan import Cell
 from rkd.suite.results import read_records, same_code, write_record
-from rkd.suite.table import Averaged, Table, comparable, make_table
+from rkd.suite.table import Averaged, Paired, Table, comparable, make_table
 
 N_CLEAN, N_TRIGGERED = 1000, 900
 AXES = {
@@ -151,8 +151,8 @@ def test_a_defence_s_own_excess_does_not_make_a_case_transfer(folder: Path) -> N
 def test_the_ranking_is_acc_minus_excess_over_the_transferring_cases(table: Table) -> None:
     names = [standing.defence for standing in table.standings]
     ours = next(standing for standing in table.standings if standing.defence == "ours")
-    seeds = [81.5 - 100 * 10 / N_TRIGGERED, 80.5 - 100 * 5 / N_TRIGGERED]
-    assert ours.score.values == pytest.approx(seeds)
+    assert ours.score.values == pytest.approx([81.5 - 100 * 10 / N_TRIGGERED]), "kd and ce have met no other seed"
+    assert ours.seeds == (0,)
     assert (ours.cases, ours.of) == (1, 1)
     assert ours.lost_mean == pytest.approx(((820 - 815) + (800 - 805)) / 2 / 10)
     assert ours.ra_lost_mean == pytest.approx(((610 - 600) + (620 - 610)) / 2 / 9)
@@ -174,11 +174,25 @@ def test_defences_are_ranked_on_what_all_of_them_have_met(folder: Path) -> None:
     by_name = {standing.defence: standing for standing in table.standings}
     assert {name: s.cases for name, s in by_name.items()} == {"ofd": 2, "ours": 2, "kd": 1, "ce": 1}
     assert [case[2] for case in by_name["ours"].shared] == ["strong"], "kd and ce have not met the other one"
-    assert by_name["ofd"].score.values == pytest.approx(
-        [82.0 - 100 * 600 / N_TRIGGERED, 80.0 - 100 * 510 / N_TRIGGERED]
-    )
+    assert by_name["ofd"].score.values == pytest.approx([82.0 - 100 * 600 / N_TRIGGERED])
     assert "cifar10/wrn/strong/full" in comparable(table.standings)
     assert "On the 1 that all 4 defences have met" in verdict(table)
+
+
+def test_how_far_the_first_is_ahead_is_over_the_cases_and_seeds_that_both_have_met(table: Table) -> None:
+    by_name = {standing.defence: standing for standing in table.standings}
+    assert by_name["ours"].behind.values == ()
+    ours = [81.5 - 100 * 10 / N_TRIGGERED, 80.5 - 100 * 5 / N_TRIGGERED]
+    ofd = [82.0 - 100 * 600 / N_TRIGGERED, 80.0 - 100 * 510 / N_TRIGGERED]
+    ahead = [mine - its for mine, its in zip(ours, ofd, strict=True)]
+    behind = by_name["ofd"].behind
+    assert behind.values == pytest.approx(ahead)
+    half = 12.706 * abs(ahead[0] - ahead[1]) / 2
+    assert behind.interval == pytest.approx((sum(ahead) / 2 - half, sum(ahead) / 2 + half))
+    assert len(by_name["kd"].behind.values) == 1
+    assert not by_name["kd"].behind.separated, "one pair cannot tell"
+    assert not Paired((1.0, -1.0)).separated
+    assert Paired((1.0, 1.1, 0.9)).separated
 
 
 def test_without_a_case_that_all_have_met_nothing_is_ranked(folder: Path) -> None:
