@@ -234,6 +234,11 @@ class DistillSettings(TrainingSettings):
             )
 
     @property
+    def uses_teacher(self) -> bool:
+        """Whether the student depends on the teacher: one by `ce` learns from images and labels alone."""
+        return Method.parse(self.method).objective != "ce" or not self.labels
+
+    @property
     def radius(self) -> float:
         """The radius that is used, in 255ths."""
         return self.hardening or 0.0

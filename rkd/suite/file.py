@@ -11,7 +11,7 @@ seeds = [0]
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -31,7 +31,7 @@ _KEYS: dict[str, tuple[str, ...]] = {
     "pair": ("teacher", "distill"),
     "attack": ("teacher",),
     "budget": ("distill",),
-    "defence": ("distill", "undefended", "teacher_free"),
+    "defence": ("distill", "undefended"),
 }
 _MISPLACED = {
     (
@@ -56,7 +56,6 @@ class Entry:
         only: per axis, the names that it goes with; an axis that is not there goes with all.
         source: for a data set: what `--data` takes.
         undefended: for a defence: its student trusts the teacher, so its excess says whether a case transfers.
-        teacher_free: for a defence: its student takes nothing from the teacher, so one serves all attacks.
     """
 
     name: str
@@ -66,7 +65,6 @@ class Entry:
     only: Mapping[str, frozenset[str]] = field(default_factory=dict)
     source: str = ""
     undefended: bool = False
-    teacher_free: bool = False
 
 
 @dataclass(frozen=True)
@@ -173,11 +171,9 @@ class _Reader:
                 raise ConfigError(f"{self.path}: {where}: {key}: {why}")
         table = self._keys(table, (*_KEYS[axis], "seeds", "only", "about"), where)
         source = table.get("data", name)
-        flags = {key: table.get(key, False) for key in ("undefended", "teacher_free")}
-        if not isinstance(source, str) or not all(isinstance(flag, bool) for flag in flags.values()):
-            raise ConfigError(
-                f"{self.path}: {where}: data must be a text, undefended and teacher-free must be true or false"
-            )
+        undefended = table.get("undefended", False)
+        if not isinstance(source, str) or not isinstance(undefended, bool):
+            raise ConfigError(f"{self.path}: {where}: data must be a text, undefended must be true or false")
         teacher = self._options(self.teachers, table.get("teacher", {}), f"{where} teacher")
         if axis == "attack":
             self._clean_is_clean(name, teacher, where)
@@ -187,7 +183,7 @@ class _Reader:
             self._options(self.students, table.get("distill", {}), f"{where} distill"),
             self._seeds(table["seeds"], f"{where} seeds") if "seeds" in table else None,
             source=source if axis == "data" else "",
-            **flags,
+            undefended=undefended,
         )
 
     def _clean_is_clean(self, name: str, teacher: Mapping[str, Any], where: str) -> None:
@@ -295,8 +291,3 @@ def _elsewhere(reader: _Reader, key: str) -> str:
     name = key.replace("-", "_")
     homes = [kind.command for kind in (reader.teachers, reader.students) if name in kind.known()]
     return f" ({key} is an option of rkd {homes[0]}: put it into {homes[0]} = {{ ... }})" if homes else ""
-
-
-def entry_named(entries: Sequence[Entry], name: str) -> Entry:
-    """The entry of this name."""
-    return next(entry for entry in entries if entry.name == name)

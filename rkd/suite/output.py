@@ -99,7 +99,7 @@ def _notes(records: Sequence[Record], used: Sequence[Record], missing: Sequence[
 
 
 def _mixtures(used: Sequence[Record]) -> list[str]:
-    """Cells that do not belong together: of other data, or made by another state of the code."""
+    """Cells that do not belong together: of other data, or made by another state of the code or in another way."""
     notes = []
     for name in dict.fromkeys(record.cell.data for record in used):
         digests = {str(r.data["data"]["digest"])[:12] for r in used if r.cell.data == name}
@@ -123,6 +123,12 @@ def _mixtures(used: Sequence[Record]) -> list[str]:
         for key, teachers in made.items()
         if len(teachers) > 1
     ]
+    for what, found in (
+        ("precision", {str(r.data["settings"].get("precision")) for r in used}),
+        ("version of torch", {str(r.data.get("versions", {}).get("torch")) for r in used}),
+    ):
+        if len(found) > 1:
+            notes.append(f"the students were not trained with one {what}: {', '.join(sorted(found))}")
     codes = {_code(record) for record in used}
     if len(codes) > 1:
         notes.append(f"the cells were made by {len(codes)} states of the code: {', '.join(sorted(codes))}")

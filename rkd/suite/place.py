@@ -201,7 +201,7 @@ class Place:
         run = self.teacher_run(teacher)
         if run is None:
             return Standing(FRESH)
-        wanted = differences(self._kinds[0], _values(run), teacher.options, seed=teacher.seed)
+        wanted = differences(self._kinds[0], _values(run), teacher.options, given=_given(run), seed=teacher.seed)
         if wanted:
             return Standing(STALE, "; ".join(wanted))
         there = self.teacher_file(teacher).is_file()
@@ -214,7 +214,7 @@ class Place:
         if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
             return Standing(FRESH)
         run = Run.open(folder)
-        wanted = differences(self._kinds[1], _values(run), student.options, seed=student.cell.seed)
+        wanted = differences(self._kinds[1], _values(run), student.options, given=_given(run), seed=student.cell.seed)
         teacher = self.teacher_file(student.teacher)
         wanted += self._other_recipe(run, student.teacher)
         if not wanted and teacher.is_file() and run.summary.get("teacher", {}).get("sha256") != file_digest(teacher):
@@ -257,6 +257,15 @@ def _values(run: Run) -> dict[str, Any]:
     return {
         name: setting.get("value") for name, setting in run.summary["settings"].items() if isinstance(setting, Mapping)
     }
+
+
+def _given(run: Run) -> frozenset[str]:
+    """The settings that somebody gave; the others are defaults, or what the run found out."""
+    return frozenset(
+        name
+        for name, setting in run.summary["settings"].items()
+        if isinstance(setting, Mapping) and setting.get("origin") not in ("default", "teacher")
+    )
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from itertools import product
 from typing import Any
 
 from rkd.errors import ConfigError
-from rkd.suite.file import AXES, CLEAN, Entry, Suite, entry_named
+from rkd.suite.file import AXES, CLEAN, Entry, Suite
 from rkd.suite.recipes import Kind, digest, distill_kind, teacher_kind
 
 _SAME_AS_TWIN = ("arch", "normalize", "image_size", "split_seed")
@@ -255,7 +255,7 @@ class _Planner:
                 jobs.setdefault(teacher.job, Job(teacher.job, teacher, needs=(clean.job,)))
             base = Student(control, clean, self._options(control, clean))
             jobs[base.job] = Job(base.job, base, needs=(clean.job,))
-            if not entry_named(self.suite.axes["defence"], control.defence).teacher_free:
+            if self.students.make(base.options).uses_teacher:
                 for cell in members:
                     if cell.attack != CLEAN:
                         teacher = attacked[cell.attack]

@@ -16,15 +16,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rkd import __version__
 from rkd.errors import MissingExtraError, RuntimeUnavailableError
 from rkd.suite.launch import Leash, Outcome, Task, run_task
+from rkd.suite.results import code_version
 
 _MIB = 2**20
 _KNOCK_S = 10.0
 
 
-def work_remotely(task: Task, marker: str, version: str) -> Outcome:
+def work_remotely(task: Task, marker: str, code: Mapping[str, Any]) -> Outcome:
     """What a worker does: look around, then run the job to its end in a process of its own.
 
     Cancelling the task interrupts it here; the job is then asked to save, and waited for.
@@ -32,11 +32,13 @@ def work_remotely(task: Task, marker: str, version: str) -> Outcome:
     Args:
         task: the job.
         marker: a file of the suite that the worker must see.
-        version: of the rkd that sent it.
+        code: of the rkd that sent it, as `rkd.suite.results.code_version` has it.
     """
     host = os.uname().nodename
-    if version != __version__:
-        return Outcome(task.job, 1, 0.0, f"worker {host} has rkd {__version__}, expected {version}", host)
+    mine = code_version()
+    if (mine["rkd"], mine["sources"]) != (code["rkd"], code["sources"]):
+        here, there = (f"rkd {c['rkd']} (sources {c['sources'][:12]})" for c in (mine, code))
+        return Outcome(task.job, 1, 0.0, f"worker {host} has {here}, expected {there}", host)
     if not Path(marker).is_file():
         return Outcome(
             task.job, 1, 0.0, f"worker {host} does not see {marker}: the suite's --out must be on a shared disk", host
@@ -104,13 +106,27 @@ class RayLauncher:
         if gpus:  # Ray hides the GPUs of a machine from a job that asks for none
             self._resources["num_gpus"] = gpu_share(self.slots, gpus)
         self._remote: Any = ray.remote(max_retries=0)(work_remotely)
-        self._marker = str(out / "suite.json")
+        self._marker, self._code = str(out / "suite.json"), code_version()
         self._jobs: dict[Any, Task] = {}
 
     def start(self, task: Task) -> None:
-        """See `Launcher`."""
-        asked = self._remote.options(num_cpus=task.threads or 1, **self._resources)
-        self._jobs[asked.remote(task, self._marker, __version__)] = task
+        """See `Launcher`.
+
+        Raises:
+            RuntimeUnavailableError: no machine of the cluster has what the job asks for: Ray would wait for one for ever.
+        """
+        wanted = {"CPU": float(task.threads or 1), "memory": self._resources.get("memory", 0.0)}
+        machines = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        for what, amount in wanted.items():
+            largest = max((machine.get(what, 0.0) for machine in machines), default=0.0)
+            if amount > largest:
+                unit, size = ("CPUs", 1) if what == "CPU" else ("MiB of memory", _MIB)
+                raise RuntimeUnavailableError(
+                    f"a job needs {amount / size:g} {unit}, and the largest machine of the Ray cluster has "
+                    f"{largest / size:g}; give it less (threads in the suite file, --memory), or add a machine"
+                )
+        asked = self._remote.options(num_cpus=wanted["CPU"], **self._resources)
+        self._jobs[asked.remote(task, self._marker, self._code)] = task
 
     def ended(self, timeout_s: float) -> list[Outcome]:
         """See `Launcher`."""

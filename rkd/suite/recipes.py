@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 import types
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, Field, dataclass, fields
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -108,27 +108,32 @@ def checked_options(kind: Kind, options: Options, where: str) -> dict[str, Any]:
     return found
 
 
-def differences(kind: Kind, recorded: Mapping[str, Any], options: Options, **decided: Any) -> list[str]:
+def differences(
+    kind: Kind, recorded: Mapping[str, Any], options: Options, *, given: Collection[str] = (), **decided: Any
+) -> list[str]:
     """How the settings that something was made with differ from what is wanted, in words; nothing where they do not.
 
-    A setting that the wanted recipe leaves to the run (`auto`) fits whatever the run chose; one that the record does
-    not have yet, because an older rkd made it, must be wanted at its default.
+    A setting that the wanted recipe leaves to the run (`auto`) fits whatever the run chose by itself; one that the
+    record does not have yet, because an older rkd made it, must be wanted at its default.
 
     Args:
         kind: of the recipe.
         recorded: value by name.
         options: the wanted recipe, as the suite file has it.
+        given: the settings that were given when it was made, where that is known: the run did not choose these.
         **decided: the rest of it.
     """
     wanted, found = kind.make(options, **decided), []
     for f in fields(kind.settings):
         value = getattr(wanted, f.name)
         found_out = f.name in _FROM_THE_FILE and value == ""
-        if f.name in NOT_COMPARED or value in _LEFT_TO_THE_RUN or found_out:
+        if f.name in NOT_COMPARED or ((value in _LEFT_TO_THE_RUN or found_out) and f.name not in given):
             continue
         seen = recorded.get(f.name, _default(f))
         if (tuple(seen) if isinstance(seen, list) else seen) != value:
-            found.append(f"{f.name.replace('_', '-')} was {seen}, wanted {value if value != '' else 'none given'}")
+            found.append(
+                f"{f.name.replace('_', '-')} was {seen}, wanted {value if value not in ('', None) else 'none given'}"
+            )
     return found
 
 

@@ -138,6 +138,9 @@ def collect(place: Place, plan: Plan, cell: Cell) -> dict[str, Any] | None:
     score_job = plan.jobs[f"score:{cell.control.name}"]
     assert isinstance(score_job.work, Score)  # noqa: S101  (by its name)
     under = place.scores(score_job.work) if place.run_folder(score_job.work.control).is_dir() else {}
+    trigger = file_digest(place.trigger_file(teacher)) if cell.attack != CLEAN else None
+    if under.get(cell.attack, {}).get("trigger") != trigger:  # a teacher made again has another trigger: not tried yet
+        under = {}
     own = student.cell == cell
     control = _control(under, cell)
     measured = _own(run) if own or cell.attack == CLEAN else control
@@ -161,7 +164,7 @@ def collect(place: Place, plan: Plan, cell: Cell) -> dict[str, Any] | None:
                     "sha256": file_digest(place.teacher_file(teacher)), "name": teacher.name,
                     "settings": _settings(place.teacher_run(teacher)), "clean_twin": _twin(place, plan, cell),
                     "code": place.state(Job(teacher.job, teacher)).get("code")},
-        "trigger": {"sha256": file_digest(place.trigger_file(teacher))} if attacked else None,
+        "trigger": {"sha256": trigger} if attacked else None,
         "settings": _settings(run),
         "config_sha256": digest(_settings(run)),
         "data": {key: run.summary["data"][key] for key in ("name", "digest")} | {"classes": len(run.summary["data"]["classes"])},

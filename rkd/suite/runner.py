@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from rkd.errors import RkdError, RunError
+from rkd.errors import RkdError, RunError, StorageError
 from rkd.files import storage_errors
 from rkd.suite.file import CLEAN
 from rkd.suite.launch import Launcher, Outcome, Task
@@ -150,7 +150,26 @@ class Runner:
             self._skip_if_done(job)
 
     def run(self, watcher: Watcher, asked_to_stop: Callable[[], bool]) -> Progress:
-        """Work until everything is settled, or until asked to stop and the running jobs have saved."""
+        """Work until everything is settled, or until asked to stop and the running jobs have saved.
+
+        Raises:
+            StorageError: the disk said no to what is noted of a job, once the others have saved what they could.
+        """
+        try:
+            return self._run(watcher, asked_to_stop)
+        except StorageError:
+            self._let_them_save(watcher)
+            raise
+
+    def _let_them_save(self, watcher: Watcher) -> None:
+        """Ask what still runs to save, and wait for it; nothing is noted of it any more."""
+        self.launcher.stop()
+        while self._running:
+            for outcome in self.launcher.ended(_WAIT_S):
+                self._running.pop(outcome.job, None)
+            watcher.tick()
+
+    def _run(self, watcher: Watcher, asked_to_stop: Callable[[], bool]) -> Progress:
         stopping = False
         while True:
             if not stopping and asked_to_stop():

@@ -354,7 +354,6 @@ distill = { clean-budget = "50%" }
 undefended = true
 distill = { method = "ofd" }
 [defences.ce]
-teacher-free = true
 distill = { method = "ce" }
 [[override]]
 pair = "wrn"

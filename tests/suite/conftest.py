@@ -42,7 +42,6 @@ teacher = { attack = "badnets", poison-rate = 0.3 }
 undefended = true
 distill = { method = "ofd" }
 [defences.ce]
-teacher-free = true
 distill = { method = "ce" }
 """
 )

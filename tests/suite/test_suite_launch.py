@@ -6,16 +6,23 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from rkd.cli import app
 from rkd.errors import StorageError
 from rkd.run import Run
 from rkd.suite.launch import Leash, LocalLauncher, Task, explain, run_task
-from rkd.suite.ray_launcher import gpu_share
+from rkd.suite.place import Place
+from rkd.suite.plan import Job
+from rkd.suite.ray_launcher import gpu_share, work_remotely
+from rkd.suite.results import code_version
 
 SUITE = """
 [defences.ofd]
@@ -146,6 +153,46 @@ def test_killed_stopped_and_out_of_memory_a_suite_goes_on_and_loses_nothing(fold
     assert "ofd" in (folder / "results/my/table.md").read_text()
     logs = (folder / "runs/my/logs").iterdir()
     assert sum(path.read_text().count("$ rkd teacher") for path in logs) == 1
+
+
+@pytest.mark.promise
+def test_where_the_disk_is_full_the_cells_that_run_save_first(
+    folder: Path, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One cell ends and nothing can be noted of it any more; the one beside it is asked to save, and does."""
+    short = SUITE.split("[defences.huge]", maxsplit=1)[0] + '[defences.ce]\ndistill = { method = "ce", epochs = 1 }\n'
+    (folder / "my.toml").write_text(base + short)
+    student = folder / "runs/my/cells/stripes/tiny/clean/full/ofd/s0"
+    note = Place.note
+
+    def full(place: Place, job: Job, **facts: Any) -> None:
+        if "/ce/" in job.name:
+            while not list((student / "checkpoints").glob("0*")):
+                threading.Event().wait(0.02)
+            raise StorageError("no space left on the device")
+        note(place, job, **facts)
+
+    monkeypatch.setattr(Place, "note", full)
+    failed = CliRunner().invoke(app, ["suite", "my.toml", "--jobs", "2"])
+    assert failed.exit_code == 1
+    assert failed.stderr.strip().splitlines()[-1] == "rkd: no space left on the device"
+    log = folder / "runs/my/logs/student__stripes__tiny__clean__full__ofd__s0.log"
+    assert "stopped and saved at step" in log.read_text()
+
+
+def test_a_worker_with_other_sources_does_nothing(tmp_path: Path) -> None:
+    code = code_version()
+    task = Task("student:x", str(tmp_path), str(tmp_path / "log"), ("--version",))
+    (tmp_path / "suite.json").write_text("{}")
+    other = work_remotely(task, str(tmp_path / "suite.json"), {**code, "sources": "0" * 64})
+    assert other.code == 1
+    assert (
+        f"has rkd {code['rkd']} (sources {code['sources'][:12]}), expected rkd {code['rkd']} (sources 0000"
+        in other.said
+    )
+    assert not (tmp_path / "log").exists()
+    assert work_remotely(task, str(tmp_path / "suite.json"), code).code == 0
+    assert "does not see" in work_remotely(task, str(tmp_path / "nothing"), code).said
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,6 @@ only = { defence = "main" }
 seeds = [0, 1]
 distill = { method = "ofd" }
 [defences.free]
-teacher-free = true
 distill = { method = "ce" }
 [[override]]
 data = "b"
@@ -158,6 +157,15 @@ def test_a_teacher_free_student_is_trained_once_and_scored_under_every_attack(pl
     assert set(score.teachers) == {"weak", "strong"}
 
 
+def test_a_student_of_the_teacher_s_answers_is_made_for_each_attack(tmp_path: Path) -> None:
+    without = FILE.replace('distill = { method = "ce"', 'distill = { labels = false, method = "ce"')
+    assert without != FILE
+    (tmp_path / "s.toml").write_text(without)
+    plan = make_plan(read_suite(tmp_path / "s.toml"))
+    of_free = [j.work for j in plan.jobs.values() if isinstance(j.work, Student) and j.work.cell.defence == "free"]
+    assert {work.cell.attack for work in of_free} == {"clean", "weak", "strong"}
+
+
 def test_what_a_job_waits_for_comes_before_it(plan: Plan) -> None:
     seen: set[str] = set()
     for job in plan.jobs.values():
@@ -202,6 +210,10 @@ def test_settings_that_differ_are_named_and_what_the_run_chose_itself_is_not() -
     ]
     assert differences(kind, made, {"student": "s", "precision": "fp32"}, seed=0) == ["precision was bf16, wanted fp32"]
     assert differences(kind, made, {"student": "s"}, seed=1) == ["seed was 0, wanted 1"]
+    by_hand = differences(
+        kind, made | {"purify_steps": 800}, {"student": "s"}, given={"precision", "purify_steps"}, seed=0
+    )
+    assert by_hand == ["precision was bf16, wanted auto", "purify-steps was 800, wanted none given"]
     older = {name: value for name, value in made.items() if name != "cap"}
     assert differences(kind, older, {"student": "s", "cap": 0.5}, seed=0) != []
 

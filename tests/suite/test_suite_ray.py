@@ -101,6 +101,16 @@ def test_stopped_in_the_middle_the_cells_save_and_the_next_call_goes_on(folder: 
     assert "stopped and saved at step" in log
 
 
+def test_a_job_that_no_machine_of_the_cluster_can_hold_is_refused(folder: Path, address: str, tiny: str) -> None:
+    (folder / "tiny.toml").write_text(
+        tiny.replace("[distill]", "[distill]\nthreads = 2").replace("[teacher]", "[teacher]\nthreads = 2")
+    )
+    with suite(folder, address) as process:
+        _, said = process.communicate(timeout=400)
+    assert process.returncode == 1
+    assert "a job needs 2 CPUs, and the largest machine of the Ray cluster has 1" in " ".join(said.split())
+
+
 def test_without_a_cluster_it_says_how_to_start_one(folder: Path, tiny: str) -> None:
     needs_ray()
     (folder / "tiny.toml").write_text(tiny)

@@ -15,6 +15,10 @@ from typer.testing import CliRunner, Result
 from rkd.cli import app
 from rkd.metrics import evaluate
 from rkd.run import Run, models_of
+from rkd.suite.file import read_suite
+from rkd.suite.place import Place
+from rkd.suite.plan import make_plan
+from rkd.suite.results import collect
 from rkd.triggers import Trigger
 
 OUTPUTS = ("table.md", "table.csv", "table.json", "report.html")
@@ -97,6 +101,22 @@ def test_the_teacher_free_student_was_trained_once_and_is_its_own_control(finish
     )
     assert found["excess_asr"] == {"points": 0.0, "low": 0.0, "high": 0.0}
     assert not (finished / "runs/tiny/cells/stripes/tiny/patch/full/ce").exists()
+
+
+def test_what_a_control_did_under_an_earlier_trigger_is_not_this_one_s(resumed: Path, here: Any) -> None:
+    plan = make_plan(read_suite(resumed / "tiny.toml"))
+    place = Place(resumed / "runs/tiny", plan)
+    cell = next(cell for cell in plan.cells if (cell.attack, cell.defence) == ("patch", "ofd"))
+    found = collect(place, plan, cell)
+    assert found is not None
+    assert found["control"] is not None
+    (score,) = (resumed / "runs/tiny/scores").glob("*ofd*")
+    edit(score, found["trigger"]["sha256"], "0" * 64)
+    without = collect(place, plan, cell)
+    assert without is not None
+    assert (without["control"], without["excess_asr"]) == (None, None)
+    assert suite("tiny.toml").exit_code == 0
+    assert here.done == ["score:stripes/tiny/clean/full/ofd/s0"]
 
 
 def test_run_again_it_does_nothing_and_changes_nothing(resumed: Path, here: Any) -> None:
@@ -416,3 +436,14 @@ def test_the_table_names_cells_whose_control_or_teacher_is_by_other_code(resumed
     twin = path.with_name("stripes__tiny__patch__full__ce__s0.json")
     twin.write_text(json.dumps({**good, "cell": kd, "teacher": {**good["teacher"], "sha256": "a" * 64}}))
     assert "stripes/tiny/patch of seed 0 was made with 2 teachers" in noted()
+
+
+def test_the_table_says_that_students_were_trained_with_two_precisions_or_versions(resumed: Path) -> None:
+    edit(
+        resumed / "results/tiny/cells/stripes__tiny__patch__full__ofd__s0.json",
+        '"precision": "fp32"',
+        '"precision": "bf16"',
+    )
+    done = suite("tiny.toml", "--table-only")
+    assert "the students were not trained with one precision: bf16, fp32" in done.output
+    assert "version of torch" not in done.output

@@ -27,7 +27,7 @@ AXES = {
     "pair": [Entry("wrn")],
     "attack": [Entry("strong"), Entry("weak")],
     "budget": [Entry("full")],
-    "defence": [Entry("ofd", undefended=True), Entry("kd", undefended=True), Entry("ce", teacher_free=True), Entry("ours")],
+    "defence": [Entry("ofd", undefended=True), Entry("kd", undefended=True), Entry("ce"), Entry("ours")],
 }  # fmt: skip
 # attack, defence, seed: hits of ACC, ASR, RA; the control's ASR and RA
 FIGURES: dict[tuple[str, str, int], tuple[int, ...]] = {
