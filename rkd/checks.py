@@ -117,6 +117,12 @@ def signed(value: Any) -> str | None:
     return None if good else " is not a number"
 
 
+def loss(value: Any) -> str | None:
+    """A finite number; a diverging training's is beyond all whole numbers before it is infinite."""
+    good = type(value) in (int, float) and abs(value) < 1e300
+    return None if good else " is not a number"
+
+
 def one_of(*values: str) -> Check:
     """One of these words."""
     return lambda v: None if v in values else f" is none of {', '.join(values)}"

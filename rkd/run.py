@@ -39,6 +39,7 @@ from rkd.checks import (
     digest,
     flag,
     list_of,
+    loss,
     number,
     object_of,
     one_of,
@@ -118,7 +119,7 @@ _FIELDS = {
     "out": string,
 }  # fmt: skip
 _LINE = object_of(
-    {"stage": string, "step": whole(), "epoch": whole(), "loss": signed, "ACC": number, "ends_epoch": flag},
+    {"stage": string, "step": whole(), "epoch": whole(), "loss": loss, "ACC": number, "ends_epoch": flag},
     optional={"loss", "ACC", "ends_epoch"},
     others=True,
 )  # of metrics.jsonl

@@ -266,6 +266,11 @@ def test_a_finished_run_keeps_no_checkpoints(run: Run) -> None:
 # ---------------------------------------------------------------------------------------------------------- metrics
 
 
+def test_a_loss_beyond_all_whole_numbers_is_a_loss(run: Run) -> None:
+    run.log(stage="a", step=1, epoch=0, loss=5.4e19)
+    assert Run.open(run.path).metrics()[0]["loss"] == 5.4e19
+
+
 def test_what_was_logged_after_a_checkpoint_is_forgotten_in_its_stage_only(run: Run) -> None:
     run.log(stage="a", step=30, epoch=0, loss=1.0)
     for step in (10, 20, 30):

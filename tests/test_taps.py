@@ -17,7 +17,7 @@ from rkd.taps import Tap, TappedNetwork, pair_taps
 SIZE = (32, 32)
 NETWORKS = (
     "wrn-10-1", "resnet20", "resnet18", "mobilenet", "mobilenet-v2", "shufflenet-v2", "squeezenet1_1",
-    "pyramidnet-8-6", "resnet20-a",
+    "pyramidnet-8-6", "pyramidnet-11-6-bottleneck", "resnet20-a", "resnet34",
 )  # fmt: skip
 
 

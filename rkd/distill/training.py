@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
-from rkd.checks import object_of, signed, string, whole, whole_between
+from rkd.checks import loss, object_of, string, whole, whole_between
 from rkd.data import Source
 from rkd.distill.loop import Step, Trainer
 from rkd.errors import RkdError, RunError, StoppedError, first_line, ran_out_of_memory
@@ -186,7 +186,7 @@ def _place(members: Mapping[str, bytes], step: int) -> dict[str, Any]:
     Raises:
         ValueError: it does not say.
     """
-    group = object_of({"loss": signed, "hits": whole(), "images": whole(), "steps": whole()})
+    group = object_of({"loss": loss, "hits": whole(), "images": whole(), "steps": whole()})
     check = object_of({"stage": string, "step": whole_between(step, step), "group": group})
     if _PLACE not in members:
         raise ValueError(f"{_PLACE} is missing")
