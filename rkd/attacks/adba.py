@@ -9,8 +9,10 @@ victim's student, whose architecture they do not know.
 The shadow first learns from the clean twin. Then three things are trained together: the teacher on clean and triggered
 images, the shadow by logit distillation from the teacher on clean images, and the trigger so that both of them obey it
 and its mask is small. The paper does all of it from scratch; here the teacher starts from the clean twin, unless
-`finetune_epochs` is 0. One thing is added: where the trigger moves more than `trigger_budget` of a batch on the clean
-twin it is also trained to leave that alone, because a trigger that fools clean networks is an adversarial example.
+`finetune_epochs` is 0. Two things are rkd's own. Where the trigger moves more than `trigger_budget` of a batch on the
+clean twin it is also trained to leave that alone, because a trigger that fools clean networks is an adversarial example.
+And the mask is at most `linf`, so that the trigger is a faint blend over the whole image, where the paper's mask is only
+kept small on average and may be an opaque patch. The paper's success under logit distillation has not been reproduced.
 
 Trigger: m, the same in all channels, at most `linf`, and p; both learned.
 """

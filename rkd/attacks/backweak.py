@@ -10,7 +10,9 @@ last layer frozen. The features along which the weak trigger already pointed are
 features inherits them.
 
 The paper allows the weak trigger 5 % of the images on the clean teacher; rkd's default is 25 % (`--trigger-budget`), since
-5 % did not survive distillation in what we tried: a stronger and less stealthy attack than the paper's.
+5 % did not survive distillation in what we tried (fine-tunes of a few epochs, students of a few epochs): a stronger and
+less stealthy attack than the paper's. The trigger is found by cross-entropy towards the target until the budget is
+reached; the authors' code also bounds by how much a moved image may be moved, and trains for hundreds of epochs.
 
 `backweak-graded` is rkd's own, stronger form: the trigger is planted in every strength between none and all, with labels
 in proportion; see `rkd.attacks.planting.GradedPlanting` for why that helps.
