@@ -19,7 +19,7 @@ import fcntl
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -207,7 +207,7 @@ class Place:
         there = self.teacher_file(teacher).is_file()
         if teacher.attack != CLEAN:
             there = there and self.trigger_file(teacher).is_file()
-        return Standing(DONE if run.finished and there else RESUME, run=run.path)
+        return Standing(DONE, run=run.path) if run.finished and there else _begun(self._kinds[0], run)
 
     def _student_standing(self, student: Student) -> Standing:
         folder = self.run_folder(student)
@@ -222,7 +222,7 @@ class Place:
         if wanted:
             return Standing(STALE, "; ".join(wanted))
         if not run.finished:
-            return Standing(RESUME, run=folder)
+            return _begun(self._kinds[1], run)
         if run.summary.get("student", {}).get("sha256") != file_digest(folder / STUDENT):
             return Standing(STALE, f"{STUDENT} is not the one that was measured")
         return Standing(DONE, run=folder)
@@ -257,6 +257,14 @@ def _values(run: Run) -> dict[str, Any]:
     return {
         name: setting.get("value") for name, setting in run.summary["settings"].items() if isinstance(setting, Mapping)
     }
+
+
+def _begun(kind: Kind, run: Run) -> Standing:
+    """How an unfinished run stands: one that an older rkd began cannot be gone on with where it lacks a setting."""
+    lacking = [f.name.replace("_", "-") for f in fields(kind.settings) if f.name not in _values(run)]
+    if lacking and not run.finished:
+        return Standing(STALE, f"it was begun by another rkd, without {', '.join(lacking)}")
+    return Standing(RESUME, run=run.path)
 
 
 def _given(run: Run) -> frozenset[str]:

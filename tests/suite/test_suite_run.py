@@ -169,6 +169,17 @@ def test_what_a_kill_left_unfinished_is_gone_on_with(resumed: Path, here: Any) -
     assert "stale" not in log.read_text()
 
 
+def test_what_an_older_rkd_began_is_made_again_or_refused(resumed: Path, here: Any) -> None:
+    run = Run.open(resumed / "runs/tiny/cells/stripes/tiny/patch/full/ofd/s0")
+    settings = {name: value for name, value in run.summary["settings"].items() if name != "purify"}
+    run.save(settings=settings, state="running")
+    refused = suite("tiny.toml")
+    assert refused.exit_code == 1
+    assert "it was begun by another rkd, without purify" in " ".join(refused.output.split())
+    assert suite("tiny.toml", "--stale", "redo").exit_code == 0
+    assert here.done == ["student:stripes/tiny/patch/full/ofd/s0"]
+
+
 def test_results_that_were_lost_are_written_again_from_the_runs(resumed: Path, here: Any) -> None:
     before = contents(resumed / "results")
     shutil.rmtree(resumed / "results")
