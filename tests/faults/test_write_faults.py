@@ -133,7 +133,7 @@ def test_wherever_the_disk_fails_with_an_undefended_student_both_are_the_same(he
         assert Path("run/undefended/student.safetensors").read_bytes() == undefended, disk
 
 
-@pytest.mark.promise
+@pytest.mark.slow
 def test_wherever_the_disk_fails_a_purified_teacher_and_its_student_are_the_same(here: Path) -> None:
     command = ("distill", "teacher.pt", "--student", "wrn-10-1", "--epochs", "1", "--batch", "45", "--purify-steps", "2",
                "--out", "run", *EXACT)  # fmt: skip
