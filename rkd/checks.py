@@ -111,16 +111,15 @@ def number(value: Any) -> str | None:
     return None if good else " is not a number from 0"
 
 
-def signed(value: Any) -> str | None:
+def signed(value: Any, limit: float = LARGEST) -> str | None:
     """A finite number."""
-    good = type(value) in (int, float) and abs(value) < LARGEST
+    good = type(value) in (int, float) and abs(value) < limit
     return None if good else " is not a number"
 
 
 def loss(value: Any) -> str | None:
     """A finite number; a diverging training's is beyond all whole numbers before it is infinite."""
-    good = type(value) in (int, float) and abs(value) < 1e300
-    return None if good else " is not a number"
+    return signed(value, 1e300)
 
 
 def one_of(*values: str) -> Check:

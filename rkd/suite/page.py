@@ -85,7 +85,7 @@ def verdict(table: Table) -> str:
 
 def _ahead(table: Table, best: Standing) -> str:
     """How far the first is ahead of the one that is closest to it, and whether that can be told from nothing."""
-    rivals = [s for s in table.standings if s.budget == best.budget and s.behind.values and s.score.values]
+    rivals = [s for s in table.standings if s.budget == best.budget and s.behind.values]
     if not rivals:
         return ""
     closest = min(rivals, key=lambda standing: standing.behind.mean)

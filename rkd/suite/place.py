@@ -30,7 +30,7 @@ from rkd.intake import trigger_beside
 from rkd.run import STUDENT, SUMMARY, Run, free_name
 from rkd.suite.file import CLEAN
 from rkd.suite.plan import Job, Plan, Score, Student, Teacher
-from rkd.suite.recipes import Kind, differences, distill_kind, teacher_kind
+from rkd.suite.recipes import Kind, Options, differences, distill_kind, teacher_kind
 
 SCHEMA = 1
 TEACHER_FILE = "teacher.safetensors"
@@ -201,7 +201,7 @@ class Place:
         run = self.teacher_run(teacher)
         if run is None:
             return Standing(FRESH)
-        wanted = differences(self._kinds[0], _values(run), teacher.options, given=_given(run), seed=teacher.seed)
+        wanted = _unlike(self._kinds[0], run, teacher.options, teacher.seed)
         if wanted:
             return Standing(STALE, "; ".join(wanted))
         there = self.teacher_file(teacher).is_file()
@@ -214,7 +214,7 @@ class Place:
         if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
             return Standing(FRESH)
         run = Run.open(folder)
-        wanted = differences(self._kinds[1], _values(run), student.options, given=_given(run), seed=student.cell.seed)
+        wanted = _unlike(self._kinds[1], run, student.options, student.cell.seed)
         teacher = self.teacher_file(student.teacher)
         wanted += self._other_recipe(run, student.teacher)
         if not wanted and teacher.is_file() and run.summary.get("teacher", {}).get("sha256") != file_digest(teacher):
@@ -261,19 +261,21 @@ def _values(run: Run) -> dict[str, Any]:
 
 def _begun(kind: Kind, run: Run) -> Standing:
     """How an unfinished run stands: one that an older rkd began cannot be gone on with where it lacks a setting."""
-    lacking = [f.name.replace("_", "-") for f in fields(kind.settings) if f.name not in _values(run)]
+    there = _values(run)
+    lacking = [f.name.replace("_", "-") for f in fields(kind.settings) if f.name not in there]
     if lacking and not run.finished:
         return Standing(STALE, f"it was begun by another rkd, without {', '.join(lacking)}")
     return Standing(RESUME, run=run.path)
 
 
-def _given(run: Run) -> frozenset[str]:
-    """The settings that somebody gave; the others are defaults, or what the run found out."""
-    return frozenset(
+def _unlike(kind: Kind, run: Run, options: Options, seed: int) -> list[str]:
+    """How a run's settings differ from what is wanted, those that somebody gave (not the run found out) included."""
+    given = frozenset(
         name
         for name, setting in run.summary["settings"].items()
         if isinstance(setting, Mapping) and setting.get("origin") not in ("default", "teacher")
     )
+    return differences(kind, _values(run), options, given=given, seed=seed)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -138,15 +138,15 @@ def collect(place: Place, plan: Plan, cell: Cell) -> dict[str, Any] | None:
     score_job = plan.jobs[f"score:{cell.control.name}"]
     assert isinstance(score_job.work, Score)  # noqa: S101  (by its name)
     under = place.scores(score_job.work) if place.run_folder(score_job.work.control).is_dir() else {}
-    trigger = file_digest(place.trigger_file(teacher)) if cell.attack != CLEAN else None
+    attacked = cell.attack != CLEAN
+    trigger = file_digest(place.trigger_file(teacher)) if attacked else None
     if under.get(cell.attack, {}).get("trigger") != trigger:  # a teacher made again has another trigger: not tried yet
         under = {}
     own = student.cell == cell
     control = _control(under, cell)
-    measured = _own(run) if own or cell.attack == CLEAN else control
+    measured = _own(run) if own or not attacked else control
     if measured is None:
         return None
-    attacked = cell.attack != CLEAN
     record = Record(cell, measured, control if attacked else None, _teacher(place, plan, cell), None, not own, {})
     state = place.state(Job(student.job, student))
     return {

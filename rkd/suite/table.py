@@ -101,19 +101,8 @@ class Averaged(Proportion):
 
 
 @dataclass(frozen=True)
-class Paired:
-    """How far one defence is ahead of another, on what both have met.
-
-    Attributes:
-        values: one a case and seed, in points.
-    """
-
-    values: tuple[float, ...] = ()
-
-    @property
-    def mean(self) -> float:
-        """Their mean; NaN where there is none."""
-        return statistics.fmean(self.values) if self.values else math.nan
+class Paired(Spread):
+    """How far one defence is ahead of another, in points: one value a case and seed that both have met."""
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -368,17 +357,12 @@ def _standings(rows: Sequence[Row], transferring: Sequence[Case], records: Seque
     found: list[Standing] = []
     for budget in dict.fromkeys(row.case[3] for row in rows):
         cases = [case for case in transferring if case[3] == budget]
-        scores = {defence: _scores(defence, cases, records) for defence in _defences(rows, budget)}
+        defences = dict.fromkeys(row.defence for row in rows if row.case[3] == budget)
+        scores = {defence: _scores(defence, cases, records) for defence in defences}
         met = [score for score in scores.values() if score]
         shared = tuple(case for case in cases if all(any(case == c for c, _ in score) for score in met))
-        seeds = tuple(
-            sorted(
-                s
-                for s in {s for score in met for _, s in score}
-                if all((c, s) in score for score in met for c in shared)
-            )
-        )
-        seeds = seeds if shared else ()
+        with_each = [{s for c, s in score if c == case} for score in met for case in shared]
+        seeds = tuple(sorted(set.intersection(*with_each))) if with_each else ()
         of_seeds = {
             defence: Spread(
                 tuple(statistics.fmean(score[case, seed] for case in shared) for seed in seeds) if score else ()
@@ -397,10 +381,6 @@ def _standings(rows: Sequence[Row], transferring: Sequence[Case], records: Seque
                 )
             )  # fmt: skip
     return tuple(found)
-
-
-def _defences(rows: Sequence[Row], budget: str) -> list[str]:
-    return list(dict.fromkeys(row.defence for row in rows if row.case[3] == budget))
 
 
 def _scores(defence: str, cases: Sequence[Case], records: Sequence[Record]) -> dict[tuple[Case, int], float]:

@@ -55,6 +55,6 @@ def test_the_papers_pairs_go_from_end_to_end_where_all_is_shortened(
     assert done.exit_code == 0, done.output
     assert sum(job.startswith("student:") for job in here.done) == 5, "two with their controls, and a control"
     rows = json.loads((tmp_path / "results/paper-gpu/table.json").read_text())["rows"]
-    assert {(row["pair"], row["student"]) for row in rows } == {
+    assert {(row["pair"], row["student"]) for row in rows} == {
         ("wrn28-wrn16", "wrn-16-4"), ("pyramid-wrn28", "wrn-28-4"), ("resnet50-mobilenet", "mobilenet"),
     }  # fmt: skip
