@@ -128,9 +128,10 @@ def test_what_purifies_the_teacher_is_the_methods_or_with_robustkd_the_options()
         settings(purify="wash")
 
 
-def test_a_baseline_purifies_for_400_steps_and_robustkd_for_half_of_the_students_at_most() -> None:
-    ours, baseline = settings(purify="finetune"), settings(method="finetune+ofd")
+def test_a_baseline_purifies_for_400_steps_and_robustkd_for_half_of_the_students_and_three_epochs_at_most() -> None:
+    ours, baseline = settings(purify="finetune", epochs=6), settings(method="finetune+ofd", epochs=6)
     assert [ours.steps_to_purify(steps) for steps in (1, 100, 10_000)] == [1, 50, 400]
+    assert settings(purify="finetune", epochs=40).steps_to_purify(440) == 33, "three epochs of eleven steps"
     assert [baseline.steps_to_purify(steps) for steps in (1, 100, 10_000)] == [400, 400, 400]
     assert settings(purify="finetune", purify_steps=7).steps_to_purify(100) == 7
 

@@ -184,7 +184,7 @@ def distill(
     purify_steps: Annotated[
         Optional[int],
         typer.Option(
-            help="Training steps of finetune, prune, nad and anp. Default: 400; with robustkd at most half of the student's.",
+            help="Training steps of finetune, prune, nad and anp. Default: 400; with robustkd at most half of the student's and 3 epochs.",
             show_default=False,
             rich_help_panel=BASELINE,
         ),

@@ -15,6 +15,7 @@ S = TypeVar("S", bound="TrainingSettings")
 
 _PRECISIONS = ("fp32", "bf16", "fp16")
 _PURIFY_STEPS = 400
+_PURIFY_EPOCHS = 3  # with robustkd: more wear a teacher down that has few clean images (docs/results.md)
 _NO_PURIFIER = "none"
 _VARIANTS: dict[str, tuple[float, float, str | None]] = {
     # of RobustKD: radius of hardening in 255ths, the mask's cap, what purifies the teacher; docs/results.md says why
@@ -127,8 +128,8 @@ class DistillSettings(TrainingSettings):
         input_noise: deviation, in 255ths, of Gaussian noise on the student's images.
         purify: with robustkd, what the teacher goes through before its features are distilled: `none`, `finetune`,
             `prune`, `nad` or `anp`; None for the variant's, and for other methods, whose name says it.
-        purify_steps: of the stage that purifies the teacher; None for 400, with robustkd for half of the student's
-            where that is less, and without a purifier.
+        purify_steps: of the stage that purifies the teacher; None for 400, with robustkd for half of the student's or
+            three epochs where that is less, and without a purifier.
         purify_lr: its highest learning rate; 0 for the method's own.
         labels: whether the training images' labels are used; otherwise the teacher's answers stand in for them.
         clean_budget: training images to use, a number or a share such as `10%`; empty for all.
@@ -258,7 +259,9 @@ class DistillSettings(TrainingSettings):
         """Of the stage that purifies the teacher, where the student is trained for `steps`."""
         if self.purify_steps is not None:
             return self.purify_steps
-        return _PURIFY_STEPS if self.purify is None else max(1, min(_PURIFY_STEPS, steps // 2))
+        if self.purify is None:
+            return _PURIFY_STEPS
+        return max(1, min(_PURIFY_STEPS, steps // 2, _PURIFY_EPOCHS * steps // self.epochs))
 
     @property
     def masked(self) -> bool:

@@ -15,16 +15,16 @@ from typing import Any
 from rkd import __version__
 from rkd.bench.report.scores import difference
 from rkd.errors import RkdError, RunError
-from rkd.files import read_json, to_json, write_file
+from rkd.files import move, read_json, to_json, write_file
 from rkd.metrics import Proportion
-from rkd.run import Run, models_of
+from rkd.run import Run, free_name, models_of
 from rkd.suite.file import CLEAN
 from rkd.suite.place import Place, file_digest, flat
 from rkd.suite.plan import Cell, Job, Plan, Score
 from rkd.suite.recipes import NOT_COMPARED, digest
 
 SCHEMA = 1
-CELLS = "cells"  # below results/SUITE
+CELLS, REPLACED = "cells", "replaced"  # below results/SUITE
 _LIMIT_BYTES = 2**20
 
 
@@ -223,16 +223,37 @@ def _excess(record: Record) -> dict[str, float] | None:
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> Path:
-    """Write a cell's file below `results/SUITE`, unless it is there already.
+    """Write a cell's file below `results/SUITE`, unless it is there already; one of another student is set aside.
 
     Raises:
         StorageError: the disk said no.
     """
-    path = record_path(folder, Cell(**record["cell"]))
-    data = to_json(record)
+    cell = Cell(**record["cell"])
+    path, data = record_path(folder, cell), to_json(record)
     if not path.is_file() or path.read_bytes() != data:
+        if _student(path) != record["student"]["sha256"]:
+            set_aside(folder, cell)
         write_file(path, data)
     return path
+
+
+def set_aside(folder: Path, cell: Cell) -> None:
+    """Move a cell's file, where there is one, to `results/SUITE/replaced`: hours of somebody's work may be in it.
+
+    Raises:
+        StorageError: the disk said no.
+    """
+    path = record_path(folder, cell)
+    if path.exists():
+        move(path, free_name(folder / REPLACED, path.name))
+
+
+def _student(path: Path) -> str:
+    """The digest of the student that a cell's file is of; empty where there is no such file, or a damaged one."""
+    try:
+        return read_record(path).data["student"]["sha256"] if path.exists() else ""
+    except (RkdError, KeyError):
+        return ""
 
 
 def record_path(folder: Path, cell: Cell) -> Path:

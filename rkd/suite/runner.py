@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rkd.errors import RkdError, RunError, StorageError
-from rkd.files import storage_errors
 from rkd.suite.file import CLEAN
 from rkd.suite.launch import Launcher, Outcome, Task
 from rkd.suite.place import DONE, FRESH, RESUME, STALE, Place, Standing
 from rkd.suite.plan import Cell, Job, Plan, Score, Student, Teacher
 from rkd.suite.recipes import command_line, differences, distill_kind, teacher_kind
-from rkd.suite.results import code_version, collect, read_record, record_path, same_code, write_record
+from rkd.suite.results import code_version, collect, read_record, record_path, same_code, set_aside, write_record
 
 _WAIT_S = 0.5
 STALE_CHOICES = ("refuse", "keep", "redo")
@@ -258,8 +257,7 @@ class Runner:
         if isinstance(job.work, Student):
             for cell in self.plan.cells:
                 if self.plan.student(cell).job == job.name:
-                    with storage_errors(self.results):
-                        record_path(self.results, cell).unlink(missing_ok=True)
+                    set_aside(self.results, cell)
         self.place.note(job, seconds=0, attempts=0, code=None)
         return goal
 

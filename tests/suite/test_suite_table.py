@@ -18,7 +18,7 @@ from rkd.suite.file import Entry
 from rkd.suite.output import table_csv, table_json
 from rkd.suite.page import suite_page, verdict
 from rkd.suite.plan import Cell
-from rkd.suite.results import read_records, same_code, write_record
+from rkd.suite.results import REPLACED, read_records, record_path, same_code, write_record
 from rkd.suite.table import Averaged, Paired, Table, comparable, make_table
 
 N_CLEAN, N_TRIGGERED = 1000, 900
@@ -193,6 +193,21 @@ def test_how_far_the_first_is_ahead_is_over_the_cases_and_seeds_that_both_have_m
     assert not by_name["kd"].behind.separated, "one pair cannot tell"
     assert not Paired((1.0, -1.0)).separated
     assert Paired((1.0, 1.1, 0.9)).separated
+
+
+def test_a_result_of_another_student_is_set_aside_before_its_place_is_taken(folder: Path) -> None:
+    old = record_path(folder, read_records(folder)[0].cell)
+    made = read_records(folder)[0].data
+    write_record(folder, made | {"attempts": 2})
+    assert not (folder / REPLACED).exists(), "the same student, told anew"
+    again = made | {"student": made["student"] | {"sha256": "6" * 64}}
+    write_record(folder, again)
+    old.write_bytes(b"{")
+    write_record(folder, again)
+    kept = sorted(path.read_bytes() for path in (folder / REPLACED).iterdir())
+    assert kept[0] == b"{"
+    assert [json.loads(data)["attempts"] for data in kept[1:]] == [2]
+    assert json.loads(old.read_bytes())["student"]["sha256"] == "6" * 64
 
 
 def test_without_a_case_that_all_have_met_nothing_is_ranked(folder: Path) -> None:
