@@ -10,14 +10,14 @@ from statistics import median
 import torch
 
 from rkd.errors import ConfigError, RkdError
-from rkd.measure import count_macs
+from rkd.measure import choose_precision, count_macs
 from rkd.models import build
 from rkd.network import Network, Normalisation
 from rkd.suite.plan import Job, Plan, Student, Teacher
 from rkd.suite.recipes import distill_kind, teacher_kind
 from rkd.suite.sources import Facts
 
-_MACS_PER_S = 60e9  # of one CPU core that distils into a small network; only the first guess
+_MACS_PER_S = {"bf16": 60e9, "fp32": 25e9}  # of one CPU core that distils into a small network; only the first guess
 _TEACHER_SPEEDUP = 2.0  # wider layers, and one network alone
 _EVALUATION_SPEEDUP = 2.0  # forward passes alone run nearer to a core's peak
 _START_S = 12.0  # to import torch and to decode the images
@@ -117,18 +117,26 @@ class Estimator:
             )
         if isinstance(work, Student):
             facts = self._facts[work.cell.data]
-            student = self._costs.of(work.cell.data, str(work.options["student"]))
+            settings = distill_kind().make(work.options, teacher="")
+            student = self._costs.of(work.cell.data, settings.student)
             teacher = self._costs.of(work.cell.data, _networks(Job("", work.teacher))[0][1])
-            epochs = int(work.options.get("epochs", distill_kind().default("epochs")))
-            images = _budget(str(work.options.get("clean_budget", "")), facts.train)
+            budget = _budget(settings.clean_budget, facts.train)
+            images = settings.epochs * budget
+            purified = 0
+            if settings.purifier:
+                batch = min(settings.batch, budget)
+                purified = settings.steps_to_purify(images // batch) * batch
             passes = 2 * (student + teacher) * facts.test
-            return _START_S + self._time((3 * student + teacher) * images * epochs, passes)
+            training = (3 * student + teacher) * images + 3 * teacher * purified / _TEACHER_SPEEDUP
+            return _START_S + self._time(training, passes)
         facts = self._facts[work.control.cell.data]
         student = self._costs.of(work.control.cell.data, str(work.control.options["student"]))
         return _START_S + self._time(0, student * facts.test * (1 + len(work.teachers)))
 
     def _time(self, training: float, evaluation: float) -> float:
-        return training / _MACS_PER_S + evaluation / (_MACS_PER_S * _EVALUATION_SPEEDUP)
+        return (training + evaluation / _EVALUATION_SPEEDUP) / _MACS_PER_S[
+            choose_precision("auto", torch.device("cpu"))
+        ]
 
 
 def _teacher_epochs(teacher: Teacher) -> int:

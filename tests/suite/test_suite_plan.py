@@ -12,10 +12,11 @@ from rkd.attacks.session import TeacherSettings
 from rkd.cli import app
 from rkd.distill.settings import DistillSettings
 from rkd.errors import ConfigError
-from rkd.suite.estimate import _budget
+from rkd.suite.estimate import Estimator, _budget, measure_costs
 from rkd.suite.file import Suite, read_suite
 from rkd.suite.plan import Cell, Plan, Score, Student, Teacher, make_plan
 from rkd.suite.recipes import Kind, command_line, differences, distill_kind, teacher_kind
+from rkd.suite.sources import Facts
 
 FILE = """
 seeds = [5]
@@ -229,3 +230,18 @@ def test_a_record_without_a_setting_that_came_later_fits_its_default() -> None:
 )
 def test_a_clean_budget_is_estimated_as_at_most_all_images(budget: str, images: int) -> None:
     assert _budget(budget, 200) == images
+
+
+def test_what_purifies_a_teacher_is_estimated_to_take_longer_than_what_does_not(tmp_path: Path) -> None:
+    file = tmp_path / "suite.toml"
+    file.write_text(
+        FILE.replace("[defences.free]", '[defences.bought]\ndistill = { method = "nad+ofd" }\n[defences.free]')
+    )
+    plan = make_plan(read_suite(file))
+    facts = {name: Facts(1000, 100, (32, 32), known=True) for name in ("a", "b")}
+    estimator = Estimator(plan, measure_costs(plan, facts), facts, lambda _job: None)
+    taken = {}
+    for job in plan.jobs.values():
+        if isinstance(job.work, Student) and (job.work.cell.data, job.work.cell.pair) == ("a", "one"):
+            taken[job.work.cell.defence] = estimator.seconds(job)
+    assert taken["bought"] > 1.5 * taken["main"]
