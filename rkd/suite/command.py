@@ -72,6 +72,7 @@ class _Work:
     known: int
     found: Mapping[str, Path | str]
     facts: Mapping[str, Facts]
+    alike: tuple[Job, ...]  # the suite's on the plan's data sets, in the plan or not: what these took is a guide
     costs: Costs
 
     @classmethod
@@ -89,16 +90,17 @@ class _Work:
             for name in found
         }  # fmt: skip
         facts = {name: facts_of(source, sizes[name]) for name, source in found.items()}
-        return cls(suite, plan, Place(out, plan), len(known), found, facts, measure_costs(plan, facts))
+        alike = tuple(job for job in make_plan(suite).jobs.values() if job.data in facts)
+        return cls(suite, plan, Place(out, plan), len(known), found, facts, alike, measure_costs(alike, facts))
 
     def estimator(self) -> Estimator:
-        """Guesses from what this suite's finished jobs took."""
-
-        def taken(job: Job) -> float | None:
+        """Guesses from what this suite's finished jobs took, those that `only` leaves out included."""
+        estimator = Estimator(self.plan, self.costs, self.facts)
+        for job in self.alike:
             state = self.place.state(job)
-            return float(state["seconds"]) if state.get("code") and state.get("seconds") else None
-
-        return Estimator(self.plan, self.costs, self.facts, taken)
+            if state.get("code") and state.get("seconds"):
+                estimator.learn(job, float(state["seconds"]))
+        return estimator
 
 
 @dataclass(frozen=True)

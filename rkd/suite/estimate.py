@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import median
 
@@ -34,14 +34,14 @@ class Costs:
         return self.macs[data, arch]
 
 
-def measure_costs(plan: Plan, facts: Mapping[str, Facts]) -> Costs:
-    """Make every network of a plan once, for its cost, and to see that it exists.
+def measure_costs(jobs: Iterable[Job], facts: Mapping[str, Facts]) -> Costs:
+    """Make every network of some jobs once, for its cost, and to see that it exists.
 
     Raises:
         ConfigError: one does not exist; the message names who asks for it.
     """
     macs: dict[tuple[str, str], int] = {}
-    for job in plan.jobs.values():
+    for job in jobs:
         for data, arch, whose in _networks(job):
             if (data, arch) not in macs:
                 macs[data, arch] = _macs(arch, facts[data].size, whose)
@@ -71,23 +71,16 @@ class Estimator:
 
     Args:
         plan: whose jobs.
-        costs: of its networks.
-        facts: of its data sets.
-        taken: what finished jobs took, by name.
+        costs: of the networks of its jobs and of those that it learns from.
+        facts: of their data sets.
     """
 
-    def __init__(
-        self, plan: Plan, costs: Costs, facts: Mapping[str, Facts], taken: Callable[[Job], float | None]
-    ) -> None:
+    def __init__(self, plan: Plan, costs: Costs, facts: Mapping[str, Facts]) -> None:
         self._plan, self._costs, self._facts = plan, costs, facts
         self._ratios: dict[str, list[float]] = {}
-        for job in plan.jobs.values():
-            seconds = taken(job)
-            if seconds:
-                self.learn(job, seconds)
 
     def learn(self, job: Job, seconds: float) -> None:
-        """Take note of what a job took."""
+        """Take note of what a job of this suite took, one that is not in the plan included."""
         model = self._model(job)
         for key in (*_likenesses(job), ""):
             self._ratios.setdefault(key, []).append(seconds / model)

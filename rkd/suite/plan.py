@@ -133,6 +133,13 @@ class Job:
     needs: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
 
+    @property
+    def data(self) -> str:
+        """The data set's entry."""
+        if isinstance(self.work, Teacher):
+            return self.work.data
+        return (self.work.cell if isinstance(self.work, Student) else self.work.control.cell).data
+
 
 @dataclass(frozen=True)
 class Plan:

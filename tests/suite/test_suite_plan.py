@@ -239,9 +239,22 @@ def test_what_purifies_a_teacher_is_estimated_to_take_longer_than_what_does_not(
     )
     plan = make_plan(read_suite(file))
     facts = {name: Facts(1000, 100, (32, 32), known=True) for name in ("a", "b")}
-    estimator = Estimator(plan, measure_costs(plan, facts), facts, lambda _job: None)
+    estimator = Estimator(plan, measure_costs(plan.jobs.values(), facts), facts)
     taken = {}
     for job in plan.jobs.values():
         if isinstance(job.work, Student) and (job.work.cell.data, job.work.cell.pair) == ("a", "one"):
             taken[job.work.cell.defence] = estimator.seconds(job)
     assert taken["bought"] > 1.5 * taken["main"]
+
+
+def test_what_is_left_out_of_a_plan_still_tells_how_long_its_like_takes(suite: Suite) -> None:
+    whole, facts = make_plan(suite), {name: Facts(1000, 100, (32, 32), known=True) for name in ("a", "b")}
+    part = make_plan(suite, ("a/one/weak/all/main/s1",))
+    estimator = Estimator(part, measure_costs(whole.jobs.values(), facts), facts)
+    made, wanted = (
+        plan.jobs[plan.student(Cell("a", "one", "weak", "all", "main", seed)).job]
+        for plan, seed in ((whole, 0), (part, 1))
+    )
+    assert made.name not in part.jobs
+    estimator.learn(made, 777.0)
+    assert estimator.seconds(wanted) == pytest.approx(777)
