@@ -1,0 +1,78 @@
+"""results/ and docs/results.md: what is published is what the records say."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from rkd.metrics import Proportion
+from rkd.suite.command import SuiteOptions, rebuild
+from rkd.suite.plan import Cell
+from rkd.suite.results import Record, read_records
+
+ROOT = Path(__file__).resolve().parents[2]
+RECORDS = {record.cell: record for record in read_records(ROOT / "results" / "cpu")}
+PAGE = (ROOT / "docs" / "results.md").read_text()
+
+
+def rows(heading: str) -> list[list[str]]:
+    """The cells of a table of the page, by the first words of its head; no emphasis and no footnotes."""
+    lines = PAGE[PAGE.index(heading) :].partition("\n\n")[0].splitlines()[2:]
+    return [[re.sub(r"\*\*|( \[\d\])+$", "", part.strip()) for part in line.strip("|").split("|")] for line in lines]
+
+
+def excess(record: Record) -> str:
+    assert record.excess is not None
+    points, low, high = (f"{value:+.1f}".replace("-0.0", "0.0").replace("+0.0", "0.0") for value in record.excess)
+    return f"{points} [{low}, {high}]"
+
+
+def share(value: Proportion | None) -> str:
+    assert value is not None
+    return f"{value.value:.1f}"
+
+
+def interval(value: Proportion | None) -> str:
+    assert value is not None
+    return f"{value.value:.1f} [{value.interval[0]:.1f}, {value.interval[1]:.1f}]"
+
+
+@pytest.mark.parametrize("row", rows("| case | undefended"), ids=lambda row: row[0][:40])
+def test_a_case_of_the_page_is_what_its_records_say(row: list[str]) -> None:
+    case, undefended, defended = row
+    named = re.search(r"`([a-z-]+)`", case)
+    assert named
+    data, budget = "gtsrb" if case.startswith("GTSRB") else "cifar10", "labels-5" if "5 % of the" in case else "full"
+    ofd, ours = (RECORDS[Cell(data, "wrn", named[1], budget, defence, 0)] for defence in ("ofd", "robustkd"))
+    assert undefended == ", ".join((share(ofd.student.acc), share(ofd.student.asr), excess(ofd)))
+    assert defended == ", ".join(
+        (share(ours.student.acc), share(ours.student.asr), share(ours.student.ra), excess(ours))
+    )
+
+
+METHODS = [
+    row
+    for row in rows("| | ACC | ASR | RA | excess ASR |\n|---|---|---|---|---|\n| clean twin, same")
+    if "--method" in row[0]
+]
+
+
+@pytest.mark.parametrize("row", [row for row in METHODS if "--purify" not in row[0]], ids=lambda row: row[0])
+def test_a_method_of_the_page_is_what_its_records_say(row: list[str]) -> None:
+    named = re.search(r"--method ([a-z+]+)", row[0])
+    assert named
+    record = RECORDS[Cell("cifar10", "wrn", "backweak", "full", named[1], 0)]
+    of_control = row[0].startswith("control")
+    figures = record.control if of_control else record.student
+    assert figures is not None
+    assert row[1:4] == [interval(figures.acc), interval(figures.asr), interval(figures.ra)]
+    assert of_control or row[4] == excess(record) or named[1] == "ce"
+
+
+def test_the_table_is_what_the_suite_file_makes_of_the_records(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "results" / "cpu" / "cells", tmp_path / "cpu" / "cells")
+    rebuild(SuiteOptions(ROOT / "suites" / "cpu.toml", results=tmp_path))
+    assert (tmp_path / "cpu" / "table.md").read_text() == (ROOT / "results" / "cpu" / "table.md").read_text()
