@@ -106,8 +106,10 @@ def test_perturbations_are_the_teachers_where_there_is_hardening_and_a_teacher()
 
 
 def test_robustkd_without_hardening_and_without_a_mask_is_refused() -> None:
-    with pytest.raises(ConfigError, match="defends nothing"):
+    with pytest.raises(ConfigError, match=r"is not RobustKD: .* or --method finetune\+ofd"):
         settings(hardening=0.0)
+    with pytest.raises(ConfigError, match="is not RobustKD: .* or --method kd"):
+        settings(method="robustkd+kd", hardening=0.0, purify="none")
     assert settings(hardening=0.0, cap=0.2).masked
 
 

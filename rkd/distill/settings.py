@@ -229,9 +229,10 @@ class DistillSettings(TrainingSettings):
         if method.objective == "ce" and self.perturbations in ("teacher", "both"):
             raise ConfigError(f"--perturbations {self.perturbations}: --method ce has no teacher; it takes student")
         if method.treatment == "robustkd" and not (self.radius or self.mask_cap):
+            rest = f"{self.purifier}+{method.objective}" if self.purifier else method.objective
             raise ConfigError(
-                f"--method {self.method} without hardening and without a mask defends nothing: give --variant paper for "
-                f"the mask alone, or --method {method.objective}"
+                f"--method {self.method} without hardening and without a mask is not RobustKD: give --variant paper for the "
+                f"mask alone, or --method {rest}"
             )
 
     @property
