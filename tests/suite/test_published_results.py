@@ -80,6 +80,7 @@ def test_the_summary_of_the_cases_is_what_their_records_say() -> None:
         f"in their place the average is {signed(mean(max(points, 0) for points in extra))}."
     )
     assert said in " ".join(PAGE.split())
+    assert f"finished so far ({len(RECORDS)} of" in PAGE
     assert all(ofd.excess and ofd.excess[0] >= 30 for ofd, _ in pairs)
 
 
