@@ -101,18 +101,16 @@ class Estimator:
         return max(sum(estimates.values()) / max(slots, 1), max(ends.values(), default=0.0))
 
     def _model(self, job: Job) -> float:
-        work = job.work
+        work, facts = job.work, self._facts[job.data]
         if isinstance(work, Teacher):
-            facts, arch = self._facts[work.data], _networks(job)[0][1]
-            macs = self._costs.of(work.data, arch)
+            macs = self._costs.of(job.data, _networks(job)[0][1])
             return _START_S + self._time(
                 3 * macs * facts.train * _teacher_epochs(work) / _TEACHER_SPEEDUP, 2 * macs * facts.test
             )
         if isinstance(work, Student):
-            facts = self._facts[work.cell.data]
             settings = distill_kind().make(work.options, teacher="")
-            student = self._costs.of(work.cell.data, settings.student)
-            teacher = self._costs.of(work.cell.data, _networks(Job("", work.teacher))[0][1])
+            student = self._costs.of(job.data, settings.student)
+            teacher = self._costs.of(job.data, _networks(Job("", work.teacher))[0][1])
             budget = _budget(settings.clean_budget, facts.train)
             images = settings.epochs * budget
             purified = 0
@@ -122,8 +120,7 @@ class Estimator:
             passes = 2 * (student + teacher) * facts.test
             training = (3 * student + teacher) * images + 3 * teacher * purified / _TEACHER_SPEEDUP
             return _START_S + self._time(training, passes)
-        facts = self._facts[work.control.cell.data]
-        student = self._costs.of(work.control.cell.data, str(work.control.options["student"]))
+        student = self._costs.of(job.data, str(work.control.options["student"]))
         return _START_S + self._time(0, student * facts.test * (1 + len(work.teachers)))
 
     def _time(self, training: float, evaluation: float) -> float:
