@@ -115,7 +115,7 @@ class Estimator:
             images = settings.epochs * budget
             purified = 0
             if settings.purifier:
-                batch = min(settings.batch, budget)
+                batch = max(1, min(settings.batch, budget))  # a share of few images may be none: the run refuses it
                 purified = settings.steps_to_purify(images // batch) * batch
             passes = 2 * (student + teacher) * facts.test
             training = (3 * student + teacher) * images + 3 * teacher * purified / _TEACHER_SPEEDUP

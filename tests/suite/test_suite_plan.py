@@ -247,6 +247,15 @@ def test_what_purifies_a_teacher_is_estimated_to_take_longer_than_what_does_not(
     assert taken["bought"] > 1.5 * taken["main"]
 
 
+def test_a_budget_that_leaves_no_image_is_estimated_all_the_same(tmp_path: Path) -> None:
+    file = tmp_path / "suite.toml"
+    file.write_text(FILE.replace('clean-budget = "10%"', 'clean-budget = "0.01%"').replace('"ofd"', '"robustkd"'))
+    plan = make_plan(read_suite(file))
+    facts = {name: Facts(1000, 100, (32, 32), known=True) for name in ("a", "b")}
+    estimator = Estimator(plan, measure_costs(plan.jobs.values(), facts), facts)
+    assert min(estimator.seconds(job) for job in plan.jobs.values()) > 0
+
+
 def test_what_is_left_out_of_a_plan_still_tells_how_long_its_like_takes(suite: Suite) -> None:
     whole, facts = make_plan(suite), {name: Facts(1000, 100, (32, 32), known=True) for name in ("a", "b")}
     part = make_plan(suite, ("a/one/weak/all/main/s1",))
