@@ -13,7 +13,7 @@ demo: $(STAMP)
 	$(BIN)/rkd demo --overwrite
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 # The figures of docs/promises.md that take minutes: every failing write of every command, kills at random times and of
 # every method, mutants through every command

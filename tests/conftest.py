@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -29,6 +30,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker(marker) is not None:
                 item.add_marker(pytest.mark.skip(reason=f"{marker}: run with {switch}=1"))
+
+
+def pytest_collection_finish() -> None:
+    """Spare the collector what stays until the end, all modules and tests: `rkd bench` collects before each sample."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Let extension modules be torn down: TensorRT for RTX reports what is left of it as leaks."""
+    gc.unfreeze()
 
 
 @pytest.hookimpl(wrapper=True)

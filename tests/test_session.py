@@ -157,7 +157,9 @@ PURIFIED = {
 }
 
 
-@pytest.mark.parametrize("method", ROLES)
+@pytest.mark.parametrize(
+    "method", [pytest.param(m, marks=[pytest.mark.promise] if m == "robustkd+kd" else []) for m in ROLES]
+)
 def test_each_method_leaves_a_whole_run_directory(here: Path, method: str) -> None:
     result = done("distill", "teacher.pt", "--method", method, *for_method(method), "--json")
     printed = json.loads(result.stdout)
@@ -200,7 +202,7 @@ def test_each_method_leaves_a_whole_run_directory(here: Path, method: str) -> No
     assert not any(link.startswith(("http", "//")) for link in page.links)
 
 
-@pytest.mark.parametrize("method", ["robustkd", "ce"])
+@pytest.mark.parametrize("method", [pytest.param("robustkd", marks=pytest.mark.promise), "ce"])
 def test_without_labels_the_teachers_answers_decide_and_the_labels_do_not(
     here: Path, stripes: Path, method: str
 ) -> None:
@@ -280,7 +282,7 @@ def test_each_part_of_robustkd_can_be_switched_off_and_then_makes_another_studen
 @pytest.mark.parametrize(
     ("given", "searched"),
     [
-        (("--method", "finetune", "--purify-steps", 4, "--hardening", 8), True),
+        pytest.param(("--method", "finetune", "--purify-steps", 4, "--hardening", 8), True, marks=pytest.mark.promise),
         (("--method", "ce", "--hardening", 8), False),
         (("--no-labels",), True),
     ],
@@ -502,6 +504,7 @@ def interrupted(here: Path, interrupted_once: Path) -> Path:
     return here / "out"
 
 
+@pytest.mark.promise
 def test_an_interrupted_run_goes_on_to_the_same_student(interrupted: Path) -> None:
     done("distill", "teacher.pt", *MASKED, "--data", "data.npz", "--out", "whole")
     done("distill", "--resume", interrupted)

@@ -98,6 +98,7 @@ def test_a_millisecond_of_sleep_in_a_model_is_seen_as_a_millisecond():
     assert pair.high - pair.low < 0.03
 
 
+@pytest.mark.promise
 def test_drift_of_the_machine_cancels_in_the_pair_but_not_in_the_percentiles():
     machine = Machine()
 

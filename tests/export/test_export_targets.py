@@ -29,7 +29,7 @@ from rkd.network import NORMALISATIONS, Network, Normalisation
 from rkd.target import Quantisation, Target, builtin_targets, load_target
 
 CHAIN = {"teacher": "1" * 64, "config": "2" * 64, "student": "3" * 64}
-QUICK = ("wrn-10-1", "resnet20")
+QUICK = ("wrn-10-1",)
 
 
 def student(name: str) -> Network:

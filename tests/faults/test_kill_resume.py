@@ -166,6 +166,7 @@ def test_killed_inside_a_write_and_resumed_gives_the_same_bytes(
     assert result(folder) == uninterrupted
 
 
+@pytest.mark.promise
 def test_killed_again_and_again_also_while_resuming_it_still_ends_with_the_same_bytes(
     start: Start, fresh: Callable[[], Path], uninterrupted: tuple[str, bytes, bytes]
 ) -> None:
@@ -252,7 +253,7 @@ def teachers_and_student(folder: Path) -> dict[str, bytes]:
     [
         # While a checkpoint of the purifying stage is written, while a teacher is, and while the resumed one works.
         ("nad+ofd", [("replace", 6), ("write", 8)]),
-        ("anp+ofd", [("replace", 4), ("replace", 3)]),
+        pytest.param("anp+ofd", [("replace", 4), ("replace", 3)], marks=pytest.mark.promise),
         pytest.param("prune+ofd", [("replace", 5), ("write", 6)], marks=pytest.mark.slow),
         pytest.param("finetune+kd", [("write", 10), ("replace", 2)], marks=pytest.mark.slow),
     ],
@@ -299,7 +300,7 @@ def test_killed_with_noise_or_without_labels_the_student_is_the_same(
     [
         pytest.param(signal.SIGTERM, 143, "after the first checkpoint", marks=pytest.mark.slow),
         (signal.SIGINT, 130, "after the first epoch"),
-        (signal.SIGTERM, 143, "while the mask is learned"),
+        pytest.param(signal.SIGTERM, 143, "while the mask is learned", marks=pytest.mark.promise),
     ],
 )
 def test_asked_to_stop_it_saves_says_how_to_go_on_and_can(

@@ -207,6 +207,7 @@ def test_on_another_machine_the_cells_that_have_results_are_not_made_again(resum
     assert set(contents(resumed / "results")) == set(before)
 
 
+@pytest.mark.promise
 def test_a_result_of_other_settings_does_not_stand_for_a_cell(resumed: Path, here: Any) -> None:
     shutil.rmtree(resumed / "runs")
     edit(
