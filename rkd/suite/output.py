@@ -211,7 +211,7 @@ def markdown(name: str, about: str, tables: Tables) -> str:
 
 
 STANDING_HEADS = (
-    "defence", "cases", "ACC - excess ASR", "behind the first", "excess ASR, mean", "worst", "ACC lost, mean", "worst", "RA below control",
+    "defence", "cases", "ahead of the yardstick", "ACC - excess ASR", "excess ASR, mean", "worst", "ACC lost, mean", "worst", "RA below control",
     "ACC lost, clean teacher", "s a cell",
 )  # fmt: skip
 ROW_HEADS = ("defence", "seeds", "ACC", "ASR", "RA", "control ASR", "excess ASR", "ACC lost", "s a cell")
@@ -220,7 +220,7 @@ ROW_HEADS = ("defence", "seeds", "ACC", "ASR", "RA", "control ASR", "excess ASR"
 def standing_cells(standing: Standing) -> list[str]:
     """A defence's line."""
     return [
-        standing.defence, f"{standing.cases} of {standing.of}", spread(standing.score), paired(standing.behind),
+        standing.defence, f"{standing.cases} of {standing.of}", "yardstick" if standing.defence == standing.yardstick else paired(standing.against), number(standing.score),
         points(standing.excess_mean), points(standing.excess_worst), points(standing.lost_mean), points(standing.lost_worst),
         points(standing.ra_lost_mean), points(standing.clean_lost), number(standing.seconds, 0),
     ]  # fmt: skip
@@ -267,13 +267,13 @@ def spread(figure: Spread, *, signed: bool = False) -> str:
     return mean if len(figure.values) < 2 else f"{mean} {{{show(figure.low)}, {show(figure.high)}}}"
 
 
-def paired(behind: Paired) -> str:
+def paired(against: Paired) -> str:
     """A mean difference, with its interval where there are several pairs, and how many there are."""
-    if not behind.values:
+    if not against.values:
         return ""
-    low, high = behind.interval
-    between = f" [{number(low)}, {number(high)}]" if len(behind.values) > 1 else ""
-    return f"{number(behind.mean)}{between} n={len(behind.values)}"
+    low, high = against.interval
+    between = f" [{points(low)}, {points(high)}]" if len(against.values) > 1 else ""
+    return f"{points(against.mean)}{between} n={len(against.values)}"
 
 
 def number(value: float, places: int = 1) -> str:
@@ -344,14 +344,7 @@ def table_json(table: Table, missing: Sequence[Cell], notes: Sequence[str]) -> d
 
 
 def _standing_json(standing: Standing) -> dict[str, Any]:
-    values = {name: value for name, value in vars(standing).items() if name not in ("score", "behind")}
-    values |= {"shared": [list(case) for case in standing.shared], "seeds": list(standing.seeds)}
-    low, high = map(_rounded, standing.behind.interval)
-    values["behind"] = {
-        "mean": _rounded(standing.behind.mean),
-        "low": low,
-        "high": high,
-        "n": len(standing.behind.values),
-    }
-    score = {"mean": _rounded(standing.score.mean), "seeds": [round(v, 4) for v in standing.score.values]}
-    return {name: _rounded(v) if isinstance(v, float) else v for name, v in values.items()} | {"score": score}
+    values = {name: _rounded(value) if isinstance(value, float) else value for name, value in vars(standing).items()}
+    low, high = map(_rounded, standing.against.interval)
+    against = {"mean": _rounded(standing.against.mean), "low": low, "high": high, "n": len(standing.against.values)}
+    return values | {"against": against}

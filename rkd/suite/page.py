@@ -54,9 +54,11 @@ _MORE = {
     "ACC lost": "ACC of the undefended student of the same teacher and seed, minus this student's: how much clean "
     "accuracy the defence costs.",
     "ACC \N{MINUS SIGN} excess ASR": "One number for a defence: clean accuracy minus what is left of the backdoor, as "
-    "the mean over the cases that transfer and that every defence has met, with the seeds that all of them have.",
-    "Behind the first": "How far the first of the ranking is ahead by that figure: the mean over every case and seed that "
-    "both have met (n), and Student's 95 % interval over these. An interval with zero in it: the two are not told apart.",
+    "the mean over the cases that transfer and that it has met itself. Defences that have met different cases are compared "
+    "by the next figure alone.",
+    "Ahead of the yardstick": "How far a defence is ahead of the one that has met the most cases and seeds (of several, the "
+    "best) by that figure: the mean over every case and seed that both have met (n), and Student's 95 % interval over these. "
+    "An interval with zero in it: the two are not told apart.",
 }
 
 
@@ -68,39 +70,40 @@ def verdict(table: Table) -> str:
     text = f"{len(table.transferring)} of {len(attacked)} attacked cases transfer by plain distillation."
     if table.asleep:
         text += f" In {len(table.asleep)} of the others the attack did not take: its own teacher hardly obeys it."
-    best = next((s for s in table.standings if s.score.values), None)
+    best = next((s for s in table.standings if s.yardstick), None)
     if best is None and table.transferring:
         return f"{text} {comparable(table.standings)}"
     if best is None:
         return f"{text} So nothing here can show that a defence works; it can show that one does no harm."
-    rivals = sum(1 for s in table.standings if s.budget == best.budget and s.score.values)
     return (
-        f"{text} On the {len(best.shared)} that all {rivals} defences have met{f' (budget {best.budget})' if best.budget else ''}, "
-        f"{best.defence} has the highest ACC {MINUS} excess ASR: {best.score.mean:.1f}{_ahead(table, best)}. On the {best.cases} of {best.of} "
-        "that it has met itself it leaves "
+        f"{text} By ACC {MINUS} excess ASR {best.defence} is the first of the defences{f' (budget {best.budget})' if best.budget else ''}"
+        f"{_ahead(table, best)}. On the {best.cases} of {best.of} that it has met it leaves "
         f"{points(best.excess_mean)} points of excess ASR on average and {points(best.excess_worst)} at worst"
         f"{f', and {points(-best.lost_mean)} points of ACC against {table.reference}' if table.reference and math.isfinite(best.lost_mean) else ''}."
     )  # fmt: skip
 
 
 def _ahead(table: Table, best: Standing) -> str:
-    """How far the first is ahead of the one that is closest to it, and whether that can be told from nothing."""
-    rivals = [s for s in table.standings if s.budget == best.budget and s.behind.values]
+    """How far the first is ahead of the yardstick, or as the yardstick of the next, and whether that can be told from nothing."""
+    rivals = [s for s in table.standings if s.budget == best.budget and s.against.values]
     if not rivals:
         return ""
-    closest = min(rivals, key=lambda standing: standing.behind.mean)
-    low, high = closest.behind.interval
+    if best.defence == best.yardstick:
+        other, gap = rivals[0].defence, Paired(tuple(-value for value in rivals[0].against.values))
+    else:
+        other, gap = best.yardstick, best.against
+    low, high = gap.interval
     told = f"[{decimal(low)}, {decimal(high)}]" if math.isfinite(low) else "which one pair cannot tell from nothing"
-    if math.isfinite(low) and not closest.behind.separated:
+    if math.isfinite(low) and not gap.separated:
         told += ", not told apart"
-    n = len(closest.behind.values)
-    return f", {decimal(closest.behind.mean)} ahead of {closest.defence} ({told}; {n} case{'s and seeds' if n > 1 else ' and seed'} of both)"
+    n = len(gap.values)
+    return f", {decimal(gap.mean)} ahead of {other} ({told}; {n} case{'s and seeds' if n > 1 else ' and seed'} of both)"
 
 
 def _standings(table: Table, budget: str) -> Markup:
     chosen = [standing for standing in table.standings if standing.budget == budget]
     heads = (
-        ("Defence", ""), (f"ACC {MINUS} excess ASR", "higher is better"), ("Behind the first", "mean difference"), ("Excess ASR", "mean and worst case"),
+        ("Defence", ""), ("Ahead of the yardstick", "mean difference"), (f"ACC {MINUS} excess ASR", "mean"), ("Excess ASR", "mean and worst case"),
         ("ACC lost", "mean and worst case"), ("RA below control", "mean"), ("ACC lost, clean teacher", "worst case"),
         ("Time", "a cell"),
     )  # fmt: skip
@@ -119,8 +122,8 @@ def _standing_row(standing: Standing) -> Markup:
     return tag(
         "tr",
         tag("th", standing.defence, cases, scope="row"),
-        _spread_cell(standing.score),
-        _behind_cell(standing.behind),
+        _against_cell(standing),
+        tag("td", decimal(standing.score) if math.isfinite(standing.score) else DASH, class_="n"),
         _pair_cell(standing.excess_mean, standing.excess_worst),
         _pair_cell(standing.lost_mean, standing.lost_worst),
         _pair_cell(standing.ra_lost_mean),
@@ -202,12 +205,15 @@ def _spread_cell(
     return tag("td", *lines, *more, class_="n")
 
 
-def _behind_cell(behind: Paired) -> Markup:
-    if not behind.values:
+def _against_cell(standing: Standing) -> Markup:
+    if standing.defence == standing.yardstick:
+        return tag("td", tag("small", "yardstick"), class_="n")
+    if not standing.against.values:
         return tag("td", DASH, class_="n")
-    low, high = behind.interval
-    between = tag("small", f"[{decimal(low)}, {decimal(high)}]") if math.isfinite(low) else Markup()
-    return tag("td", tag("b", decimal(behind.mean)), between, tag("small", f"n {len(behind.values)}"), class_="n")
+    low, high = standing.against.interval
+    between = tag("small", f"[{points(low)}, {points(high)}]") if math.isfinite(low) else Markup()
+    n = tag("small", f"n {len(standing.against.values)}")
+    return tag("td", tag("b", points(standing.against.mean)), between, n, class_="n")
 
 
 def _pair_cell(mean: float, worst: float | None = None) -> Markup:

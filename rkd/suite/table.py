@@ -115,7 +115,8 @@ class Paired(Spread):
     @property
     def separated(self) -> bool:
         """Whether the interval leaves zero out."""
-        return self.interval[0] > 0
+        low, high = self.interval
+        return low > 0 or high < 0
 
 
 @dataclass(frozen=True)
@@ -165,12 +166,12 @@ class Standing:
         defence, budget: which.
         cases: transferring cases that it has a figure on.
         of: transferring cases in all.
-        shared: the cases that every defence with a figure has: the only ones to rank on.
-        seeds: those with which every such defence has met all of these cases.
-        score: ACC - excess ASR, the mean over the shared cases; one value a seed of these.
-        behind: how far the first of the ranking is ahead by ACC - excess ASR, on every case that transfers and seed that
-            both have; empty for the first itself, and where there is no ranking.
-        excess_mean, excess_worst: over its own cases, as all that follows.
+        yardstick: what the defences are compared with, and so ranked by: the one that has met the most cases and seeds,
+            of several the best; empty where none has met any.
+        against: how far it is ahead of the yardstick by ACC - excess ASR, on every case that transfers and seed that both
+            have met; empty for the yardstick itself.
+        score: ACC - excess ASR, the mean over its own cases, as all that follows.
+        excess_mean, excess_worst: of excess ASR.
         lost_mean, lost_worst: points of ACC below the undefended student, over cases.
         ra_lost_mean: points of RA below the control's, over cases.
         clean_lost: points of ACC below the undefended student where the teacher is clean; the worst case.
@@ -181,10 +182,9 @@ class Standing:
     budget: str
     cases: int
     of: int
-    shared: tuple[Case, ...]
-    seeds: tuple[int, ...]
-    score: Spread
-    behind: Paired
+    yardstick: str
+    against: Paired
+    score: float
     excess_mean: float
     excess_worst: float
     lost_mean: float
@@ -291,16 +291,14 @@ def _takes(records: Sequence[Record]) -> bool:
 
 
 def comparable(standings: Sequence[Standing]) -> str:
-    """What the defences are ranked on, in words."""
-    shared, seeds = standings[0].shared, standings[0].seeds
-    if not seeds:
-        return "No case that transfers has been met by every defence with the same seed yet, so they are not ranked."
-    names = ", ".join("/".join(case) for case in shared)
+    """What the defences are ranked by, in words."""
+    yardstick = standings[0].yardstick
+    if not yardstick:
+        return "No defence has met a case that transfers together with its control yet, so they are not ranked."
     return (
-        f"Ranked by ACC - excess ASR over what every defence has met: {names}, seed{'s' if len(seeds) > 1 else ''} "
-        f"{', '.join(map(str, seeds))}. Behind the first: the mean difference of that figure to the first of the ranking, "
-        "on every case and seed (n) that both have met, with Student's 95 % interval over these. The other figures are "
-        "over each defence's own cases."
+        f"Ranked by how far each is ahead of the yardstick in ACC - excess ASR: the mean difference over every case and seed "
+        "(n) that both have met, with Student's 95 % interval over these. The yardstick is the defence that has met the most, "
+        f"{yardstick}. The other figures are over each defence's own cases."
     )
 
 
@@ -359,25 +357,20 @@ def _standings(rows: Sequence[Row], transferring: Sequence[Case], records: Seque
         cases = [case for case in transferring if case[3] == budget]
         defences = dict.fromkeys(row.defence for row in rows if row.case[3] == budget)
         scores = {defence: _scores(defence, cases, records) for defence in defences}
-        met = [score for score in scores.values() if score]
-        shared = tuple(case for case in cases if all(any(case == c for c, _ in score) for score in met))
-        with_each = [{s for c, s in score if c == case} for score in met for case in shared]
-        seeds = tuple(sorted(set.intersection(*with_each))) if with_each else ()
-        of_seeds = {
-            defence: Spread(
-                tuple(statistics.fmean(score[case, seed] for case in shared) for seed in seeds) if score else ()
-            )
+        met = {defence: score for defence, score in scores.items() if score}
+        yardstick = max(met, key=lambda defence: (len(met[defence]), _mean([*met[defence].values()])), default="")
+        of_yardstick = met.get(yardstick, {})
+        against = {
+            defence: Paired(tuple(score[key] - of_yardstick[key] for key in score if key in of_yardstick))
             for defence, score in scores.items()
-        }
-        order = sorted(scores, key=lambda defence: -_least_first(of_seeds[defence].mean))
-        for defence in order:
-            first, mine = scores[order[0]] if seeds else {}, scores[defence]
-            ahead = tuple(first[key] - mine[key] for key in first if key in mine) if defence != order[0] else ()
-            chosen = [row for row in rows if row.defence == defence and row.case[3] == budget]
+        }  # the yardstick's own are noughts, which put it in its place
+        for defence in sorted(scores, key=lambda defence: -_least_first(against[defence].mean)):
+            mine = [row for row in rows if row.defence == defence and row.case[3] == budget]
             found.append(
                 _standing(
-                    defence, budget, [r for r in chosen if r.case in cases and r.excess.values],
-                    [r for r in chosen if r.case[2] == CLEAN], len(cases), shared, seeds, of_seeds[defence], Paired(ahead),
+                    defence, budget, [r for r in mine if r.case in cases and r.excess.values],
+                    [r for r in mine if r.case[2] == CLEAN], len(cases),
+                    yardstick, Paired(()) if defence == yardstick else against[defence],
                 )
             )  # fmt: skip
     return tuple(found)
@@ -402,17 +395,16 @@ def _standing(
     rows: Sequence[Row],
     clean: Sequence[Row],
     of: int,
-    shared: tuple[Case, ...],
-    seeds: tuple[int, ...],
-    score: Spread,
-    behind: Paired,
+    yardstick: str,
+    against: Paired,
 ) -> Standing:
     lost = [row.lost.mean for row in rows if row.lost.values]
     ra_lost = [row.ra_lost for row in rows if math.isfinite(row.ra_lost)]
     seconds = [value for row in (*rows, *clean) for value in row.seconds.values]
     excess = [row.excess.mean for row in rows]
     return Standing(
-        defence, budget, len(rows), of, shared, seeds, score, behind,
+        defence, budget, len(rows), of, yardstick, against,
+        _mean([row.acc.mean - row.excess.mean for row in rows]),
         _mean(excess), max(excess, default=math.nan),
         _mean(lost), max(lost, default=math.nan),
         _mean(ra_lost),

@@ -92,7 +92,7 @@ def test_excess_is_asr_minus_the_control_s_and_averages_over_seeds(table: Table)
     per_seed = [100 * (120 - 110) / N_TRIGGERED, 100 * (100 - 95) / N_TRIGGERED]
     assert ours.excess.values == pytest.approx(per_seed)
     assert ours.excess.mean == pytest.approx(sum(per_seed) / 2)
-    assert ours.acc.low, ours.acc.high == (80.5, 81.5)
+    assert (ours.acc.low, ours.acc.high) == (80.5, 81.5)
     assert ours.excess.deviation == pytest.approx(abs(per_seed[0] - per_seed[1]) / math.sqrt(2))
 
 
@@ -148,17 +148,17 @@ def test_a_defence_s_own_excess_does_not_make_a_case_transfer(folder: Path) -> N
     assert [case[2] for case in make_table(read_records(folder), AXES).transferring] == ["strong"]
 
 
-def test_the_ranking_is_acc_minus_excess_over_the_transferring_cases(table: Table) -> None:
-    names = [standing.defence for standing in table.standings]
+OURS = (81.5 - 100 * 10 / N_TRIGGERED, 80.5 - 100 * 5 / N_TRIGGERED)  # by seed
+OFD = (82.0 - 100 * 600 / N_TRIGGERED, 80.0 - 100 * 510 / N_TRIGGERED)
+
+
+def test_the_figures_of_a_defence_are_over_the_transferring_cases(table: Table) -> None:
     ours = next(standing for standing in table.standings if standing.defence == "ours")
-    assert ours.score.values == pytest.approx([81.5 - 100 * 10 / N_TRIGGERED]), "kd and ce have met no other seed"
-    assert ours.seeds == (0,)
+    assert ours.score == pytest.approx(sum(OURS) / 2)
     assert (ours.cases, ours.of) == (1, 1)
     assert ours.lost_mean == pytest.approx(((820 - 815) + (800 - 805)) / 2 / 10)
     assert ours.ra_lost_mean == pytest.approx(((610 - 600) + (620 - 610)) / 2 / 9)
     assert ours.clean_lost == pytest.approx(0.5)
-    assert names == sorted(names, key=lambda name: -next(s.score.mean for s in table.standings if s.defence == name))
-    assert names[0] == "ours"
 
 
 def test_a_student_that_is_its_own_control_has_no_excess_and_no_interval(table: Table) -> None:
@@ -167,32 +167,42 @@ def test_a_student_that_is_its_own_control_has_no_excess_and_no_interval(table: 
     assert free.seconds.values == ()
 
 
-def test_defences_are_ranked_on_what_all_of_them_have_met(folder: Path) -> None:
+def test_defences_are_ranked_by_what_they_have_met_with_the_one_that_has_met_most(folder: Path) -> None:
     write_record(folder, record("weak", "ofd", 0, (825, 800, 20, 100, 505)))
     table = make_table(read_records(folder), AXES)
     assert [case[2] for case in table.transferring] == ["strong", "weak"]
-    by_name = {standing.defence: standing for standing in table.standings}
-    assert {name: s.cases for name, s in by_name.items()} == {"ofd": 2, "ours": 2, "kd": 1, "ce": 1}
-    assert [case[2] for case in by_name["ours"].shared] == ["strong"], "kd and ce have not met the other one"
-    assert by_name["ofd"].score.values == pytest.approx([82.0 - 100 * 600 / N_TRIGGERED])
-    assert "cifar10/wrn/strong/full" in comparable(table.standings)
-    assert "On the 1 that all 4 defences have met" in verdict(table)
+    assert {s.defence: s.cases for s in table.standings} == {"ofd": 2, "ours": 2, "kd": 1, "ce": 1}
+    assert {standing.yardstick for standing in table.standings} == {"ours"}, "of two that have met as much the better"
+    ranked = [standing for standing in table.standings if standing.defence != "ours"]
+    assert [s.against.mean for s in ranked] == sorted((s.against.mean for s in ranked), reverse=True)
+    assert table.standings[0].defence == "ours", "all others are behind it"
+    assert "has met the most, ours" in comparable(table.standings)
+    assert "ours is the first of the defences" in verdict(table)
 
 
-def test_how_far_the_first_is_ahead_is_over_the_cases_and_seeds_that_both_have_met(table: Table) -> None:
+def test_a_defence_may_be_ahead_of_the_yardstick(folder: Path) -> None:
+    write_record(folder, record("strong", "kd", 0, (830, 100, 800, 95, 800)))
+    table = make_table(read_records(folder), AXES)
+    assert (table.standings[0].defence, table.standings[0].yardstick) == ("kd", "ours")
+    assert table.standings[0].against.values == pytest.approx([83.0 - 100 * 5 / N_TRIGGERED - OURS[0]])
+    assert "kd is the first of the defences (budget full), 2.1 ahead of ours (which one pair cannot tell" in verdict(
+        table
+    )
+
+
+def test_how_far_a_defence_is_ahead_is_over_the_cases_and_seeds_that_both_have_met(table: Table) -> None:
     by_name = {standing.defence: standing for standing in table.standings}
-    assert by_name["ours"].behind.values == ()
-    ours = [81.5 - 100 * 10 / N_TRIGGERED, 80.5 - 100 * 5 / N_TRIGGERED]
-    ofd = [82.0 - 100 * 600 / N_TRIGGERED, 80.0 - 100 * 510 / N_TRIGGERED]
-    ahead = [mine - its for mine, its in zip(ours, ofd, strict=True)]
-    behind = by_name["ofd"].behind
-    assert behind.values == pytest.approx(ahead)
+    assert by_name["ours"].against.values == ()
+    ahead = [its - mine for its, mine in zip(OFD, OURS, strict=True)]
+    against = by_name["ofd"].against
+    assert against.values == pytest.approx(ahead)
     half = 12.706 * abs(ahead[0] - ahead[1]) / 2
-    assert behind.interval == pytest.approx((sum(ahead) / 2 - half, sum(ahead) / 2 + half))
-    assert len(by_name["kd"].behind.values) == 1
-    assert not by_name["kd"].behind.separated, "one pair cannot tell"
+    assert against.interval == pytest.approx((sum(ahead) / 2 - half, sum(ahead) / 2 + half))
+    assert len(by_name["kd"].against.values) == 1
+    assert not by_name["kd"].against.separated, "one pair cannot tell"
     assert not Paired((1.0, -1.0)).separated
     assert Paired((1.0, 1.1, 0.9)).separated
+    assert Paired((-1.0, -1.1, -0.9)).separated
 
 
 def test_a_result_of_another_student_is_set_aside_before_its_place_is_taken(folder: Path) -> None:
@@ -210,24 +220,21 @@ def test_a_result_of_another_student_is_set_aside_before_its_place_is_taken(fold
     assert json.loads(old.read_bytes())["student"]["sha256"] == "6" * 64
 
 
-def test_without_a_case_that_all_have_met_nothing_is_ranked(folder: Path) -> None:
-    write_record(folder, record("weak", "ofd", 0, (825, 800, 20, 100, 505)))
-    (folder / "cells" / "cifar10__wrn__strong__full__kd__s0.json").unlink()
-    write_record(folder, record("weak", "kd", 0, (800, 300, 20, 100, 505)))
-    table = make_table(read_records(folder), AXES)
-    assert all(not standing.score.values for standing in table.standings)
-    assert "not ranked" in verdict(table)
+def test_what_has_met_nothing_together_with_the_yardstick_comes_last(folder: Path) -> None:
+    for name in ("strong__full__kd", "weak__full__ofd", "weak__full__ours"):
+        (folder / "cells" / f"cifar10__wrn__{name}__s0.json").unlink()
+    write_record(folder, record("weak", "kd", 0, (820, 800, 20, 100, 505)))
+    last = make_table(read_records(folder), AXES).standings[-1]
+    assert (last.defence, last.cases, last.yardstick, last.against.values) == ("kd", 1, "ours", ())
+    assert last.score == pytest.approx(82.0 - 100 * 700 / N_TRIGGERED)
 
 
-def test_a_seed_that_lacks_a_shared_case_has_no_score(folder: Path) -> None:
-    write_record(folder, record("weak", "ofd", 0, (825, 800, 20, 100, 505)))
-    for defence in ("kd", "ce"):
-        write_record(folder, record("weak", defence, 0, (800, 100, 20, 100, 505)))
+def test_where_nothing_is_known_nothing_is_ranked(folder: Path) -> None:
+    for path in (folder / "cells").glob("*strong*"):
+        path.unlink()
     table = make_table(read_records(folder), AXES)
-    ofd = next(standing for standing in table.standings if standing.defence == "ofd")
-    assert len(ofd.shared) == 2
-    both = [82.0 - 100 * 600 / N_TRIGGERED, 82.5 - 100 * 700 / N_TRIGGERED]
-    assert ofd.score.values == pytest.approx([sum(both) / 2])
+    assert not any(standing.yardstick or standing.against.values for standing in table.standings)
+    assert "not ranked" in comparable(table.standings)
 
 
 @pytest.mark.parametrize(("kind", "asr", "took"), [("wanet", 300, False), ("wanet", 600, True), ("oscar", 3, True)])
