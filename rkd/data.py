@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from rkd import _images
+from rkd import _arrays, _images
 from rkd._images import Changes, Pixels, Progress, Report, Size, by, first, shown
 from rkd.errors import ConfigError, DataError, MissingExtraError
 from rkd.files import open_regular, storage_errors
@@ -36,7 +36,6 @@ Indices = NDArray[np.int64]
 _MAX_CORRUPT = 0.01
 _TEST_SHARE = 0.2
 _DIGITS_TEST = 500
-_MAX_SIDE = 4096
 _MIN_ARRAY_BYTES = 64 * 2**20  # what a set that cannot be streamed may always take
 _TORCHVISION = (
     "CIFAR10", "CIFAR100", "Country211", "DTD", "FashionMNIST", "FGVCAircraft", "Flowers102", "Food101", "GTSRB",
@@ -343,70 +342,17 @@ def _open_npz(path: Path, request: _Request) -> Dataset:
         raise DataError(f"{origin} holds {seen}; expected arrays x and y, and perhaps x_test with y_test, and classes")
     splits = [(key, arrays[key], arrays[key.replace("x", "y")]) for key in ("x", "x_test") if key in arrays]
     for key, x, y in splits:
-        _check_arrays(f"{origin}: {key}", x, y)
-    classes = _npz_classes(origin, arrays)
+        _arrays.check(f"{origin}: {key}", x, y)
+    classes = _arrays.class_names(origin, arrays)
     size = wanted or (int(splits[0][1].shape[1]), int(splits[0][1].shape[2]))
     if wanted is None and any(x.shape[1:3] != size for _, x, _ in splits):
         raise DataError(f"{origin}: x and x_test hold images of different sizes; give --image-size")
     if sum(len(x) for _, x, _ in splits) * 3 * size[0] * size[1] > limit_bytes:
         raise DataError(f"{origin} takes more than {limit_bytes:,} bytes at {by(size)}; give a smaller --image-size")
-    images = np.concatenate([_array_pixels(x, size) for _, x, _ in splits])
+    images = np.concatenate([_arrays.to_pixels(x, size) for _, x, _ in splits])
     labels = np.concatenate([y.astype(np.int64) for _, _, y in splits])
     train, test, notes = _split(origin, labels, request.seed, len(splits[0][1]) if len(splits) == 2 else None)
     return _in_memory(shown(path.stem), classes, images, labels, rows=(train, test), notes=notes)
-
-
-def _check_arrays(what: str, x: NDArray[Any], y: NDArray[Any]) -> None:
-    if x.dtype != np.uint8:
-        raise DataError(f"{what} is {x.dtype}; expected uint8 images, 0 to 255")
-    if x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[3] not in (1, 3, 4)):
-        hint = "; this looks like (N, C, H, W): transpose it" if x.ndim == 4 and x.shape[1] in (1, 3, 4) else ""
-        raise DataError(f"{what} has shape {x.shape}; expected (N, H, W) or (N, H, W, C) with C of 1, 3 or 4{hint}")
-    if 0 in x.shape or max(x.shape[1:3]) > _MAX_SIDE:
-        raise DataError(f"{what} has shape {x.shape}; expected images of 1 to {_MAX_SIDE} pixels a side")
-    if y.dtype.kind not in "iu" or y.shape != (len(x),):
-        raise DataError(f"{what} goes with labels {y.dtype} {y.shape}; expected {len(x)} whole numbers")
-
-
-def _npz_classes(origin: str, arrays: dict[str, NDArray[Any]]) -> tuple[str, ...]:
-    labels = np.concatenate([arrays[key] for key in ("y", "y_test") if key in arrays])
-    low, high = int(labels.min()), int(labels.max())
-    if "classes" in arrays:
-        names = arrays["classes"]
-        if names.dtype.kind != "U" or names.ndim != 1:
-            raise DataError(f"{origin}: classes is {names.dtype} of shape {names.shape}; expected one text a class")
-        classes = tuple(shown(str(name)) for name in names)
-    else:
-        classes = tuple(str(i) for i in range(min(high + 1, len(labels))))  # more cannot all have an image
-    if low < 0 or high >= len(classes):
-        raise DataError(
-            f"{origin}: labels go from {low} to {high}; expected 0 to K - 1 for K classes, each with images"
-        )
-    return classes
-
-
-def _array_pixels(x: Pixels, size: Size) -> Pixels:
-    """(N, H, W) or (N, H, W, C) to (N, 3, height, width)."""
-    if x.ndim == 3:
-        x = x[..., None]
-    if x.shape[3] == 4:
-        x = np.concatenate([_over_black(x[i : i + 1024]) for i in range(0, len(x), 1024)])
-    if x.shape[1:3] != size:
-        _images.require_pillow()
-        from PIL.Image import fromarray
-
-        rgb = np.broadcast_to(x, (*x.shape[:3], 3))
-        scaled = np.empty((len(x), 3, *size), dtype=np.uint8)
-        for i in range(len(x)):
-            scaled[i] = _images.to_pixels(fromarray(np.ascontiguousarray(rgb[i])), size)[0]
-        return scaled
-    return np.ascontiguousarray(np.broadcast_to(x.transpose(0, 3, 1, 2), (len(x), 3, *size)))
-
-
-def _over_black(rgba: Pixels) -> Pixels:
-    """(..., 4) with alpha to (..., 3)."""
-    blended = rgba[..., :3].astype(np.uint16) * rgba[..., 3:]
-    return np.asarray((blended + 127) // 255, dtype=np.uint8)
 
 
 # ------------------------------------------------------------------------------------------- digits and torchvision
@@ -423,7 +369,7 @@ def _open_digits(size: Size) -> Dataset:
     return _in_memory(
         "digits",
         tuple("0123456789"),
-        _array_pixels(grey, size),
+        _arrays.to_pixels(grey, size),
         digits.target.astype(np.int64),
         rows=(np.sort(order[_DIGITS_TEST:]), np.sort(order[:_DIGITS_TEST])),
         notes=(),
@@ -590,8 +536,8 @@ def _checked_size(size: int | Size | None) -> Size | None:
     if size is None:
         return None
     height, width = (size, size) if isinstance(size, int) else size
-    if not 1 <= min(height, width) <= max(height, width) <= _MAX_SIDE:
-        raise ConfigError(f"image size {by((height, width))}: expected 1 to {_MAX_SIDE} pixels a side")
+    if not 1 <= min(height, width) <= max(height, width) <= _arrays.MAX_SIDE:
+        raise ConfigError(f"image size {by((height, width))}: expected 1 to {_arrays.MAX_SIDE} pixels a side")
     return height, width
 
 
