@@ -28,7 +28,7 @@ from torch import nn
 from rkd.errors import ArchitectureError
 from rkd.models.pyramidnet import BOTTLENECK_FROM, PyramidNet
 from rkd.models.resnet import CifarResNet
-from rkd.models.stem import adapt_stem
+from rkd.models.stem import adapt_stem, early_strides
 from rkd.models.wrn import WideResNet
 from rkd.students import STUDENTS, Student
 
@@ -41,6 +41,7 @@ ALIASES = {
     "vgg16": "vgg16_bn",
     "vgg19": "vgg19_bn",
 }
+_EARLY_STRIDES: dict[tuple[str, tuple[int, int]], tuple[str, ...]] = {}  # found once a process: it takes a second
 
 
 def build(name: str, classes: int, size: tuple[int, int]) -> nn.Module:
@@ -69,7 +70,10 @@ def build(name: str, classes: int, size: tuple[int, int]) -> nn.Module:
         depth, kind = int(match[1]), match[3] or ("-bottleneck" if int(match[1]) >= BOTTLENECK_FROM else "-basic")
         return PyramidNet(depth, int(match[2]), classes, bottleneck=kind == "-bottleneck")
     key = ALIASES.get(name.replace("-", "_"), name.replace("-", "_"))
-    return adapt_stem(_with_quick_statistics(_from_torchvision(key, classes)), size)
+    network = _with_quick_statistics(_from_torchvision(key, classes))
+    if (key, size) not in _EARLY_STRIDES:
+        _EARLY_STRIDES[key, size] = early_strides(network, size)
+    return adapt_stem(network, _EARLY_STRIDES[key, size])
 
 
 def torchvision_names() -> list[str]:

@@ -22,29 +22,45 @@ if TYPE_CHECKING:
 _SMALL = {40: 2, 72: 1}  # images up to so many pixels lose so many stride-2 layers
 
 
-def adapt_stem(network: nn.Module, size: tuple[int, int]) -> nn.Module:
-    """Return `network` with as many early strides removed as its image size calls for.
+def early_strides(network: nn.Module, size: tuple[int, int]) -> tuple[str, ...]:
+    """Names of the layers whose stride is one too many for an image size.
 
     Args:
-        network: fresh, in train mode; it is changed in place where that is possible.
+        network: it is not changed.
         size: height and width of its images in pixels.
+    """
+    wanted = next((count for limit, count in _SMALL.items() if max(size) <= limit), 0)
+    names = [name for name, module in network.named_modules() if _downsamples(module)][:4] if wanted else []
+    if not names:
+        return ()
+    found: list[str] = []
+    trial = copy.deepcopy(network).to("meta")
+    area = _last_map(trial, size)
+    for name in names:
+        module = trial.get_submodule(name)
+        _set(trial, name, _without_stride(copy.deepcopy(module)))
+        if (larger := _last_map(trial, size)) > area:
+            found.append(name)
+            area = larger
+        else:
+            _set(trial, name, module)
+        if len(found) == wanted:
+            break
+    return tuple(found)
+
+
+def adapt_stem(network: nn.Module, strides: tuple[str, ...]) -> nn.Module:
+    """Return `network` without those strides, changed in place.
+
+    Args:
+        network: fresh.
+        strides: what `early_strides` found.
     """
     from torchvision.models import VGG
 
-    wanted = next((count for limit, count in _SMALL.items() if max(size) <= limit), 0)
-    names = [name for name, module in network.named_modules() if _downsamples(module)][:4]
-    removed = 0
-    for name in names:
-        if removed == wanted:
-            break
-        trial = copy.deepcopy(network).to("meta")
-        before = _last_map(trial, size)
-        _set(trial, name, _without_stride(trial.get_submodule(name)))
-        after = _last_map(trial, size)
-        if after > before:
-            _set(network, name, _without_stride(network.get_submodule(name)))
-            removed += 1
-    if wanted and isinstance(network, VGG):
+    for name in strides:
+        _set(network, name, _without_stride(network.get_submodule(name)))
+    if strides and isinstance(network, VGG):
         _shorten_classifier(network)
     return network
 
