@@ -77,7 +77,7 @@ def verdict(table: Table) -> str:
         return f"{text} So nothing here can show that a defence works; it can show that one does no harm."
     return (
         f"{text} By ACC {MINUS} excess ASR {best.defence} is the first of the defences{f' (budget {best.budget})' if best.budget else ''}"
-        f"{_ahead(table, best)}. On the {best.cases} of {best.of} that it has met it leaves "
+        f"{_ahead(table, best)}. On the {best.cases} of {best.of} cases that it has met it leaves "
         f"{points(best.excess_mean)} points of excess ASR on average and {points(best.excess_worst)} at worst"
         f"{f', and {points(-best.lost_mean)} points of ACC against {table.reference}' if table.reference and math.isfinite(best.lost_mean) else ''}."
     )  # fmt: skip
@@ -93,7 +93,7 @@ def _ahead(table: Table, best: Standing) -> str:
     else:
         other, gap = best.yardstick, best.against
     low, high = gap.interval
-    told = f"[{decimal(low)}, {decimal(high)}]" if math.isfinite(low) else "which one pair cannot tell from nothing"
+    told = f"[{points(low)}, {points(high)}]" if math.isfinite(low) else "which one pair cannot tell from nothing"
     if math.isfinite(low) and not gap.separated:
         told += ", not told apart"
     n = len(gap.values)
