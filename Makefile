@@ -12,11 +12,12 @@ export OMP_NUM_THREADS ?= 1
 demo: $(STAMP)
 	$(BIN)/rkd demo --overwrite
 
+# Files in their order: the largest, with hundreds of quick tests, are not the longest.
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
-# The figures of docs/promises.md that take minutes: every failing write of every command, kills at random times and of
-# every method, mutants through every command
+# What takes minutes: the figures of docs/promises.md (every failing write of every command, kills at random times and of
+# every method, mutants through every command) and more variants of quick tests
 test-promises: $(STAMP)
 	RKD_PROMISES=1 $(BIN)/python -m pytest -n auto --dist worksteal -m promise
 

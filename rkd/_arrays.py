@@ -8,10 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rkd import _images
-from rkd._images import Pixels, Size, shown
+from rkd._images import MAX_SIDE, Pixels, Size, shown
 from rkd.errors import DataError
-
-MAX_SIDE = 4096  # pixels
 
 
 def check(what: str, x: NDArray[Any], y: NDArray[Any]) -> None:

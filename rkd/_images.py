@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 EXTENSIONS = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"))
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # others start programs (EPS) or are rarely tested
-_MAX_PIXELS = 64 * 2**20
+MAX_SIDE = 4096  # pixels of an image that a network gets
+_MAX_PIXELS = 64 * 2**20  # of a file
 _LOG = logging.getLogger("rkd.data")
 _CHUNK = 64  # images a task at most: one future an image would cost as much as a small image
 _TRAIN_FOLDER = "train"

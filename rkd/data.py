@@ -536,8 +536,8 @@ def _checked_size(size: int | Size | None) -> Size | None:
     if size is None:
         return None
     height, width = (size, size) if isinstance(size, int) else size
-    if not 1 <= min(height, width) <= max(height, width) <= _arrays.MAX_SIDE:
-        raise ConfigError(f"image size {by((height, width))}: expected 1 to {_arrays.MAX_SIDE} pixels a side")
+    if not 1 <= min(height, width) <= max(height, width) <= _images.MAX_SIDE:
+        raise ConfigError(f"image size {by((height, width))}: expected 1 to {_images.MAX_SIDE} pixels a side")
     return height, width
 
 

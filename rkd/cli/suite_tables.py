@@ -46,6 +46,7 @@ def print_tables(made: Tables) -> None:
     """The ranking of the defences, and where the rest is."""
     from rkd.suite.display import shown
     from rkd.suite.output import MARKDOWN, PAGE, STANDING_HEADS, standing_cells
+    from rkd.suite.table import comparable
 
     table = folding_table(*STANDING_HEADS)
     for standing in made.table.standings:
@@ -53,6 +54,8 @@ def print_tables(made: Tables) -> None:
         name, *cells = standing_cells(standing)
         table.add_row(escape(name + budget), *cells)
     console().print(table)
+    for budget in made.table.budgets:
+        say_next(comparable([standing for standing in made.table.standings if standing.budget == budget]))
     for note in made.notes:
         say_next(note)
     attacked = [case for case in made.table.cases if case[2] != "clean"]

@@ -15,6 +15,7 @@ path/file.py:factory         your own code, which is then run
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib.util
 import inspect
 import re
@@ -23,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from rkd.errors import ArchitectureError
@@ -41,7 +43,6 @@ ALIASES = {
     "vgg16": "vgg16_bn",
     "vgg19": "vgg19_bn",
 }
-_EARLY_STRIDES: dict[tuple[str, tuple[int, int]], tuple[str, ...]] = {}  # found once a process: it takes a second
 
 
 def build(name: str, classes: int, size: tuple[int, int]) -> nn.Module:
@@ -71,9 +72,14 @@ def build(name: str, classes: int, size: tuple[int, int]) -> nn.Module:
         return PyramidNet(depth, int(match[2]), classes, bottleneck=kind == "-bottleneck")
     key = ALIASES.get(name.replace("-", "_"), name.replace("-", "_"))
     network = _with_quick_statistics(_from_torchvision(key, classes))
-    if (key, size) not in _EARLY_STRIDES:
-        _EARLY_STRIDES[key, size] = early_strides(network, size)
-    return adapt_stem(network, _EARLY_STRIDES[key, size])
+    return adapt_stem(network, _early_strides(key, size))
+
+
+@functools.cache
+def _early_strides(name: str, size: tuple[int, int]) -> tuple[str, ...]:
+    """Found once a process: it takes a second."""
+    with torch.random.fork_rng(devices=[]):
+        return early_strides(lambda: _from_torchvision(name, 10), size)
 
 
 def torchvision_names() -> list[str]:

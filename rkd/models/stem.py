@@ -11,6 +11,7 @@ VGG also loses the two hidden layers of its classifier, 120 of its 129 million p
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,21 +23,20 @@ if TYPE_CHECKING:
 _SMALL = {40: 2, 72: 1}  # images up to so many pixels lose so many stride-2 layers
 
 
-def early_strides(network: nn.Module, size: tuple[int, int]) -> tuple[str, ...]:
+def early_strides(make: Callable[[], nn.Module], size: tuple[int, int]) -> tuple[str, ...]:
     """Names of the layers whose stride is one too many for an image size.
 
     Args:
-        network: it is not changed.
+        make: gives a fresh network, to try it on.
         size: height and width of its images in pixels.
     """
     wanted = next((count for limit, count in _SMALL.items() if max(size) <= limit), 0)
-    names = [name for name, module in network.named_modules() if _downsamples(module)][:4] if wanted else []
-    if not names:
+    if not wanted:
         return ()
     found: list[str] = []
-    trial = copy.deepcopy(network).to("meta")
+    trial = make().to("meta")
     area = _last_map(trial, size)
-    for name in names:
+    for name in [name for name, module in trial.named_modules() if _downsamples(module)][:4]:
         module = trial.get_submodule(name)
         _set(trial, name, _without_stride(copy.deepcopy(module)))
         if (larger := _last_map(trial, size)) > area:

@@ -331,7 +331,7 @@ def table_json(table: Table, missing: Sequence[Cell], notes: Sequence[str]) -> d
         flat = _flat_row(row, table)
         rows.append({key: None if value == "" else value for key, value in flat.items()} | {"seeds": list(row.seeds)})
     return {
-        "schema": 1,
+        "schema": 2,
         "reference": table.reference or None,
         "standings": [_standing_json(standing) for standing in table.standings],
         "transferring": [list(case) for case in table.transferring],

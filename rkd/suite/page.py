@@ -53,12 +53,12 @@ _MORE = {
     "and over the seeds too where there are several.",
     "ACC lost": "ACC of the undefended student of the same teacher and seed, minus this student's: how much clean "
     "accuracy the defence costs.",
-    "ACC \N{MINUS SIGN} excess ASR": "One number for a defence: clean accuracy minus what is left of the backdoor, as "
-    "the mean over the cases that transfer and that it has met itself. Defences that have met different cases are compared "
-    "by the next figure alone.",
-    "Ahead of the yardstick": "How far a defence is ahead of the one that has met the most cases and seeds (of several, the "
-    "best) by that figure: the mean over every case and seed that both have met (n), and Student's 95 % interval over these. "
-    "An interval with zero in it: the two are not told apart.",
+    "ACC \N{MINUS SIGN} excess ASR": "One number for a defence: clean accuracy minus what is left of the backdoor (0 where "
+    "less is left than in its control), as the mean over the cases that transfer and that it has met itself. Defences that "
+    "have met different cases are not compared by it.",
+    "Ahead of the yardstick": "How far a defence is ahead of the one that has met the most cases, by that figure: the mean "
+    "over the cases that both have met (n), each over the seeds of both, and Student's 95 % interval over the cases. An "
+    "interval with zero in it: the two are not told apart.",
 }
 
 
@@ -71,33 +71,34 @@ def verdict(table: Table) -> str:
     if table.asleep:
         text += f" In {len(table.asleep)} of the others the attack did not take: its own teacher hardly obeys it."
     best = next((s for s in table.standings if s.yardstick), None)
-    if best is None and table.transferring:
-        return f"{text} {comparable(table.standings)}"
     if best is None:
         return f"{text} So nothing here can show that a defence works; it can show that one does no harm."
     return (
-        f"{text} By ACC {MINUS} excess ASR {best.defence} is the first of the defences{f' (budget {best.budget})' if best.budget else ''}"
-        f"{_ahead(table, best)}. On the {best.cases} of {best.of} cases that it has met it leaves "
+        f"{text} {_lead(table, best)} On the {best.cases} of {best.of} cases that {best.defence} has met it leaves "
         f"{points(best.excess_mean)} points of excess ASR on average and {points(best.excess_worst)} at worst"
         f"{f', and {points(-best.lost_mean)} points of ACC against {table.reference}' if table.reference and math.isfinite(best.lost_mean) else ''}."
     )  # fmt: skip
 
 
-def _ahead(table: Table, best: Standing) -> str:
+def _lead(table: Table, best: Standing) -> str:
     """How far the first is ahead of the yardstick, or as the yardstick of the next, and whether that can be told from nothing."""
+    where = f" (budget {best.budget})" if len(table.budgets) > 1 else ""
     rivals = [s for s in table.standings if s.budget == best.budget and s.against.values]
     if not rivals:
-        return ""
+        return f"{best.defence} is the only defence that has met them{where}."
     if best.defence == best.yardstick:
         other, gap = rivals[0].defence, Paired(tuple(-value for value in rivals[0].against.values))
     else:
         other, gap = best.yardstick, best.against
+    n = f"{len(gap.values)} case{'s' if len(gap.values) > 1 else ''} of both"
     low, high = gap.interval
-    told = f"[{points(low)}, {points(high)}]" if math.isfinite(low) else "which one pair cannot tell from nothing"
-    if math.isfinite(low) and not gap.separated:
-        told += ", not told apart"
-    n = len(gap.values)
-    return f", {decimal(gap.mean)} ahead of {other} ({told}; {n} case{'s and seeds' if n > 1 else ' and seed'} of both)"
+    figure = f"ACC {MINUS} excess ASR{where}"
+    if math.isnan(low):
+        return f"By {figure} {best.defence} is {decimal(gap.mean)} ahead of {other} on the {n}, which cannot tell them apart."
+    seen = f"{decimal(gap.mean)} [{points(low)}, {points(high)}] on the {n}"
+    if gap.separated:
+        return f"By {figure} {best.defence} is ahead of {other}, by {seen}."
+    return f"By {figure} {best.defence} and {other} are not told apart: the first is ahead by {seen}."
 
 
 def _standings(table: Table, budget: str) -> Markup:

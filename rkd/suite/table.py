@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rkd.bench.report.scores import difference
@@ -102,11 +102,11 @@ class Averaged(Proportion):
 
 @dataclass(frozen=True)
 class Paired(Spread):
-    """How far one defence is ahead of another, in points: one value a case and seed that both have met."""
+    """How far one defence is ahead of another, in points: one value a case that both have met."""
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Student's 95 % interval of the mean over cases and seeds; NaN below two, which cannot tell."""
+        """Student's 95 % interval of the mean over cases; NaN below two, which cannot tell."""
         if len(self.values) < 2:
             return math.nan, math.nan
         half = between_seeds(self.values)
@@ -166,11 +166,12 @@ class Standing:
         defence, budget: which.
         cases: transferring cases that it has a figure on.
         of: transferring cases in all.
-        yardstick: what the defences are compared with, and so ranked by: the one that has met the most cases and seeds,
-            of several the best; empty where none has met any.
-        against: how far it is ahead of the yardstick by ACC - excess ASR, on every case that transfers and seed that both
-            have met; empty for the yardstick itself.
-        score: ACC - excess ASR, the mean over its own cases, as all that follows.
+        yardstick: what the defences are compared with, and so ranked by: the one that has met the most cases, of several
+            the first of the file; an undefended one only where there is no other; empty where none has met any.
+        against: how far it is ahead of the yardstick by ACC - excess ASR, on every case that transfers and both have met,
+            each the mean over the seeds of both; empty for the yardstick itself.
+        score: ACC - excess ASR, the mean over its own cases, as all that follows. A negative excess counts as nought
+            here and in `against`: a control that obeys more is no merit.
         excess_mean, excess_worst: of excess ASR.
         lost_mean, lost_worst: points of ACC below the undefended student, over cases.
         ra_lost_mean: points of RA below the control's, over cases.
@@ -272,7 +273,7 @@ def make_table(records: Sequence[Record], axes: Mapping[str, Sequence[Entry]]) -
         transferring,
         untested,
         asleep,
-        _standings(rows, transferring, records),
+        _standings(rows, transferring, records, undefended),
         reference,
         tuple(undefended),
     )
@@ -294,11 +295,12 @@ def comparable(standings: Sequence[Standing]) -> str:
     """What the defences are ranked by, in words."""
     yardstick = standings[0].yardstick
     if not yardstick:
-        return "No defence has met a case that transfers together with its control yet, so they are not ranked."
+        return "No case transfers, so the defences are not ranked."
     return (
-        f"Ranked by how far each is ahead of the yardstick in ACC - excess ASR: the mean difference over every case and seed "
-        "(n) that both have met, with Student's 95 % interval over these. The yardstick is the defence that has met the most, "
-        f"{yardstick}. The other figures are over each defence's own cases."
+        f"Each is compared with the yardstick, {yardstick}, the defence that has met the most cases, and ranked by how far it "
+        "is ahead of it in ACC - excess ASR (a negative excess counts as 0): the mean difference over the cases (n) that both "
+        "have met, each over the seeds of both, with Student's 95 % interval over the cases. Two others are not compared "
+        "with each other: they may have met different cases. The other figures are over each defence's own cases."
     )
 
 
@@ -351,19 +353,18 @@ def _excess_interval(records: Sequence[Record]) -> tuple[float, float]:
     return mean - math.hypot(gap - low, seeds), mean + math.hypot(high - gap, seeds)
 
 
-def _standings(rows: Sequence[Row], transferring: Sequence[Case], records: Sequence[Record]) -> tuple[Standing, ...]:
+def _standings(
+    rows: Sequence[Row], transferring: Sequence[Case], records: Sequence[Record], undefended: Collection[str]
+) -> tuple[Standing, ...]:
     found: list[Standing] = []
     for budget in dict.fromkeys(row.case[3] for row in rows):
         cases = [case for case in transferring if case[3] == budget]
         defences = dict.fromkeys(row.defence for row in rows if row.case[3] == budget)
         scores = {defence: _scores(defence, cases, records) for defence in defences}
-        met = {defence: score for defence, score in scores.items() if score}
-        yardstick = max(met, key=lambda defence: (len(met[defence]), _mean([*met[defence].values()])), default="")
-        of_yardstick = met.get(yardstick, {})
-        against = {
-            defence: Paired(tuple(score[key] - of_yardstick[key] for key in score if key in of_yardstick))
-            for defence, score in scores.items()
-        }  # the yardstick's own are noughts, which put it in its place
+        met = [defence for defence in scores if scores[defence]]
+        yardstick = max(met, key=lambda defence: (defence not in undefended, len(scores[defence])), default="")
+        against = {defence: _paired(scores[defence], scores.get(yardstick, {})) for defence in scores}
+        # The yardstick's own differences are noughts, which put it in its place.
         for defence in sorted(scores, key=lambda defence: -_least_first(against[defence].mean)):
             mine = [row for row in rows if row.defence == defence and row.case[3] == budget]
             found.append(
@@ -371,18 +372,31 @@ def _standings(rows: Sequence[Row], transferring: Sequence[Case], records: Seque
                     defence, budget, [r for r in mine if r.case in cases and r.excess.values],
                     [r for r in mine if r.case[2] == CLEAN], len(cases),
                     yardstick, Paired(()) if defence == yardstick else against[defence],
+                    _mean([_mean([*by_seed.values()]) for by_seed in scores[defence].values()]),
                 )
             )  # fmt: skip
     return tuple(found)
 
 
-def _scores(defence: str, cases: Sequence[Case], records: Sequence[Record]) -> dict[tuple[Case, int], float]:
+def _scores(defence: str, cases: Sequence[Case], records: Sequence[Record]) -> dict[Case, dict[int, float]]:
     """ACC - excess ASR of a defence, by case and seed."""
-    return {
-        (record.cell.case, record.cell.seed): record.student.acc.value - record.excess[0]
-        for record in records
-        if record.cell.defence == defence and record.cell.case in cases and record.excess is not None
+    found: dict[Case, dict[int, float]] = {}
+    for record in records:
+        cell = record.cell
+        if cell.defence == defence and cell.case in cases and record.excess is not None:
+            left = max(record.excess[0], 0.0)
+            found.setdefault(cell.case, {})[cell.seed] = record.student.acc.value - left
+    return found
+
+
+def _paired(mine: Mapping[Case, Mapping[int, float]], other: Mapping[Case, Mapping[int, float]]) -> Paired:
+    """How far one is ahead of the other on each case of both, as the mean over the seeds of both."""
+    both = {
+        case: [value - other[case][seed] for seed, value in mine[case].items() if seed in other[case]]
+        for case in mine
+        if case in other
     }
+    return Paired(tuple(statistics.fmean(values) for values in both.values() if values))
 
 
 def _least_first(value: float) -> float:
@@ -397,14 +411,14 @@ def _standing(
     of: int,
     yardstick: str,
     against: Paired,
+    score: float,
 ) -> Standing:
     lost = [row.lost.mean for row in rows if row.lost.values]
     ra_lost = [row.ra_lost for row in rows if math.isfinite(row.ra_lost)]
     seconds = [value for row in (*rows, *clean) for value in row.seconds.values]
     excess = [row.excess.mean for row in rows]
     return Standing(
-        defence, budget, len(rows), of, yardstick, against,
-        _mean([row.acc.mean - row.excess.mean for row in rows]),
+        defence, budget, len(rows), of, yardstick, against, score,
         _mean(excess), max(excess, default=math.nan),
         _mean(lost), max(lost, default=math.nan),
         _mean(ra_lost),

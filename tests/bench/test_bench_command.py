@@ -70,7 +70,6 @@ def test_a_broken_gate_is_exit_3_says_which_and_the_result_is_written(bench):
     assert entries()
 
 
-@pytest.mark.promise
 def test_a_broken_gate_beside_json_is_told_with_its_figure(bench):
     done = bench("--gate", "acc>=99.9", "--json")
     assert done.exit_code == 3
@@ -279,7 +278,6 @@ def test_what_fails_after_the_timing_is_told_and_the_timing_kept(bench, monkeypa
     assert found["entries"][0]["latency"]["n"] >= 30
 
 
-@pytest.mark.promise
 def test_a_bug_after_the_timing_is_called_one_and_the_timing_kept(bench, monkeypatch):
     def fails(*_):
         raise ZeroDivisionError("of ours")

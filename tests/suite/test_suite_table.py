@@ -15,7 +15,7 @@ import pytest
 from rkd.errors import RunError
 from rkd.metrics import Proportion
 from rkd.suite.file import Entry
-from rkd.suite.output import table_csv, table_json
+from rkd.suite.output import standing_cells, table_csv, table_json
 from rkd.suite.page import suite_page, verdict
 from rkd.suite.plan import Cell
 from rkd.suite.results import REPLACED, read_records, record_path, same_code, write_record
@@ -169,40 +169,81 @@ def test_a_student_that_is_its_own_control_has_no_excess_and_no_interval(table: 
 
 def test_defences_are_ranked_by_what_they_have_met_with_the_one_that_has_met_most(folder: Path) -> None:
     write_record(folder, record("weak", "ofd", 0, (825, 800, 20, 100, 505)))
+    write_record(folder, record("strong", "ofd", 2, (800, 600, 120, 90, 510)))
     table = make_table(read_records(folder), AXES)
     assert [case[2] for case in table.transferring] == ["strong", "weak"]
     assert {s.defence: s.cases for s in table.standings} == {"ofd": 2, "ours": 2, "kd": 1, "ce": 1}
-    assert {standing.yardstick for standing in table.standings} == {"ours"}, "of two that have met as much the better"
+    assert {standing.yardstick for standing in table.standings} == {"ours"}, (
+        "undefended ones only where there is no other"
+    )
     ranked = [standing for standing in table.standings if standing.defence != "ours"]
     assert [s.against.mean for s in ranked] == sorted((s.against.mean for s in ranked), reverse=True)
     assert table.standings[0].defence == "ours", "all others are behind it"
-    assert "has met the most, ours" in comparable(table.standings)
-    assert "ours is the first of the defences" in verdict(table)
+    assert "the yardstick, ours, the defence that has met the most cases" in comparable(table.standings)
 
 
 def test_a_defence_may_be_ahead_of_the_yardstick(folder: Path) -> None:
     write_record(folder, record("strong", "kd", 0, (830, 100, 800, 95, 800)))
+    write_record(folder, record("weak", "kd", 0, (832, 700, 20, 100, 505)))
+    table = make_table(read_records(folder), AXES)
+    assert (table.standings[0].defence, table.standings[0].yardstick) == ("ours", "ours")
+    kd = next(standing for standing in table.standings if standing.defence == "kd")
+    assert kd.against.values[0] == pytest.approx(83.0 - 100 * 5 / N_TRIGGERED - OURS[0])
+    write_record(folder, record("weak", "kd", 0, (832, 80, 20, 100, 505)))
+    write_record(folder, record("weak", "ofd", 0, (832, 700, 20, 100, 505)))
     table = make_table(read_records(folder), AXES)
     assert (table.standings[0].defence, table.standings[0].yardstick) == ("kd", "ours")
-    assert table.standings[0].against.values == pytest.approx([83.0 - 100 * 5 / N_TRIGGERED - OURS[0]])
-    assert "kd is the first of the defences (budget full), 2.1 ahead of ours (which one pair cannot tell" in verdict(
-        table
-    )
+    assert table.standings[0].against.values[1] == pytest.approx(83.2 - 82.2), "less than the control is no merit"
 
 
-def test_how_far_a_defence_is_ahead_is_over_the_cases_and_seeds_that_both_have_met(table: Table) -> None:
+def test_the_verdict_says_whether_the_first_can_be_told_from_the_next(folder: Path) -> None:
+    write_record(folder, record("strong", "kd", 0, (830, 100, 800, 95, 800)))
+    table = make_table(read_records(folder), AXES)
+    assert "kd is 2.1 ahead of ours on the 1 case of both, which cannot tell them apart." in verdict(table)
+    (folder / "cells" / "cifar10__wrn__strong__full__kd__s0.json").unlink()
+    (folder / "cells" / "cifar10__wrn__strong__full__ce__s0.json").unlink()
+    write_record(folder, record("weak", "ofd", 0, (825, 800, 20, 100, 505)))
+    told = verdict(make_table(read_records(folder), AXES))
+    gaps = [sum(OURS) / 2 - sum(OFD) / 2, 82.2 - (82.5 - 100 * 700 / N_TRIGGERED)]
+    half = 12.706 * abs(gaps[0] - gaps[1]) / 2
+    assert half > sum(gaps) / 2
+    assert f"ours and ofd are not told apart: the first is ahead by {sum(gaps) / 2:.1f} [" in told
+    for attack in ("third", "fourth"):
+        write_record(folder, record(attack, "ofd", 0, (825, 750, 20, 100, 505)))
+        write_record(folder, record(attack, "ours", 0, (822, 80, 620, 85, 615)))
+    assert "ours is ahead of ofd, by " in verdict(make_table(read_records(folder), AXES))
+
+
+def test_how_far_a_defence_is_ahead_is_over_the_cases_and_seeds_that_both_have_met(table: Table, folder: Path) -> None:
     by_name = {standing.defence: standing for standing in table.standings}
     assert by_name["ours"].against.values == ()
-    ahead = [its - mine for its, mine in zip(OFD, OURS, strict=True)]
-    against = by_name["ofd"].against
-    assert against.values == pytest.approx(ahead)
-    half = 12.706 * abs(ahead[0] - ahead[1]) / 2
-    assert against.interval == pytest.approx((sum(ahead) / 2 - half, sum(ahead) / 2 + half))
-    assert len(by_name["kd"].against.values) == 1
-    assert not by_name["kd"].against.separated, "one pair cannot tell"
+    strong = sum(its - mine for its, mine in zip(OFD, OURS, strict=True)) / 2
+    assert by_name["ofd"].against.values == pytest.approx([strong]), "two seeds of one case are one"
+    assert by_name["kd"].against.values == pytest.approx([81.0 - 100 * 100 / N_TRIGGERED - OURS[0]])
+    assert not by_name["ofd"].against.separated, "one case cannot tell"
+    write_record(folder, record("weak", "ofd", 0, (825, 800, 20, 100, 505)))
+    against = next(s for s in make_table(read_records(folder), AXES).standings if s.defence == "ofd").against
+    weak = 82.5 - 100 * 700 / N_TRIGGERED - 82.2
+    assert against.values == pytest.approx([strong, weak])
+    half = 12.706 * abs(strong - weak) / 2
+    assert against.interval == pytest.approx(((strong + weak) / 2 - half, (strong + weak) / 2 + half))
     assert not Paired((1.0, -1.0)).separated
     assert Paired((1.0, 1.1, 0.9)).separated
     assert Paired((-1.0, -1.1, -0.9)).separated
+
+
+def test_a_standing_is_told_in_every_form(table: Table) -> None:
+    told = {standing["defence"]: standing for standing in table_json(table, [], [])["standings"]}
+    assert told["ours"]["against"] == {"mean": None, "low": None, "high": None, "n": 0}
+    assert told["kd"]["against"]["n"] == 1
+    assert told["kd"]["yardstick"] == "ours"
+    assert told["kd"]["score"] == pytest.approx(81.0 - 100 * 100 / N_TRIGGERED, abs=1e-3)
+    cells = {standing.defence: standing_cells(standing) for standing in table.standings}
+    assert cells["ours"][:3] == ["ours", "1 of 1", "yardstick"]
+    assert cells["kd"][2] == f"\N{MINUS SIGN}{OURS[0] - 81.0 + 100 * 100 / N_TRIGGERED:.1f} n=1"
+    page = suite_page("made-up", "", table, [], [])
+    assert "<small>yardstick</small>" in page
+    assert f"<b>\N{MINUS SIGN}{OURS[0] - 81.0 + 100 * 100 / N_TRIGGERED:.1f}</b><small>n 1</small>" in page
 
 
 def test_a_result_of_another_student_is_set_aside_before_its_place_is_taken(folder: Path) -> None:
