@@ -57,7 +57,11 @@ def pair(case: str) -> tuple[Record, Record]:
     named = re.search(r"`([a-z-]+)`", case)
     assert named
     data, budget = "gtsrb" if case.startswith("GTSRB") else "cifar10", "labels-5" if "5 % of the" in case else "full"
-    ofd, ours = (RECORDS[Cell(data, "wrn", named[1], budget, defence, 0)] for defence in ("ofd", "robustkd"))
+    seed = re.search(r", seed (\d)$", case)
+    ofd, ours = (
+        RECORDS[Cell(data, "wrn", named[1], budget, defence, int(seed[1]) if seed else 0)]
+        for defence in ("ofd", "robustkd")
+    )
     return ofd, ours
 
 
