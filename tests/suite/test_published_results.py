@@ -68,7 +68,7 @@ def pair(case: str) -> tuple[Record, Record]:
 CASES = rows("| case | undefended")
 
 
-@pytest.mark.parametrize("row", CASES, ids=lambda row: row[0][:40])
+@pytest.mark.parametrize("row", [*CASES, *rows("| seed | undefended")], ids=lambda row: row[0][:40])
 def test_a_case_of_the_page_is_what_its_records_say(row: list[str]) -> None:
     ofd, ours = pair(row[0])
     assert row[1:] == [*figures(ofd), *figures(ours)]
