@@ -180,7 +180,7 @@ def markdown(name: str, about: str, tables: Tables) -> str:
     if tables.notes:
         parts += ["## Before relying on this\n", "\n".join(f"- {note}" for note in tables.notes) + "\n"]
     for budget in table.budgets:
-        chosen = [standing for standing in table.standings if standing.budget == budget]
+        chosen = table.ranking(budget)
         heading = "Defences over the cases that transfer"
         parts += [
             f"## {heading}{f', budget {budget}' if len(table.budgets) > 1 else ''}\n",
@@ -220,7 +220,8 @@ ROW_HEADS = ("defence", "seeds", "ACC", "ASR", "RA", "control ASR", "excess ASR"
 def standing_cells(standing: Standing) -> list[str]:
     """A defence's line."""
     return [
-        standing.defence, f"{standing.cases} of {standing.of}", "yardstick" if standing.defence == standing.yardstick else paired(standing.against), number(standing.score),
+        standing.defence, f"{standing.cases} of {standing.of}",
+        "yardstick" if standing.defence == standing.yardstick else paired(standing.against), number(standing.score),
         points(standing.excess_mean), points(standing.excess_worst), points(standing.lost_mean), points(standing.lost_worst),
         points(standing.ra_lost_mean), points(standing.clean_lost), number(standing.seconds, 0),
     ]  # fmt: skip

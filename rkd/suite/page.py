@@ -83,7 +83,7 @@ def verdict(table: Table) -> str:
 def _lead(table: Table, best: Standing) -> str:
     """How far the first is ahead of the yardstick, or as the yardstick of the next, and whether that can be told from nothing."""
     where = f" (budget {best.budget})" if len(table.budgets) > 1 else ""
-    rivals = [s for s in table.standings if s.budget == best.budget and s.against.values]
+    rivals = [standing for standing in table.ranking(best.budget) if standing.against.values]
     if not rivals:
         return f"{best.defence} is the only defence that has met them{where}."
     if best.defence == best.yardstick:
@@ -102,7 +102,7 @@ def _lead(table: Table, best: Standing) -> str:
 
 
 def _standings(table: Table, budget: str) -> Markup:
-    chosen = [standing for standing in table.standings if standing.budget == budget]
+    chosen = table.ranking(budget)
     heads = (
         ("Defence", ""), ("Ahead of the yardstick", "mean difference"), (f"ACC {MINUS} excess ASR", "mean"), ("Excess ASR", "mean and worst case"),
         ("ACC lost", "mean and worst case"), ("RA below control", "mean"), ("ACC lost, clean teacher", "worst case"),
@@ -124,7 +124,7 @@ def _standing_row(standing: Standing) -> Markup:
         "tr",
         tag("th", standing.defence, cases, scope="row"),
         _against_cell(standing),
-        tag("td", decimal(standing.score) if math.isfinite(standing.score) else DASH, class_="n"),
+        tag("td", decimal(standing.score), class_="n"),
         _pair_cell(standing.excess_mean, standing.excess_worst),
         _pair_cell(standing.lost_mean, standing.lost_worst),
         _pair_cell(standing.ra_lost_mean),

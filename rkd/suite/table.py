@@ -229,6 +229,10 @@ class Table:
         """The budgets that have a ranking, in its order."""
         return tuple(dict.fromkeys(standing.budget for standing in self.standings))
 
+    def ranking(self, budget: str) -> list[Standing]:
+        """The standings of a budget, best first."""
+        return [standing for standing in self.standings if standing.budget == budget]
+
     def outcome(self, case: Case) -> str:
         """What plain distillation does with an attacked case, in words."""
         if case in self.untested:
