@@ -7,7 +7,7 @@ STAMP := $(VENV)/.rkd-ready
 # One thread a process: the tests and the demo are many small computations.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-promises test-slow test-gpu test-cuda test-ray test-board lint types bench fuzz soak clean setup
+.PHONY: demo test test-promises test-slow test-gpu test-cuda test-ray test-board lint types bench results fuzz soak clean setup
 
 demo: $(STAMP)
 	$(BIN)/rkd demo --overwrite
@@ -48,6 +48,11 @@ lint: $(STAMP)
 
 types: $(STAMP)
 	$(BIN)/mypy
+
+# results/*/table.* and the tables of docs/results.md, from the records in results/
+results: $(STAMP)
+	for suite in results/*/; do $(BIN)/rkd suite suites/$$(basename $$suite).toml --table-only >/dev/null || exit 1; done
+	$(BIN)/python tests/published.py
 
 # Release figures: SECONDS=3600 make fuzz soak
 SECONDS ?= 600

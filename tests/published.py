@@ -1,0 +1,262 @@
+"""The tables of docs/results.md, written from the records in results/ and from nothing else.
+
+python -m tests.suite.published     # writes them anew, each between <!-- NAME --> and <!-- end -->
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from statistics import mean
+
+from rkd.metrics import Proportion
+from rkd.suite.file import CLEAN, read_suite
+from rkd.suite.plan import Cell, make_plan
+from rkd.suite.results import Measured, Record, read_records
+from rkd.suite.table import Table, make_table
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "results.md"
+DATA = {"cifar10": "CIFAR-10", "gtsrb": "GTSRB"}
+FIRST = Cell("cifar10", "wrn", "backweak", "full", "", 0)
+
+
+@dataclass(frozen=True)
+class Published:
+    """What is known of one suite.
+
+    Attributes:
+        name: of its file and of its folder in results/.
+    """
+
+    name: str
+
+    @cached_property
+    def records(self) -> Mapping[Cell, Record]:
+        """The finished cells."""
+        folder = ROOT / "results" / self.name
+        return {record.cell: record for record in read_records(folder)} if folder.is_dir() else {}
+
+    @cached_property
+    def cells(self) -> Sequence[Cell]:
+        """All cells of the suite file, in its order."""
+        return make_plan(read_suite(ROOT / "suites" / f"{self.name}.toml")).cells
+
+    @cached_property
+    def table(self) -> Table:
+        """What `rkd suite` makes of the records."""
+        return make_table([*self.records.values()], read_suite(ROOT / "suites" / f"{self.name}.toml").axes)
+
+    def finished(self) -> str:
+        """How far it is."""
+        done, of = len(self.records), len(self.cells)
+        return f"all {of} cells" if done == of else f"the cells that are finished so far ({done} of {of})"
+
+    def pairs(self) -> list[tuple[Record, Record]]:
+        """The undefended student of each attacked cell that has one, and RobustKD's."""
+        cases = list(dict.fromkeys(cell.case for cell in self.cells))
+        cells = sorted(self.cells, key=lambda cell: (cases.index(cell.case), cell.seed))
+        ofd = (self.records.get(cell) for cell in cells if cell.defence == "ofd" and cell.attack != CLEAN)
+        ours = [(one, self.records.get(replace(one.cell, defence="robustkd"))) for one in ofd if one]
+        return [(one, other) for one, other in ours if other]
+
+    def transferring(self) -> list[tuple[Record, Record]]:
+        """Those of them whose case transfers."""
+        return [both for both in self.pairs() if both[0].cell.case in self.table.transferring]
+
+
+CPU, ABLATION = Published("cpu"), Published("ablation")
+
+
+def signed(value: float) -> str:
+    """In points; nought has no sign."""
+    return f"{value:+.1f}" if round(value, 1) else "0.0"
+
+
+def share(value: Proportion | None) -> str:
+    """In percent; empty where it is not known."""
+    return f"{value.value:.1f}" if value else ""
+
+
+def interval(value: Proportion | None) -> str:
+    """In percent, with its 95 % interval."""
+    return f"{value.value:.1f} [{value.interval[0]:.1f}, {value.interval[1]:.1f}]" if value else ""
+
+
+def excess(record: Record) -> str:
+    """Excess ASR with its interval."""
+    if record.excess is None or record.same_student:
+        return "0 by definition" if record.same_student else ""
+    points, low, high = map(signed, record.excess)
+    return f"{points} [{low}, {high}]"
+
+
+def figures(record: Record) -> str:
+    """ACC, ASR, RA and the control's ASR."""
+    assert record.control is not None
+    return f"{share(record.student.acc)}, {share(record.student.asr)}, {share(record.student.ra)} ({share(record.control.asr)})"
+
+
+def left(record: Record) -> float:
+    """ACC - excess ASR, with nought for a negative excess."""
+    assert record.excess is not None
+    return record.student.acc.value - max(record.excess[0], 0.0)
+
+
+def case(cell: Cell) -> str:
+    """A case in words."""
+    others = {"pair": {"mobilenet": "to MobileNet v3-small"}, "budget": {"labels-5": "5 % of the images"}}
+    more = [others["pair"].get(cell.pair, ""), others["budget"].get(cell.budget, "")]
+    seed = f"seed {cell.seed}" if (replace(cell, seed=1) in CPU.cells) else ""
+    return ", ".join([DATA[cell.data], f"`{cell.attack}`", *filter(None, [*more, seed])])
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table."""
+    lines = [f"| {' | '.join(row)} |".replace("|  |", "| |").replace("|  |", "| |") for row in (head, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
+
+
+def cases() -> str:
+    """Every attacked case, undefended and with RobustKD; those that transfer first."""
+    carried = CPU.transferring()
+    rows = [
+        [case(ofd.cell) + note, figures(ofd), excess(ofd), figures(ours), excess(ours)]
+        for pairs, note in (
+            (carried, ""),
+            ([both for both in CPU.pairs() if both not in carried], ": does not transfer"),
+        )
+        for ofd, ours in pairs
+    ]
+    return markdown(
+        [
+            "case",
+            "undefended (OFD): ACC, ASR, RA (control's ASR)",
+            "excess ASR",
+            "RobustKD: ACC, ASR, RA (control's ASR)",
+            "excess ASR",
+        ],
+        rows,
+    )
+
+
+def clean() -> str:
+    """ACC of students of clean teachers."""
+    defences = {"ofd": "undefended (OFD)", "robustkd": "RobustKD", "ce": "no teacher (`ce`)"}
+    rows = []
+    for cell in CPU.cells:
+        if cell.attack == CLEAN and cell.defence == "ofd" and cell in CPU.records:
+            met = [CPU.records.get(replace(cell, defence=defence)) for defence in defences]
+            rows.append(
+                [
+                    case(cell).replace(" `clean`,", "").replace(", `clean`", ""),
+                    *(interval(r.student.acc) if r else "" for r in met),
+                ]
+            )
+    return markdown(["clean teacher", *defences.values()], rows)
+
+
+def baselines() -> str:
+    """RobustKD beside the two baselines that met several cases."""
+    defences = {"robustkd": "RobustKD", "nad+ofd": "NAD (`nad+ofd`)", "prune+ofd": "fine-pruning (`prune+ofd`)"}
+    rows = []
+    for cell in dict.fromkeys(replace(record.cell, defence="") for pair in CPU.transferring() for record in pair):
+        met = [CPU.records.get(replace(cell, defence=defence)) for defence in defences]
+        if any(met[1:]):
+            rows.append([case(cell), *(f"{figures(r)}, **{left(r):.1f}**" if r else "" for r in met)])
+    return markdown(["case", *defences.values()], rows)
+
+
+def first() -> str:
+    """All methods on the first case, with controls and intervals."""
+    head = ["", "ACC", "ASR", "RA", "excess ASR"]
+    undefended = CPU.records[replace(FIRST, defence="ofd")]
+    rows = [
+        measured("clean twin, same trigger", Measured.from_json(undefended.data["teacher"]["clean_twin"])),
+        measured("backdoored teacher (`backweak`)", undefended.teacher),
+    ]
+    for cell in CPU.cells:
+        record = CPU.records.get(cell)
+        if record is None or replace(cell, defence="") != FIRST:
+            continue
+        used = record.data["settings"]
+        method = f"`--method {used['method']}{' --variant paper' if used['variant'] == 'paper' else ''}`"
+        what = {"ofd": "undefended: ", "kd": "undefended: ", "at": "undefended: ", "ce": "no teacher: "}.get(
+            cell.defence, ""
+        )
+        if record.control and not record.same_student:
+            rows.append(measured(f"control: {method}", record.control))
+        rows.append([*measured(f"{what}{method}", record.student)[:-1], excess(record)])
+    return markdown(head, rows)
+
+
+def measured(what: str, network: Measured) -> list[str]:
+    """A row of one network."""
+    return [what, interval(network.acc), interval(network.asr), interval(network.ra), ""]
+
+
+def ablation() -> str:
+    """RobustKD with one part changed at a time."""
+    rows = []
+    for cell in ABLATION.cells:
+        record, control = ABLATION.records.get(cell), ABLATION.records.get(cell.control)
+        if cell.attack != CLEAN and record and control:
+            rows.append(
+                [
+                    f"`{cell.defence}`",
+                    figures(record),
+                    excess(record),
+                    interval(control.student.acc),
+                    f"{left(record):.1f}",
+                ]
+            )
+    return markdown(
+        ["", "ACC, ASR, RA (control's ASR)", "excess ASR", "ACC, clean teacher", "ACC - excess ASR"],
+        rows,
+    )
+
+
+def summary() -> str:
+    """The figures that the cases come down to."""
+    pairs = CPU.transferring()
+    lost = [ofd.student.acc.value - ours.student.acc.value for ofd, ours in pairs]
+    extra = [ours.excess[0] for _, ours in pairs if ours.excess]
+    below = [o.control.ra.value - o.student.ra.value for _, o in pairs if o.control and o.control.ra and o.student.ra]
+    return (
+        f"Over the {len(pairs)} rows that transfer RobustKD's ACC is {mean(lost):.1f} points below the undefended student's on "
+        f"average, {max(lost):.1f} at worst; its excess ASR is {signed(mean(extra))} on average, {signed(max(extra))} at worst "
+        f"({signed(mean(max(points, 0) for points in extra))} on average with nought in place of what is negative: in "
+        f"{sum(points < 0 for points in extra)} rows its student obeys the trigger less than its control does); its RA is "
+        f"{signed(-mean(below))} points from the control's on average, {signed(-max(below))} at worst."
+    )
+
+
+BLOCKS: Mapping[str, Callable[[], str]] = {
+    "finished": CPU.finished,
+    "cases": cases,
+    "summary": summary,
+    "clean": clean,
+    "baselines": baselines,
+    "first": first,
+    "ablation": ablation,
+}  # fmt: skip
+
+
+_BLOCK = re.compile(r"<!-- (\w+) -->(\n?)(.*?)(\n?)<!-- end -->", re.DOTALL)
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    """Name and text of each block of a page."""
+    return [(found[1], found[3]) for found in _BLOCK.finditer(page)]
+
+
+def written(page: str) -> str:
+    """The page with its blocks as the records have them."""
+    return _BLOCK.sub(lambda found: f"<!-- {found[1]} -->{found[2]}{BLOCKS[found[1]]()}{found[4]}<!-- end -->", page)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(written(PAGE.read_text()))
