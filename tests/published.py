@@ -95,9 +95,23 @@ def excess(record: Record) -> str:
 
 
 def figures(record: Record) -> str:
-    """ACC, ASR, RA and the control's ASR."""
+    """ACC, ASR, RA and the control's ASR; in italics where it was made in FP32."""
     assert record.control is not None
-    return f"{share(record.student.acc)}, {share(record.student.asr)}, {share(record.student.ra)} ({share(record.control.asr)})"
+    said = f"{share(record.student.acc)}, {share(record.student.asr)}, {share(record.student.ra)} ({share(record.control.asr)})"
+    return f"*{said}*" if in_fp32(record) else said
+
+
+def in_fp32(record: Record) -> bool:
+    """Whether it was trained in FP32, and not in bfloat16."""
+    return bool(record.data["settings"]["precision"] == "fp32")
+
+
+def precision() -> str:
+    """How many cells were trained in which precision."""
+    fp32 = sum(map(in_fp32, CPU.records.values()))
+    if not fp32:
+        return "All were trained in bfloat16."
+    return f"{len(CPU.records) - fp32} were trained in bfloat16, {fp32} by an earlier run in FP32 (in italics)."
 
 
 def left(record: Record) -> float:
@@ -236,6 +250,7 @@ def summary() -> str:
 
 BLOCKS: Mapping[str, Callable[[], str]] = {
     "finished": CPU.finished,
+    "precision": precision,
     "cases": cases,
     "summary": summary,
     "clean": clean,
