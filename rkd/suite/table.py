@@ -20,6 +20,12 @@ TRANSFERS = 30.0  # points of excess ASR
 SLEEPERS = frozenset({"oscar"})  # attacks whose teacher is meant to be dormant
 
 Case = tuple[str, str, str, str]  # data, pair, attack, budget
+Basis = tuple[int, str]  # seed and teacher (SHA-256): what two students of a case must share to be compared
+
+
+def basis(record: Record) -> Basis:
+    """What a cell was made from."""
+    return record.cell.seed, str(record.data.get("teacher", {}).get("sha256", ""))
 
 
 @dataclass(frozen=True)
@@ -131,7 +137,7 @@ class Row:
         excess: ASR minus the control's, in points.
         excess_interval: 95 %, over images and seeds; NaN where there is none.
         ra_lost: mean over the seeds of the control's RA minus RA, in points; NaN where there is no control.
-        lost: ACC of the undefended student of the same seed minus this one's, in points.
+        lost: ACC of the undefended student of the same seed and teacher minus this one's, in points.
         seconds: of one cell.
         acc_share, asr_share, ra_share: the same with n and interval.
         student, teacher_acc, teacher_asr: the student's network; its teachers' figures.
@@ -169,7 +175,7 @@ class Standing:
         yardstick: what the defences are compared with, and so ranked by: the one that has met the most cases, of several
             the first of the file; an undefended one only where there is no other; empty where none has met any.
         against: how far it is ahead of the yardstick by ACC - excess ASR, on every case that transfers and both have met,
-            each the mean over the seeds of both; empty for the yardstick itself.
+            each the mean over the seeds of both, from the same teachers; empty for the yardstick itself.
         score: ACC - excess ASR, the mean over its own cases, as all that follows. A negative excess counts as nought
             here and in `against`: a control that obeys more is no merit.
         excess_mean, excess_worst: of excess ASR.
@@ -303,7 +309,7 @@ def comparable(standings: Sequence[Standing]) -> str:
     return (
         f"Each is compared with the yardstick, {yardstick}, the defence that has met the most cases, and ranked by how far it "
         "is ahead of it in ACC - excess ASR (a negative excess counts as 0): the mean difference over the cases (n) that both "
-        "have met, each over the seeds of both, with Student's 95 % interval over the cases. Two others are not compared "
+        "have met, each over the seeds of both and from the same teachers, with Student's 95 % interval over the cases. Two others are not compared "
         "with each other: they may have met different cases. The other figures are over each defence's own cases."
     )
 
@@ -316,7 +322,7 @@ def _transfer(rows: Iterable[Row], case: Case, undefended: Sequence[str]) -> flo
 
 def _row(records: Sequence[Record], reference: Sequence[Record]) -> Row:
     records = sorted(records, key=lambda record: record.cell.seed)
-    by_seed = {record.cell.seed: record for record in reference}
+    undefended = {basis(record): record.student.acc.value for record in reference}
     asr = [r.student.asr for r in records if r.student.asr]
     ra = [r.student.ra for r in records if r.student.ra]
     controlled = [r for r in records if r.excess is not None]
@@ -332,7 +338,7 @@ def _row(records: Sequence[Record], reference: Sequence[Record]) -> Row:
         Spread(tuple(r.excess[0] for r in controlled if r.excess)),
         _excess_interval(controlled),
         _mean([r.control.ra.value - r.student.ra.value for r in records if r.control and r.control.ra and r.student.ra]),
-        Spread(tuple(by_seed[r.cell.seed].student.acc.value - r.student.acc.value for r in records if r.cell.seed in by_seed)),
+        Spread(tuple(undefended[basis(r)] - r.student.acc.value for r in records if basis(r) in undefended)),
         Spread(tuple(r.seconds for r in records if r.seconds is not None and not r.same_student)),
         Averaged.of([r.student.acc for r in records]),
         Averaged.of(asr),
@@ -376,27 +382,27 @@ def _standings(
                     defence, budget, [r for r in mine if r.case in cases and r.excess.values],
                     [r for r in mine if r.case[2] == CLEAN], len(cases),
                     yardstick, Paired(()) if defence == yardstick else against[defence],
-                    _mean([_mean([*by_seed.values()]) for by_seed in scores[defence].values()]),
+                    _mean([_mean([*each.values()]) for each in scores[defence].values()]),
                 )
             )  # fmt: skip
     return tuple(found)
 
 
-def _scores(defence: str, cases: Sequence[Case], records: Sequence[Record]) -> dict[Case, dict[int, float]]:
-    """ACC - excess ASR of a defence, by case and seed."""
-    found: dict[Case, dict[int, float]] = {}
+def _scores(defence: str, cases: Sequence[Case], records: Sequence[Record]) -> dict[Case, dict[Basis, float]]:
+    """ACC - excess ASR of a defence, by case, seed and teacher."""
+    found: dict[Case, dict[Basis, float]] = {}
     for record in records:
         cell = record.cell
         if cell.defence == defence and cell.case in cases and record.excess is not None:
             left = max(record.excess[0], 0.0)
-            found.setdefault(cell.case, {})[cell.seed] = record.student.acc.value - left
+            found.setdefault(cell.case, {})[basis(record)] = record.student.acc.value - left
     return found
 
 
-def _paired(mine: Mapping[Case, Mapping[int, float]], other: Mapping[Case, Mapping[int, float]]) -> Paired:
-    """How far one is ahead of the other on each case of both, as the mean over the seeds of both."""
+def _paired(mine: Mapping[Case, Mapping[Basis, float]], other: Mapping[Case, Mapping[Basis, float]]) -> Paired:
+    """How far one is ahead of the other on each case of both, as the mean over the seeds and teachers of both."""
     both = {
-        case: [value - other[case][seed] for seed, value in mine[case].items() if seed in other[case]]
+        case: [value - other[case][same] for same, value in mine[case].items() if same in other[case]]
         for case in mine
         if case in other
     }

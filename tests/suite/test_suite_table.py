@@ -232,6 +232,23 @@ def test_how_far_a_defence_is_ahead_is_over_the_cases_and_seeds_that_both_have_m
     assert Paired((-1.0, -1.1, -0.9)).separated
 
 
+def test_students_of_different_teachers_are_not_compared(folder: Path) -> None:
+    one = record("strong", "ours", 0, FIGURES["strong", "ours", 0])
+    one["teacher"]["sha256"] = "8" * 64
+    write_record(folder, one)
+    ours = next(
+        row
+        for row in make_table(read_records(folder), AXES).rows
+        if row.case[2:] == ("strong", "full") and row.defence == "ours"
+    )
+    assert ours.seeds == (0, 1)
+    undefended = FIGURES["strong", "ofd", 1]
+    assert ours.lost.values == pytest.approx((100 * (undefended[0] - FIGURES["strong", "ours", 1][0]) / N_CLEAN,))
+    standings = {standing.defence: standing for standing in make_table(read_records(folder), AXES).standings}
+    assert standings["ce"].yardstick == "ours"
+    assert standings["ce"].against.values == (), "both have seed 0 alone, from two teachers"
+
+
 def test_a_standing_is_told_in_every_form(table: Table) -> None:
     told = {standing["defence"]: standing for standing in table_json(table, [], [])["standings"]}
     assert told["ours"]["against"] == {"mean": None, "low": None, "high": None, "n": 0}
