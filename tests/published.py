@@ -1,6 +1,6 @@
-"""The tables of docs/results.md, written from the records in results/ and from nothing else.
+"""The tables of docs/results.md, written from the records in results/ and from nothing else, each between <!-- NAME --> and <!-- end -->.
 
-python -m tests.suite.published     # writes them anew, each between <!-- NAME --> and <!-- end -->
+make results
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rkd.metrics import Proportion
 from rkd.suite.file import CLEAN, read_suite
 from rkd.suite.plan import Cell, make_plan
 from rkd.suite.results import Measured, Record, read_records
-from rkd.suite.table import Table, make_table
+from rkd.suite.table import Table, basis, make_table
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "results.md"
@@ -55,11 +55,14 @@ class Published:
         done, of = len(self.records), len(self.cells)
         return f"all {of} cells" if done == of else f"the cells that are finished so far ({done} of {of})"
 
+    def by_case(self) -> list[Cell]:
+        """All cells, the seeds of a case one after the other."""
+        cases = list(dict.fromkeys(cell.case for cell in self.cells))
+        return sorted(self.cells, key=lambda cell: (cases.index(cell.case), cell.seed))
+
     def pairs(self) -> list[tuple[Record, Record]]:
         """The undefended student of each attacked cell that has one, and RobustKD's."""
-        cases = list(dict.fromkeys(cell.case for cell in self.cells))
-        cells = sorted(self.cells, key=lambda cell: (cases.index(cell.case), cell.seed))
-        ofd = (self.records.get(cell) for cell in cells if cell.defence == "ofd" and cell.attack != CLEAN)
+        ofd = (self.records.get(cell) for cell in self.by_case() if cell.defence == "ofd" and cell.attack != CLEAN)
         ours = [(one, self.records.get(replace(one.cell, defence="robustkd"))) for one in ofd if one]
         return [(one, other) for one, other in ours if other]
 
@@ -95,9 +98,14 @@ def excess(record: Record) -> str:
 
 
 def figures(record: Record) -> str:
-    """ACC, ASR, RA and the control's ASR; in italics where it was made in FP32."""
+    """ACC, ASR, RA and the control's ASR."""
     assert record.control is not None
     said = f"{share(record.student.acc)}, {share(record.student.asr)}, {share(record.student.ra)} ({share(record.control.asr)})"
+    return slanted(record, said)
+
+
+def slanted(record: Record, said: str) -> str:
+    """In italics where it was made in FP32."""
     return f"*{said}*" if in_fp32(record) else said
 
 
@@ -124,7 +132,7 @@ def case(cell: Cell) -> str:
     """A case in words."""
     others = {"pair": {"mobilenet": "to MobileNet v3-small"}, "budget": {"labels-5": "5 % of the images"}}
     more = [others["pair"].get(cell.pair, ""), others["budget"].get(cell.budget, "")]
-    seed = f"seed {cell.seed}" if (replace(cell, seed=1) in CPU.cells) else ""
+    seed = f"seed {cell.seed}" if any(other.seed and other.case == cell.case for other in CPU.cells) else ""
     return ", ".join([DATA[cell.data], f"`{cell.attack}`", *filter(None, [*more, seed])])
 
 
@@ -161,27 +169,32 @@ def clean() -> str:
     """ACC of students of clean teachers."""
     defences = {"ofd": "undefended (OFD)", "robustkd": "RobustKD", "ce": "no teacher (`ce`)"}
     rows = []
-    for cell in CPU.cells:
+    for cell in CPU.by_case():
         if cell.attack == CLEAN and cell.defence == "ofd" and cell in CPU.records:
             met = [CPU.records.get(replace(cell, defence=defence)) for defence in defences]
             rows.append(
                 [
                     case(cell).replace(" `clean`,", "").replace(", `clean`", ""),
-                    *(interval(r.student.acc) if r else "" for r in met),
+                    *(slanted(r, interval(r.student.acc)) if r else "" for r in met),
                 ]
             )
     return markdown(["clean teacher", *defences.values()], rows)
 
 
 def baselines() -> str:
-    """RobustKD beside the two baselines that met several cases."""
+    """RobustKD beside the two baselines that met several cases; a dagger where they met another teacher."""
     defences = {"robustkd": "RobustKD", "nad+ofd": "NAD (`nad+ofd`)", "prune+ofd": "fine-pruning (`prune+ofd`)"}
     rows = []
     for cell in dict.fromkeys(replace(record.cell, defence="") for pair in CPU.transferring() for record in pair):
         met = [CPU.records.get(replace(cell, defence=defence)) for defence in defences]
-        if any(met[1:]):
-            rows.append([case(cell), *(f"{figures(r)}, **{left(r):.1f}**" if r else "" for r in met)])
+        if any(met[1:]) and met[0]:
+            rows.append([case(cell), *(beside(r, met[0]) if r else "" for r in met)])
     return markdown(["case", *defences.values()], rows)
+
+
+def beside(record: Record, ours: Record) -> str:
+    """One baseline's figures in the row of RobustKD's."""
+    return f"{figures(record)}, **{left(record):.1f}**{'' if basis(record) == basis(ours) else ' †'}"
 
 
 def first() -> str:
@@ -196,8 +209,7 @@ def first() -> str:
         record = CPU.records.get(cell)
         if record is None or replace(cell, defence="") != FIRST:
             continue
-        used = record.data["settings"]
-        method = f"`--method {used['method']}{' --variant paper' if used['variant'] == 'paper' else ''}`"
+        method = command(record)
         what = {"ofd": "undefended: ", "kd": "undefended: ", "at": "undefended: ", "ce": "no teacher: "}.get(
             cell.defence, ""
         )
@@ -205,6 +217,17 @@ def first() -> str:
             rows.append(measured(f"control: {method}", record.control))
         rows.append([*measured(f"{what}{method}", record.student)[:-1], excess(record)])
     return markdown(head, rows)
+
+
+def command(record: Record) -> str:
+    """The options that a cell was made with."""
+    used = record.data["settings"]
+    options = f"--method {used['method']}"
+    if used["variant"] == "paper":
+        options += " --variant paper"
+    elif used["method"].startswith("robustkd") and not used.get("purify"):
+        options += " --purify none"
+    return f"`{options}`{', FP32' if in_fp32(record) else ''}"
 
 
 def measured(what: str, network: Measured) -> list[str]:

@@ -57,8 +57,8 @@ _MORE = {
     "less is left than in its control), as the mean over the cases that transfer and that it has met itself. Defences that "
     "have met different cases are not compared by it.",
     "Ahead of the yardstick": "How far a defence is ahead of the one that has met the most cases, by that figure: the mean "
-    "over the cases that both have met (n), each over the seeds of both, and Student's 95 % interval over the cases. An "
-    "interval with zero in it: the two are not told apart.",
+    "over the cases that both have met (n), each over the seeds of both and from the same teachers, and Student's 95 % interval "
+    "over the cases. An interval with zero in it: the two are not told apart. A dash: there is no such case.",
 }
 
 
@@ -85,7 +85,7 @@ def _lead(table: Table, best: Standing) -> str:
     where = f" (budget {best.budget})" if len(table.budgets) > 1 else ""
     rivals = [standing for standing in table.ranking(best.budget) if standing.against.values]
     if not rivals:
-        return f"{best.defence} is the only defence that has met them{where}."
+        return f"No other defence has met a case of {best.defence}'s from the same teachers{where}."
     if best.defence == best.yardstick:
         other, gap = rivals[0].defence, Paired(tuple(-value for value in rivals[0].against.values))
     else:

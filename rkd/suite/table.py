@@ -309,7 +309,8 @@ def comparable(standings: Sequence[Standing]) -> str:
     return (
         f"Each is compared with the yardstick, {yardstick}, the defence that has met the most cases, and ranked by how far it "
         "is ahead of it in ACC - excess ASR (a negative excess counts as 0): the mean difference over the cases (n) that both "
-        "have met, each over the seeds of both and from the same teachers, with Student's 95 % interval over the cases. Two others are not compared "
+        "have met, each over the seeds of both and from the same teachers, with Student's 95 % interval over the cases. A dash: there "
+        "is no such case. Two others are not compared "
         "with each other: they may have met different cases. The other figures are over each defence's own cases."
     )
 

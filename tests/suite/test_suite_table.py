@@ -247,6 +247,11 @@ def test_students_of_different_teachers_are_not_compared(folder: Path) -> None:
     standings = {standing.defence: standing for standing in make_table(read_records(folder), AXES).standings}
     assert standings["ce"].yardstick == "ours"
     assert standings["ce"].against.values == (), "both have seed 0 alone, from two teachers"
+    other = record("strong", "ours", 1, FIGURES["strong", "ours", 1])
+    other["teacher"]["sha256"] = "8" * 64
+    write_record(folder, other)
+    said = "No other defence has met a case of ours's from the same teachers"
+    assert said in verdict(make_table(read_records(folder), AXES))
 
 
 def test_a_standing_is_told_in_every_form(table: Table) -> None:
