@@ -12,8 +12,10 @@ from functools import cached_property
 from pathlib import Path
 from statistics import mean
 
+from rkd.bench.report.markup import MINUS, points
+from rkd.files import write_file
 from rkd.metrics import Proportion
-from rkd.suite.file import CLEAN, read_suite
+from rkd.suite.file import CLEAN, Suite, read_suite
 from rkd.suite.plan import Cell, make_plan
 from rkd.suite.results import Measured, Record, read_records
 from rkd.suite.table import Table, basis, make_table
@@ -21,6 +23,7 @@ from rkd.suite.table import Table, basis, make_table
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "results.md"
 DATA = {"cifar10": "CIFAR-10", "gtsrb": "GTSRB"}
+PAIRS, BUDGETS = {"mobilenet": "to MobileNet v3-small"}, {"labels-5": "5 % of the images"}
 FIRST = Cell("cifar10", "wrn", "backweak", "full", "", 0)
 
 
@@ -41,14 +44,19 @@ class Published:
         return {record.cell: record for record in read_records(folder)} if folder.is_dir() else {}
 
     @cached_property
+    def suite(self) -> Suite:
+        """Its file."""
+        return read_suite(ROOT / "suites" / f"{self.name}.toml")
+
+    @cached_property
     def cells(self) -> Sequence[Cell]:
         """All cells of the suite file, in its order."""
-        return make_plan(read_suite(ROOT / "suites" / f"{self.name}.toml")).cells
+        return make_plan(self.suite).cells
 
     @cached_property
     def table(self) -> Table:
         """What `rkd suite` makes of the records."""
-        return make_table([*self.records.values()], read_suite(ROOT / "suites" / f"{self.name}.toml").axes)
+        return make_table([*self.records.values()], self.suite.axes)
 
     def finished(self) -> str:
         """How far it is."""
@@ -75,8 +83,8 @@ CPU, ABLATION = Published("cpu"), Published("ablation")
 
 
 def signed(value: float) -> str:
-    """In points; nought has no sign."""
-    return f"{value:+.1f}" if round(value, 1) else "0.0"
+    """In points, with a plain minus; nought has no sign."""
+    return points(value).replace(MINUS, "-")
 
 
 def share(value: Proportion | None) -> str:
@@ -93,8 +101,8 @@ def excess(record: Record) -> str:
     """Excess ASR with its interval."""
     if record.excess is None or record.same_student:
         return "0 by definition" if record.same_student else ""
-    points, low, high = map(signed, record.excess)
-    return f"{points} [{low}, {high}]"
+    gap, low, high = map(signed, record.excess)
+    return f"{gap} [{low}, {high}]"
 
 
 def figures(record: Record) -> str:
@@ -122,23 +130,17 @@ def precision() -> str:
     return f"{len(CPU.records) - fp32} were trained in bfloat16, {fp32} by an earlier run in FP32 (in italics)."
 
 
-def left(record: Record) -> float:
-    """ACC - excess ASR, with nought for a negative excess."""
-    assert record.excess is not None
-    return record.student.acc.value - max(record.excess[0], 0.0)
-
-
 def case(cell: Cell) -> str:
     """A case in words."""
-    others = {"pair": {"mobilenet": "to MobileNet v3-small"}, "budget": {"labels-5": "5 % of the images"}}
-    more = [others["pair"].get(cell.pair, ""), others["budget"].get(cell.budget, "")]
+    attack = f"`{cell.attack}`" if cell.attack != CLEAN else ""
+    pair, budget = PAIRS.get(cell.pair, ""), BUDGETS.get(cell.budget, "")
     seed = f"seed {cell.seed}" if any(other.seed and other.case == cell.case for other in CPU.cells) else ""
-    return ", ".join([DATA[cell.data], f"`{cell.attack}`", *filter(None, [*more, seed])])
+    return ", ".join(filter(None, [DATA[cell.data], attack, pair, budget, seed]))
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table."""
-    lines = [f"| {' | '.join(row)} |".replace("|  |", "| |").replace("|  |", "| |") for row in (head, *rows)]
+    lines = [f"|{'|'.join(f' {cell} ' if cell else ' ' for cell in row)}|" for row in (head, *rows)]
     return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
 
 
@@ -172,12 +174,7 @@ def clean() -> str:
     for cell in CPU.by_case():
         if cell.attack == CLEAN and cell.defence == "ofd" and cell in CPU.records:
             met = [CPU.records.get(replace(cell, defence=defence)) for defence in defences]
-            rows.append(
-                [
-                    case(cell).replace(" `clean`,", "").replace(", `clean`", ""),
-                    *(slanted(r, interval(r.student.acc)) if r else "" for r in met),
-                ]
-            )
+            rows.append([case(cell), *(slanted(r, interval(r.student.acc)) if r else "" for r in met)])
     return markdown(["clean teacher", *defences.values()], rows)
 
 
@@ -194,7 +191,7 @@ def baselines() -> str:
 
 def beside(record: Record, ours: Record) -> str:
     """One baseline's figures in the row of RobustKD's."""
-    return f"{figures(record)}, **{left(record):.1f}**{'' if basis(record) == basis(ours) else ' †'}"
+    return f"{figures(record)}, **{record.score:.1f}**{'' if basis(record) == basis(ours) else ' †'}"
 
 
 def first() -> str:
@@ -210,12 +207,10 @@ def first() -> str:
         if record is None or replace(cell, defence="") != FIRST:
             continue
         method = command(record)
-        what = {"ofd": "undefended: ", "kd": "undefended: ", "at": "undefended: ", "ce": "no teacher: "}.get(
-            cell.defence, ""
-        )
+        what = "undefended: " if cell.defence in CPU.table.undefended else "no teacher: " if record.same_student else ""
         if record.control and not record.same_student:
             rows.append(measured(f"control: {method}", record.control))
-        rows.append([*measured(f"{what}{method}", record.student)[:-1], excess(record)])
+        rows.append(measured(f"{what}{method}", record.student, excess(record)))
     return markdown(head, rows)
 
 
@@ -230,9 +225,9 @@ def command(record: Record) -> str:
     return f"`{options}`{', FP32' if in_fp32(record) else ''}"
 
 
-def measured(what: str, network: Measured) -> list[str]:
+def measured(what: str, network: Measured, gap: str = "") -> list[str]:
     """A row of one network."""
-    return [what, interval(network.acc), interval(network.asr), interval(network.ra), ""]
+    return [what, interval(network.acc), interval(network.asr), interval(network.ra), gap]
 
 
 def ablation() -> str:
@@ -247,7 +242,7 @@ def ablation() -> str:
                     figures(record),
                     excess(record),
                     interval(control.student.acc),
-                    f"{left(record):.1f}",
+                    f"{record.score:.1f}",
                 ]
             )
     return markdown(
@@ -265,8 +260,8 @@ def summary() -> str:
     return (
         f"Over the {len(pairs)} rows that transfer RobustKD's ACC is {mean(lost):.1f} points below the undefended student's on "
         f"average, {max(lost):.1f} at worst; its excess ASR is {signed(mean(extra))} on average, {signed(max(extra))} at worst "
-        f"({signed(mean(max(points, 0) for points in extra))} on average with nought in place of what is negative: in "
-        f"{sum(points < 0 for points in extra)} rows its student obeys the trigger less than its control does); its RA is "
+        f"({signed(mean(max(gap, 0) for gap in extra))} on average with nought in place of what is negative: in "
+        f"{sum(gap < 0 for gap in extra)} rows its student obeys the trigger less than its control does); its RA is "
         f"{signed(-mean(below))} points from the control's on average, {signed(-max(below))} at worst."
     )
 
@@ -297,4 +292,4 @@ def written(page: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(written(PAGE.read_text()))
+    write_file(PAGE, written(PAGE.read_text()).encode())

@@ -115,9 +115,7 @@ def _mixtures(used: Sequence[Record]) -> list[str]:
     )
     made: dict[tuple[Any, ...], set[str]] = {}
     for record in used:
-        made.setdefault((*record.cell.case[:3], record.cell.seed), set()).add(
-            str(record.data["teacher"]["sha256"])[:12]
-        )
+        made.setdefault((*record.cell.case[:3], record.cell.seed), set()).add(record.teacher_sha256[:12])
     notes += [
         f"{'/'.join(key[:3])} of seed {key[3]} was made with {len(teachers)} teachers: {', '.join(sorted(teachers))}"
         for key, teachers in made.items()

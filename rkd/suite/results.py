@@ -89,6 +89,16 @@ class Record:
             return None
         return (0.0, 0.0, 0.0) if self.same_student else difference(self.student.asr, self.control.asr)
 
+    @property
+    def score(self) -> float | None:
+        """ACC - excess ASR in points; a negative excess counts as nought. None where there is no excess."""
+        return self.student.acc.value - max(self.excess[0], 0.0) if self.excess is not None else None
+
+    @property
+    def teacher_sha256(self) -> str:
+        """The digest of its teacher's file."""
+        return str(self.data["teacher"]["sha256"])
+
 
 def code_version() -> dict[str, Any]:
     """What code is at work: rkd's version, its deciding sources, and the commit where it is run from a git checkout."""

@@ -25,7 +25,7 @@ Basis = tuple[int, str]  # seed and teacher (SHA-256): what two students of a ca
 
 def basis(record: Record) -> Basis:
     """What a cell was made from."""
-    return record.cell.seed, str(record.data.get("teacher", {}).get("sha256", ""))
+    return record.cell.seed, record.teacher_sha256
 
 
 @dataclass(frozen=True)
@@ -394,9 +394,8 @@ def _scores(defence: str, cases: Sequence[Case], records: Sequence[Record]) -> d
     found: dict[Case, dict[Basis, float]] = {}
     for record in records:
         cell = record.cell
-        if cell.defence == defence and cell.case in cases and record.excess is not None:
-            left = max(record.excess[0], 0.0)
-            found.setdefault(cell.case, {})[basis(record)] = record.student.acc.value - left
+        if cell.defence == defence and cell.case in cases and record.score is not None:
+            found.setdefault(cell.case, {})[basis(record)] = record.score
     return found
 
 
