@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rkd.data import Source
 from rkd.distill.batches import steps_per_epoch, training_batches
+from rkd.distill.narrow import narrow_gradients
 from rkd.distill.objectives import Objective
 from rkd.errors import ConfigError
 from rkd.network import Normalisation
@@ -141,22 +142,23 @@ class Trainer:
         batches = training_batches(
             self.source, recipe.batch, recipe.seed, self.done, self.total_steps, recipe.augmentation
         )
-        for epoch, number, images, labels in batches:
-            lr = self.lr(number)
-            for group in self._optimizer.param_groups:
-                group["lr"] = lr
-            inputs = torch.from_numpy(images).to(self.device, non_blocking=True)
-            inputs = self.normalisation(inputs.contiguous(memory_format=torch.channels_last))
-            wanted = torch.from_numpy(labels).to(self.device, non_blocking=True)
-            with autocast(self.device, recipe.precision):
-                loss, logits = self.objective(inputs, wanted)
-            self._optimizer.zero_grad(set_to_none=True)
-            torch.autograd.backward(self._scaler.scale(loss))
-            self._scaler.step(self._optimizer)
-            self._scaler.update()
-            self.done = number + 1
-            hits = (logits.detach().argmax(1) == wanted).sum()
-            yield Step(self.done, epoch, self.done % per_epoch == 0, loss.detach(), hits, len(images), lr)
+        with narrow_gradients(self.network, self.objective.extra):
+            for epoch, number, images, labels in batches:
+                lr = self.lr(number)
+                for group in self._optimizer.param_groups:
+                    group["lr"] = lr
+                inputs = torch.from_numpy(images).to(self.device, non_blocking=True)
+                inputs = self.normalisation(inputs.contiguous(memory_format=torch.channels_last))
+                wanted = torch.from_numpy(labels).to(self.device, non_blocking=True)
+                with autocast(self.device, recipe.precision):
+                    loss, logits = self.objective(inputs, wanted)
+                self._optimizer.zero_grad(set_to_none=True)
+                torch.autograd.backward(self._scaler.scale(loss))
+                self._scaler.step(self._optimizer)
+                self._scaler.update()
+                self.done = number + 1
+                hits = (logits.detach().argmax(1) == wanted).sum()
+                yield Step(self.done, epoch, self.done % per_epoch == 0, loss.detach(), hits, len(images), lr)
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the next step depends on, besides `done`."""
