@@ -235,5 +235,5 @@ def _provenance(records: Sequence[Record]) -> Markup:
         seen["code", f"rkd {code.get('rkd', '?')}, commit {code.get('commit') or DASH}"] = None
         for package, version in record.data.get("versions", {}).items():
             seen[package, str(version)] = None
-        seen[f"teacher {record.data['teacher'].get('name', '')}", record.teacher_sha256] = None
+        seen[f"teacher {record.data['teacher']['name']}", record.teacher_sha256] = None
     return join(provenance(sorted(seen)))

@@ -297,6 +297,7 @@ def read_record(path: Path) -> Record:
             raise RunError(f"{path} has schema {content['schema']!r}, this rkd reads {SCHEMA}")
         names = {key: str(content["cell"][key]) for key in ("data", "pair", "attack", "budget", "defence")}
         cell = Cell(**names, seed=int(content["cell"]["seed"]))
+        _check_identities(content)
         control = content["control"]
         seconds = content["seconds"]["job"]
         record = Record(
@@ -316,6 +317,25 @@ def read_record(path: Path) -> Record:
         raise RunError(f"{path} holds the cell {cell.name}; restore it or remove it")
     _check_shares(path, record)
     return record
+
+
+def _check_identities(content: Mapping[str, Any]) -> None:
+    """That a record says by digest what was measured, and how it was made.
+
+    Raises:
+        KeyError, TypeError: something is missing, or of another kind.
+    """
+    control = {"control": ("sha256", "cell")} if content["control"] else {}
+    wanted = {"student": ("sha256",), "teacher": ("sha256", "name"), "data": ("digest",)} | control
+    for part, keys in wanted.items():
+        for key in keys:
+            if not isinstance(content[part][key], str):
+                raise TypeError(f"{part}.{key} is not text")
+    made = {"settings": content["settings"], "teacher.settings": content["teacher"]["settings"]}
+    made |= {key: content.get(key) or {} for key in ("code", "versions")}
+    for name, value in made.items():
+        if not isinstance(value, dict):
+            raise TypeError(f"{name} is not an object")
 
 
 def _check_shares(path: Path, record: Record) -> None:

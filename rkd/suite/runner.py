@@ -38,15 +38,10 @@ def recorded(plan: Plan, place: Place, results: Path) -> frozenset[Cell]:
         if not path.is_file() or made_here:
             continue
         made = read_record(path)
-        settings, taught = made.data.get("settings"), made.data["teacher"].get("settings")
-        if (
-            not isinstance(settings, dict)
-            or not isinstance(taught, dict)
-            or (cell.attack != CLEAN and not made.control)
-        ):
+        if cell.attack != CLEAN and not made.control:
             continue
-        other = differences(students, settings, student.options, seed=cell.seed)
-        other += differences(teachers, taught, teacher.options, seed=teacher.seed)
+        other = differences(students, made.data["settings"], student.options, seed=cell.seed)
+        other += differences(teachers, made.data["teacher"]["settings"], teacher.options, seed=teacher.seed)
         if not other:
             found.add(cell)
     return frozenset(found)

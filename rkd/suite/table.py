@@ -297,7 +297,7 @@ def excess_of(table: Table, case: Case, defence: str) -> float:
 def _takes(records: Sequence[Record]) -> bool:
     """Whether an attack works on its teachers, on average, or is one that is meant to sleep there."""
     asr = [record.teacher.asr.value for record in records if record.teacher.asr]
-    kinds = {record.data["teacher"].get("settings", {}).get("attack") for record in records}
+    kinds = {record.data["teacher"]["settings"].get("attack") for record in records}
     return not asr or statistics.fmean(asr) >= WORKS or bool(kinds & SLEEPERS)
 
 
@@ -344,7 +344,7 @@ def _row(records: Sequence[Record], reference: Sequence[Record]) -> Row:
         Averaged.of([r.student.acc for r in records]),
         Averaged.of(asr),
         Averaged.of(ra),
-        str(records[0].data.get("student", {}).get("arch", "")),
+        str(records[0].data["student"].get("arch", "")),
         Spread(tuple(r.teacher.acc.value for r in records)),
         Spread(tuple(r.teacher.asr.value for r in records if r.teacher.asr)),
     )  # fmt: skip

@@ -62,7 +62,7 @@ def record(attack: str, defence: str, seed: int, hits: tuple[int, ...]) -> dict[
         "schema": 1, "suite": "made-up",
         "cell": {"data": "cifar10", "pair": "wrn", "attack": attack, "budget": "full", "defence": defence, "seed": seed},
         "student": {**measured(*hits[:3]), "arch": "wrn-16-1", "sha256": "5" * 64},
-        "control": measured(hits[0], *hits[3:]) if attacked else None,
+        "control": {**measured(hits[0], *hits[3:]), "sha256": "4" * 64, "cell": "made-up"} if attacked else None,
         "same_student": defence == "ce" and attacked,
         "teacher": {**measured(860, 890, 5), "sha256": "7" * 64, "settings": {}, "name": "t"},
         "settings": {}, "data": {"name": "cifar10", "digest": "d" * 64, "classes": 10},
@@ -383,6 +383,33 @@ def test_a_damaged_result_is_named(folder: Path, damage: Callable[[str], str], s
     assert isinstance(caught.value, RunError)
     assert said in str(caught.value)
     assert str(path) in str(caught.value)
+
+
+WHAT_IT_IS_OF = [
+    "student.sha256",
+    "teacher.sha256",
+    "teacher.name",
+    "teacher.settings",
+    "control.sha256",
+    "control.cell",
+]
+WHAT_IT_IS_OF += ["data.digest", "settings"]
+
+
+@pytest.mark.parametrize("missing", WHAT_IT_IS_OF)
+@pytest.mark.parametrize("value", [None, 1, []])
+def test_a_result_that_does_not_say_what_it_is_of_is_named(folder: Path, missing: str, value: Any) -> None:
+    path = folder / "cells" / "cifar10__wrn__strong__full__ours__s0.json"
+    content = json.loads(path.read_text())
+    *above, key = missing.split(".")
+    inside = content[above[0]] if above else content
+    if value is None:
+        del inside[key]
+    else:
+        inside[key] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(RunError, match=re.escape(f"{path} is damaged: ") + f".*{key}"):
+        read_records(folder)
 
 
 def test_no_results_make_an_empty_table_not_an_error() -> None:
