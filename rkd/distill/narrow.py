@@ -1,15 +1,16 @@
-"""Gradients that oneDNN leaves unwritten.
+"""Weight gradients that oneDNN leaves unwritten.
 
-In bfloat16 on a CPU, oneDNN (3.13, as in PyTorch 2.15) computes the weight gradient of a strided convolution whose input
-is one pixel wide without writing the columns of the kernel that only ever meet padding. They are zero; what is found
-there is what the memory held before, sometimes `nan`. Networks that shrink small images to one pixel have such layers:
-ResNet-50 and MobileNet at 16 pixels and below.
+In bfloat16 on a CPU with AVX-512, oneDNN (3.13, as in PyTorch 2.15) does not write those columns of a strided
+convolution's weight gradient that only ever meet padding, as all but one do of a 3 x 3 kernel at an input one pixel wide.
+They are zero; what is found there is what the memory held before: other bytes in every process, sometimes `nan`. Most
+networks for large images have such layers where an image has 16 pixels or fewer (ResNet, MobileNet, ShuffleNet).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -17,50 +18,57 @@ from torch import Tensor, nn
 
 @contextmanager
 def narrow_gradients(*networks: nn.Module) -> Iterator[None]:
-    """Within it, what a backward pass leaves unwritten in the weight gradients of these networks is zero.
+    """Within it, weight gradients of bfloat16 convolutions on a CPU are zero where their inputs have no pixel.
 
-    A layer is judged by the last input that it met before the pass: one pixel wide, or wider.
+    Each call of a layer is judged by what was convolved, so layers may be called twice, pad their inputs themselves, or
+    be called with other weights than their own.
     """
     with ExitStack() as hooks:
-        for module in [module for network in networks for module in network.modules()]:
-            if isinstance(module, nn.Conv2d) and _may_be_left(module):
-                guard = _Guard(module)
-                hooks.callback(module.register_forward_pre_hook(guard.see).remove)
-                handle = module.weight.register_hook(guard.clean)  # type: ignore[no-untyped-call]
-                hooks.callback(handle.remove)
+        for network in networks:
+            for module in network.modules():
+                if isinstance(module, nn.Conv2d):
+                    hooks.callback(module.register_forward_hook(_watch).remove)
         yield
 
 
-def _may_be_left(module: nn.Conv2d) -> bool:
-    return (
-        module.weight.requires_grad
-        and module.stride[1] > 1
-        and module.kernel_size[1] > 1
-        and module.padding_mode == "zeros"  # other padding is put into the input before
-    )
+def _watch(_module: nn.Module, _inputs: object, output: Tensor) -> None:
+    """Set the unwritten part of this call's weight gradient to zero as soon as it is there."""
+    made_by = output.grad_fn
+    if output.dtype != torch.bfloat16 or output.device.type != "cpu" or made_by is None:
+        return
+    if made_by.name() != "ConvolutionBackward0":
+        return
+    kept = {
+        name: getattr(made_by, f"_saved_{name}") for name in ("input", "stride", "padding", "dilation", "transposed")
+    }
+    if kept["input"] is None or kept["transposed"]:  # no input is kept where the weight has no gradient
+        return
+    sizes = (kept[name][-1] for name in ("stride", "padding", "dilation"))
+    made_by.register_hook(_cleaner(kept["input"].shape[-1], *sizes))
 
 
-class _Guard:
-    def __init__(self, module: nn.Conv2d) -> None:
-        self._met = _columns_met(module)
-        self._narrow = False
-
-    def see(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if torch.is_grad_enabled():
-            self._narrow = inputs[0].shape[-1] == 1
-
-    def clean(self, gradient: Tensor) -> Tensor | None:
-        if not self._narrow:
+@cache
+def _cleaner(width: int, stride: int, padding: int, dilation: int) -> Callable[..., tuple[Tensor | None, ...] | None]:
+    def clean(gradients: tuple[Tensor | None, ...], _outputs: object) -> tuple[Tensor | None, ...] | None:
+        of_input, of_weight, *of_bias = gradients
+        if of_weight is None or not (unmet := unmet_columns(of_weight.shape[-1], width, stride, padding, dilation)):
             return None
-        written = torch.zeros_like(gradient)
-        written[..., self._met] = gradient[..., self._met]
-        return written
+        written = of_weight.clone()
+        written[..., unmet] = 0
+        return of_input, written, *of_bias
+
+    return clean
 
 
-def _columns_met(module: nn.Conv2d) -> list[int]:
-    """Columns of the kernel that come to lie on an input's only pixel."""
-    kernel, stride, dilation = module.kernel_size[1], module.stride[1], module.dilation[1]
-    padding = 0 if isinstance(module.padding, str) else module.padding[1]
-    outputs = (2 * padding - dilation * (kernel - 1)) // stride + 1
-    offsets = {padding - stride * place for place in range(outputs)}
-    return [column for column in range(kernel) if column * dilation in offsets]
+def unmet_columns(kernel: int, width: int, stride: int, padding: int, dilation: int) -> list[int]:
+    """Columns of a kernel that come to lie on no pixel of an input, wherever the kernel is put.
+
+    Args:
+        kernel: its width.
+        width: of the input in pixels.
+        stride: the convolution's, horizontally.
+        padding: the same.
+        dilation: the same.
+    """
+    places = range(-padding, width + padding - dilation * (kernel - 1), stride)
+    return [c for c in range(kernel) if not any(0 <= place + c * dilation < width for place in places)]

@@ -325,15 +325,18 @@ def _check_identities(content: Mapping[str, Any]) -> None:
     Raises:
         KeyError, TypeError: something is missing, or of another kind.
     """
-    control = {"control": ("sha256", "cell")} if content["control"] else {}
-    wanted = {"student": ("sha256",), "teacher": ("sha256", "name"), "data": ("digest",)} | control
-    for part, keys in wanted.items():
+    texts: dict[str, tuple[str, ...]] = {"student": ("sha256",), "teacher": ("sha256", "name"), "data": ("digest",)}
+    if content["control"]:
+        texts["control"] = ("sha256", "cell")
+    for part, keys in texts.items():
         for key in keys:
             if not isinstance(content[part][key], str):
                 raise TypeError(f"{part}.{key} is not text")
-    made = {"settings": content["settings"], "teacher.settings": content["teacher"]["settings"]}
-    made |= {key: content.get(key) or {} for key in ("code", "versions")}
-    for name, value in made.items():
+    teacher, control = content["teacher"], content["control"] or {}
+    objects = {"settings": content["settings"], "teacher.settings": teacher["settings"]}
+    objects |= {"versions": content.get("versions", {})}
+    codes = {"code": content.get("code"), "teacher.code": teacher.get("code"), "control.code": control.get("code")}
+    for name, value in (objects | {name: code for name, code in codes.items() if code is not None}).items():
         if not isinstance(value, dict):
             raise TypeError(f"{name} is not an object")
 

@@ -297,7 +297,7 @@ def excess_of(table: Table, case: Case, defence: str) -> float:
 def _takes(records: Sequence[Record]) -> bool:
     """Whether an attack works on its teachers, on average, or is one that is meant to sleep there."""
     asr = [record.teacher.asr.value for record in records if record.teacher.asr]
-    kinds = {record.data["teacher"]["settings"].get("attack") for record in records}
+    kinds = {str(record.data["teacher"]["settings"].get("attack")) for record in records}
     return not asr or statistics.fmean(asr) >= WORKS or bool(kinds & SLEEPERS)
 
 

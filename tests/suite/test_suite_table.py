@@ -385,31 +385,37 @@ def test_a_damaged_result_is_named(folder: Path, damage: Callable[[str], str], s
     assert str(path) in str(caught.value)
 
 
-WHAT_IT_IS_OF = [
-    "student.sha256",
-    "teacher.sha256",
-    "teacher.name",
-    "teacher.settings",
-    "control.sha256",
-    "control.cell",
-]
-WHAT_IT_IS_OF += ["data.digest", "settings"]
+IDENTITIES = ["student.sha256", "teacher.sha256", "teacher.name", "control.sha256", "control.cell", "data.digest"]
+OBJECTS = ["settings", "teacher.settings", "versions", "code", "teacher.code", "control.code"]
+UNSAID = [(name, value) for name in (*IDENTITIES, *OBJECTS) for value in (1, [], True)]
+UNSAID += [(name, None) for name in (*IDENTITIES, "settings", "teacher.settings", "versions")]
 
 
-@pytest.mark.parametrize("missing", WHAT_IT_IS_OF)
-@pytest.mark.parametrize("value", [None, 1, []])
-def test_a_result_that_does_not_say_what_it_is_of_is_named(folder: Path, missing: str, value: Any) -> None:
+@pytest.mark.parametrize(("name", "value"), UNSAID)
+def test_a_result_that_does_not_say_what_it_is_of_is_named(folder: Path, name: str, value: Any) -> None:
+    said = changed(folder, name, value)
+    with pytest.raises(RunError, match=re.escape(said) + ".*" + name.rpartition(".")[2]):
+        read_records(folder)
+
+
+@pytest.mark.parametrize("name", [*IDENTITIES, "settings", "teacher.settings"])
+def test_a_result_without_what_it_is_of_is_named(folder: Path, name: str) -> None:
+    said = changed(folder, name, ...)
+    with pytest.raises(RunError, match=re.escape(said) + ".*" + name.rpartition(".")[2]):
+        read_records(folder)
+
+
+def changed(folder: Path, name: str, value: Any) -> str:
+    """Change one entry of a result, or remove it; returns how the line about it begins."""
     path = folder / "cells" / "cifar10__wrn__strong__full__ours__s0.json"
     content = json.loads(path.read_text())
-    *above, key = missing.split(".")
+    *above, key = name.split(".")
     inside = content[above[0]] if above else content
-    if value is None:
+    inside[key] = value
+    if value is ...:
         del inside[key]
-    else:
-        inside[key] = value
     path.write_text(json.dumps(content))
-    with pytest.raises(RunError, match=re.escape(f"{path} is damaged: ") + f".*{key}"):
-        read_records(folder)
+    return f"{path} is damaged: "
 
 
 def test_no_results_make_an_empty_table_not_an_error() -> None:
