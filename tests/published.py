@@ -179,8 +179,11 @@ def clean() -> str:
 
 
 def baselines() -> str:
-    """RobustKD beside the two baselines that met several cases; a dagger where they met another teacher."""
-    defences = {"robustkd": "RobustKD", "nad+ofd": "NAD (`nad+ofd`)", "prune+ofd": "fine-pruning (`prune+ofd`)"}
+    """RobustKD beside the baselines that met several cases; a dagger where they met another teacher."""
+    defences = {
+        "robustkd": "RobustKD", "finetune+ofd": "fine-tuning (`finetune+ofd`)", "nad+ofd": "NAD (`nad+ofd`)",
+        "prune+ofd": "fine-pruning (`prune+ofd`)",
+    }  # fmt: skip
     rows = []
     for cell in dict.fromkeys(replace(record.cell, defence="") for pair in CPU.transferring() for record in pair):
         met = [CPU.records.get(replace(cell, defence=defence)) for defence in defences]
