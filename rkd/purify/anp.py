@@ -25,7 +25,8 @@ from rkd.purify.stage import Purification
 _LR = 0.2
 _EPS, _ALPHA = 0.4, 0.2  # the paper's, for CIFAR-10
 _LIMIT_POINTS = 4.0  # of accuracy that pruning may cost
-_THRESHOLDS = tuple(i / 20 for i in range(1, 20))
+_KEPT = 0.95  # a neuron whose mask is as high as this is not pruned
+_PARTS = 100  # the neurons are pruned in so many portions
 
 
 class AdversarialNeuronPerturbation:
@@ -104,22 +105,26 @@ def adversarial_neuron_pruning(work: Purification) -> None:
         name: mask.detach().clamp(0, 1)
         for name, mask in zip(objective.names, objective.extra.parameters(), strict=True)
     }
-    before = work.accuracy(work.teacher).value
-    chosen, count = work.copy(), 0
-    for threshold in _THRESHOLDS:
+    order, total = pruning_order(masks), sum(len(mask) for mask in masks.values())
+    before, portion = work.accuracy(work.teacher).value, max(1, total // _PARTS)
+    chosen, pruned = work.copy(), 0
+    for count in [*range(portion, len(order), portion), len(order)]:
         trial = work.copy()
-        pruned = prune_below(trial, masks, threshold)
+        prune(trial, order[:count])
         if before - work.accuracy(trial).value > _LIMIT_POINTS:
             break
-        chosen, count = trial, pruned
-    work.finish(chosen, pruned_neurons=count, neurons=sum(len(mask) for mask in masks.values()))
+        chosen, pruned = trial, count
+    work.finish(chosen, pruned_neurons=pruned, neurons=total)
 
 
-def prune_below(network: Network, masks: Mapping[str, Tensor], threshold: float) -> int:
-    """Set the weights of neurons whose mask is below `threshold` to nought, in place; how many there were."""
-    count = 0
+def pruning_order(masks: Mapping[str, Tensor]) -> list[tuple[str, int]]:
+    """The neurons that may be pruned, lowest mask first; of one mask, in the network's order."""
+    found = [(float(value), name, index) for name, mask in masks.items() for index, value in enumerate(mask)]
+    return [(name, index) for value, name, index in sorted(found, key=lambda neuron: neuron[0]) if value < _KEPT]
+
+
+def prune(network: Network, chosen: Sequence[tuple[str, int]]) -> None:
+    """Set the weights of these neurons to nought, in place."""
     with torch.no_grad():
-        for name, mask in masks.items():
-            network.module.get_parameter(f"{name}.weight")[mask < threshold] = 0
-            count += int((mask < threshold).sum())
-    return count
+        for name, index in chosen:
+            network.module.get_parameter(f"{name}.weight")[index] = 0

@@ -18,10 +18,11 @@ from rkd.data import Source
 from rkd.distill.attention import AttentionTransfer
 from rkd.distill.loop import Recipe
 from rkd.errors import ArchitectureError, CheckpointError, RunError
+from rkd.metrics import Proportion
 from rkd.models import build
 from rkd.network import Network
 from rkd.purify import Purification, purified
-from rkd.purify.anp import AdversarialNeuronPerturbation, neurons, prune_below
+from rkd.purify.anp import AdversarialNeuronPerturbation, adversarial_neuron_pruning, neurons, prune, pruning_order
 from rkd.purify.prune import dead_channels, prune_channels
 from rkd.run import PURIFIED, Run
 from rkd.signals import StopRequest
@@ -290,11 +291,30 @@ def test_neurons_are_the_bns_or_where_there_are_none_the_convolutions() -> None:
         neurons(nn.Linear(3, 2))
 
 
-def test_neurons_below_the_threshold_are_pruned_and_no_others(make: Make) -> None:
+def test_neurons_are_pruned_lowest_mask_first_and_what_is_to_stay_stays(make: Make) -> None:
+    masks = {"bn1": torch.tensor([0.5, 1.0, 0.0]), "a": torch.tensor([0.0, 0.2, 0.96])}
+    assert pruning_order(masks) == [("bn1", 2), ("a", 0), ("a", 1), ("bn1", 0)]
     network = make().copy()
     before = network.module.get_parameter("bn1.weight").detach().clone()
-    mask = torch.linspace(0, 1, len(before))
-    assert prune_below(network, {"bn1": mask}, 0.25) == int((mask < 0.25).sum()) == 16
+    prune(network, [("bn1", 3), ("bn1", 0)])
     after = network.module.get_parameter("bn1.weight").detach()
-    assert not after[:16].any()
-    assert torch.equal(after[16:], before[16:])
+    assert after[[0, 3]].tolist() == [0, 0]
+    keep = [i for i in range(len(before)) if i not in (0, 3)]
+    assert torch.equal(after[keep], before[keep])
+
+
+def test_as_many_neurons_are_pruned_as_held_out_accuracy_allows(monkeypatch: pytest.MonkeyPatch, make: Make) -> None:
+    """One neuron a portion; the accuracy falls by a point and a half with each."""
+
+    def accuracy(_work: Purification, network: Network) -> Proportion:
+        weights = [network.module.get_parameter(f"{name}.weight") for name in neurons(network.module)]
+        return Proportion(900 - 15 * sum(int((weight == 0).sum()) for weight in weights), 1000)
+
+    monkeypatch.setattr(Purification, "accuracy", accuracy)
+    monkeypatch.setattr("rkd.purify.anp._PARTS", 10**6)
+    monkeypatch.setattr("rkd.purify.anp._KEPT", 1.01)
+    work = make()
+    adversarial_neuron_pruning(work)
+    told = work.run.summary["purified"]
+    assert told["pruned_neurons"] == 2
+    assert told["accuracy"] == 87
