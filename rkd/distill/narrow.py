@@ -8,9 +8,9 @@ networks for large images have such layers where an image has 16 pixels or fewer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cache
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ def narrow_gradients(*networks: nn.Module) -> Iterator[None]:
         yield
 
 
-def _watch(_module: nn.Module, _inputs: object, output: Tensor) -> None:
+def _watch(module: nn.Conv2d, _inputs: object, output: Tensor) -> None:
     """Set the unwritten part of this call's weight gradient to zero as soon as it is there."""
     made_by = output.grad_fn
     if output.dtype != torch.bfloat16 or output.device.type != "cpu" or made_by is None:
@@ -44,20 +44,17 @@ def _watch(_module: nn.Module, _inputs: object, output: Tensor) -> None:
     if kept["input"] is None or kept["transposed"]:  # no input is kept where the weight has no gradient
         return
     sizes = (kept[name][-1] for name in ("stride", "padding", "dilation"))
-    made_by.register_hook(_cleaner(kept["input"].shape[-1], *sizes))
+    if unmet := unmet_columns(module.weight.shape[-1], kept["input"].shape[-1], *sizes):
+        made_by.register_hook(partial(_cleaned, unmet))
 
 
-@cache
-def _cleaner(width: int, stride: int, padding: int, dilation: int) -> Callable[..., tuple[Tensor | None, ...] | None]:
-    def clean(gradients: tuple[Tensor | None, ...], _outputs: object) -> tuple[Tensor | None, ...] | None:
-        of_input, of_weight, *of_bias = gradients
-        if of_weight is None or not (unmet := unmet_columns(of_weight.shape[-1], width, stride, padding, dilation)):
-            return None
-        written = of_weight.clone()
-        written[..., unmet] = 0
-        return of_input, written, *of_bias
-
-    return clean
+def _cleaned(unmet: list[int], gradients: Sequence[Tensor | None], _outputs: object) -> Sequence[Tensor | None]:
+    of_input, of_weight, of_bias = gradients
+    if of_weight is None:
+        return gradients
+    written = of_weight.clone()
+    written[..., unmet] = 0
+    return of_input, written, of_bias
 
 
 def unmet_columns(kernel: int, width: int, stride: int, padding: int, dilation: int) -> list[int]:

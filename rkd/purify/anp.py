@@ -24,7 +24,6 @@ from rkd.purify.stage import Purification
 
 _LR = 0.2
 _EPS, _ALPHA = 0.4, 0.2  # the paper's, for CIFAR-10
-_LIMIT_POINTS = 4.0  # of accuracy that pruning may cost
 _KEPT = 0.95  # a neuron whose mask is as high as this is not pruned
 _PARTS = 100  # the neurons are pruned in so many portions
 
@@ -106,15 +105,11 @@ def adversarial_neuron_pruning(work: Purification) -> None:
         for name, mask in zip(objective.names, objective.extra.parameters(), strict=True)
     }
     order, total = pruning_order(masks), sum(len(mask) for mask in masks.values())
-    before, portion = work.accuracy(work.teacher).value, max(1, total // _PARTS)
-    chosen, pruned = work.copy(), 0
-    for count in [*range(portion, len(order), portion), len(order)]:
-        trial = work.copy()
-        prune(trial, order[:count])
-        if before - work.accuracy(trial).value > _LIMIT_POINTS:
-            break
-        chosen, pruned = trial, count
-    work.finish(chosen, pruned_neurons=pruned, neurons=total)
+    portion = max(1, total // _PARTS)
+    pruned, count = work.pruned(
+        [*range(portion, len(order), portion), len(order)], lambda network, count: prune(network, order[:count])
+    )
+    work.finish(pruned, pruned_neurons=count, neurons=total)
 
 
 def pruning_order(masks: Mapping[str, Tensor]) -> list[tuple[str, int]]:

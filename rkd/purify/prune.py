@@ -20,7 +20,6 @@ from rkd.purify.finetune import FINETUNE_LR
 from rkd.purify.stage import Purification
 from rkd.taps import TappedNetwork, channel_writers
 
-_LIMIT_POINTS = 4.0  # of accuracy that pruning may cost before fine-tuning; the paper's
 _PARTS = 32  # the channels are pruned in so many portions
 _RANKING_IMAGES = 2000
 _BATCH = 256
@@ -44,18 +43,13 @@ def fine_pruning(work: Purification) -> None:
 
 def _pruned(work: Purification, writers: Sequence[str]) -> Network:
     """As many channels pruned as held-out accuracy allows."""
-    network = work.copy()
-    order = np.argsort(_activations(work, network), kind="stable")
-    before, best = work.accuracy(network).value, 0
+    order = np.argsort(_activations(work, work.copy()), kind="stable")
     portion = max(1, len(order) // _PARTS)
-    for count in range(portion, len(order), portion):
-        prune_channels(network.module, writers, order[count - portion : count])
-        if before - work.accuracy(network).value > _LIMIT_POINTS:
-            break
-        best = count
-    kept = work.copy()
-    prune_channels(kept.module, writers, order[:best])
-    return kept
+    network, _ = work.pruned(
+        range(portion, len(order), portion),
+        lambda network, count: prune_channels(network.module, writers, order[:count]),
+    )
+    return network
 
 
 def _activations(work: Purification, network: Network) -> NDArray[np.float64]:

@@ -8,7 +8,7 @@ pruned.safetensors      prune: before fine-tuning
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -30,6 +30,7 @@ from rkd.run import PURIFIED, Run
 from rkd.signals import StopRequest
 
 _EVALUATION_BATCH = 256
+_PRUNING_POINTS = 4.0  # of held-out accuracy that pruning may cost; fine-pruning's
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,22 @@ class Purification:
             hits += int((predict(images).argmax(1) == labels).sum())
             n += len(labels)
         return Proportion(hits, n)
+
+    def pruned(self, counts: Iterable[int], prune: Callable[[Network, int], None]) -> tuple[Network, int]:
+        """The teacher with as much pruned as held-out accuracy allows, and how much that is.
+
+        Args:
+            counts: how much to try to prune, rising.
+            prune: prunes so much of a fresh copy of the teacher, in place.
+        """
+        before, kept, most = self.accuracy(self.teacher).value, self.copy(), 0
+        for count in counts:
+            trial = self.copy()
+            prune(trial, count)
+            if before - self.accuracy(trial).value > _PRUNING_POINTS:
+                break
+            kept, most = trial, count
+        return kept, most
 
     def finish(self, network: Network, **facts: Any) -> None:
         """Say and store what became of the teacher; its file is written last."""

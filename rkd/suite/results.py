@@ -14,6 +14,7 @@ from typing import Any
 
 from rkd import __version__
 from rkd.bench.report.scores import difference
+from rkd.checks import object_of, or_null, string
 from rkd.errors import RkdError, RunError
 from rkd.files import move, read_json, to_json, write_file
 from rkd.metrics import Proportion
@@ -26,6 +27,27 @@ from rkd.suite.recipes import NOT_COMPARED, digest
 SCHEMA = 1
 CELLS, REPLACED = "cells", "replaced"  # below results/SUITE
 _LIMIT_BYTES = 2**20
+_OBJECT = object_of({}, others=True)
+_CODE = or_null(_OBJECT)
+_IDENTITIES = (
+    object_of(  # what a record says of what was measured and how that was made; the figures have types of their own
+        {
+            "student": object_of({"sha256": string}, others=True),
+            "control": or_null(
+                object_of({"sha256": string, "cell": string, "code": _CODE}, optional=["code"], others=True)
+            ),
+            "teacher": object_of(
+                {"sha256": string, "name": string, "settings": _OBJECT, "code": _CODE}, optional=["code"], others=True
+            ),
+            "data": object_of({"digest": string}, others=True),
+            "settings": _OBJECT,
+            "versions": _OBJECT,
+            "code": _CODE,
+        },
+        optional=["versions", "code"],
+        others=True,
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -297,7 +319,8 @@ def read_record(path: Path) -> Record:
             raise RunError(f"{path} has schema {content['schema']!r}, this rkd reads {SCHEMA}")
         names = {key: str(content["cell"][key]) for key in ("data", "pair", "attack", "budget", "defence")}
         cell = Cell(**names, seed=int(content["cell"]["seed"]))
-        _check_identities(content)
+        if (problem := _IDENTITIES(content)) is not None:
+            raise RunError(f"{path} is damaged: result{problem}; restore it or remove it")
         control = content["control"]
         seconds = content["seconds"]["job"]
         record = Record(
@@ -317,28 +340,6 @@ def read_record(path: Path) -> Record:
         raise RunError(f"{path} holds the cell {cell.name}; restore it or remove it")
     _check_shares(path, record)
     return record
-
-
-def _check_identities(content: Mapping[str, Any]) -> None:
-    """That a record says by digest what was measured, and how it was made.
-
-    Raises:
-        KeyError, TypeError: something is missing, or of another kind.
-    """
-    texts: dict[str, tuple[str, ...]] = {"student": ("sha256",), "teacher": ("sha256", "name"), "data": ("digest",)}
-    if content["control"]:
-        texts["control"] = ("sha256", "cell")
-    for part, keys in texts.items():
-        for key in keys:
-            if not isinstance(content[part][key], str):
-                raise TypeError(f"{part}.{key} is not text")
-    teacher, control = content["teacher"], content["control"] or {}
-    objects = {"settings": content["settings"], "teacher.settings": teacher["settings"]}
-    objects |= {"versions": content.get("versions", {})}
-    codes = {"code": content.get("code"), "teacher.code": teacher.get("code"), "control.code": control.get("code")}
-    for name, value in (objects | {name: code for name, code in codes.items() if code is not None}).items():
-        if not isinstance(value, dict):
-            raise TypeError(f"{name} is not an object")
 
 
 def _check_shares(path: Path, record: Record) -> None:
