@@ -417,10 +417,6 @@ class Run:
         for old in older[_KEEP - 1 :]:
             _remove_checkpoint(old)
 
-    def latest_checkpoint(self) -> tuple[int, dict[str, bytes]] | None:
-        """Step and members of the newest checkpoint that verifies."""
-        return next(self.checkpoints(), None)
-
     def latest_step(self) -> int | None:
         """Step of the newest checkpoint that verifies, of which no more than a part is held."""
         return next((int(place.name) for place in self._checkpoints() if _verified(place)), None)

@@ -343,7 +343,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_names_the_learning_rate(tmp_p
     run = run_in(tmp_path / "run")
     with pytest.raises(RkdError, match=r"s: the loss became .* at step 1; lower --lr \(it is 0\.25\)"):
         go(trainer, run)
-    assert run.latest_checkpoint() is None
+    assert next(run.checkpoints(), None) is None
 
 
 def test_a_stop_saves_the_step_and_the_next_start_goes_on_from_it(tmp_path: Path) -> None:
@@ -429,7 +429,7 @@ def test_a_stage_does_not_go_on_from_another_stages_checkpoint_nor_let_it_push_o
     with pytest.raises(KeyboardInterrupt):
         go(second, run, stage="second")
     assert steps == [1, 2, 3, 4, 5]
-    found = run.latest_checkpoint()
+    found = next(run.checkpoints(), None)
     assert found is not None
     assert found[0] == 4
 
@@ -455,11 +455,11 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path, 
     run = run_in(tmp_path / "run")
     run.save_checkpoint(1, {"a": b"one"})
     run.save_checkpoint(2, {"a": b"two"})
-    assert run.latest_checkpoint() == (2, {"a": b"two"})
+    assert next(run.checkpoints(), None) == (2, {"a": b"two"})
     damage(run.path / "checkpoints" / "00000002")
-    assert run.latest_checkpoint() == (1, {"a": b"one"})
+    assert next(run.checkpoints(), None) == (1, {"a": b"one"})
     run.save_checkpoint(2, {"a": b"two"})  # the step is done again
-    assert run.latest_checkpoint() == (2, {"a": b"two"})
+    assert next(run.checkpoints(), None) == (2, {"a": b"two"})
 
 
 def test_two_checkpoints_are_kept(tmp_path: Path) -> None:

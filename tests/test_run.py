@@ -97,10 +97,10 @@ def test_a_step_without_end_in_the_log_is_damage(run: Run) -> None:
 
 
 def test_the_newest_checkpoint_is_taken_and_the_one_before_is_kept(run: Run) -> None:
-    assert run.latest_checkpoint() is None
+    assert next(run.checkpoints(), None) is None
     for step in (5, 10, 200, 1000):
         run.save_checkpoint(step, members(step))
-    found = run.latest_checkpoint()
+    found = next(run.checkpoints(), None)
     assert found == (1000, members(1000))
     assert sorted(path.name for path in (run.path / "checkpoints").iterdir()) == ["00000200", "00001000"]
 
@@ -141,16 +141,16 @@ def test_of_a_damaged_newest_and_a_whole_older_checkpoint_the_older_one_is_taken
     run.save_checkpoint(10, members(10))
     run.save_checkpoint(20, members(20))
     DAMAGE[kind](run.path / "checkpoints" / "00000020")
-    assert run.latest_checkpoint() == (10, members(10))
+    assert next(run.checkpoints(), None) == (10, members(10))
     run.save_checkpoint(20, members(20))  # going on from there writes the damaged one again
-    assert run.latest_checkpoint() == (20, members(20))
+    assert next(run.checkpoints(), None) == (20, members(20))
 
 
 def test_without_a_whole_checkpoint_there_is_none(run: Run) -> None:
     for step in (10, 20):
         run.save_checkpoint(step, members(step))
         os.truncate(run.path / "checkpoints" / f"{step:08}" / "state.safetensors", 1)
-    assert run.latest_checkpoint() is None
+    assert next(run.checkpoints(), None) is None
 
 
 def test_half_written_and_foreign_folders_are_no_checkpoints(run: Run) -> None:
@@ -158,7 +158,7 @@ def test_half_written_and_foreign_folders_are_no_checkpoints(run: Run) -> None:
     for name in (".rkd-tmp-1-00000099", "99", "last", "0000009x"):
         (run.path / "checkpoints" / name).mkdir()
     (run.path / "checkpoints" / "00000099").write_text("a file")
-    assert run.latest_checkpoint() == (10, members(10))
+    assert next(run.checkpoints(), None) == (10, members(10))
 
 
 @pytest.mark.parametrize("name", ["open", "write", "fsync", "replace"])
@@ -179,7 +179,7 @@ def test_a_checkpoint_that_fails_leaves_the_earlier_ones(run: Run, monkeypatch: 
     with pytest.raises(StorageError, match="No space left"):
         run.save_checkpoint(20, members(20))
     monkeypatch.undo()
-    assert run.latest_checkpoint() == (10, members(10))
+    assert next(run.checkpoints(), None) == (10, members(10))
     assert [path.name for path in (run.path / "checkpoints").iterdir()] == ["00000010"]
 
 
@@ -189,7 +189,7 @@ def test_checkpoints_behind_a_link_are_refused_and_nothing_there_is_touched(run:
     (run.path / "checkpoints").symlink_to(tmp_path / "elsewhere")
     for touch in (
         lambda: run.save_checkpoint(20, members(20)),
-        run.latest_checkpoint,
+        lambda: next(run.checkpoints(), None),
         run.drop_checkpoints,
         run.finish,
     ):
@@ -213,7 +213,7 @@ def test_only_older_checkpoints_are_pruned_and_never_a_strangers_folder(run: Run
     for step in (20, 30):
         run.save_checkpoint(step, members(step))
     assert sorted(place.name for place in root.iterdir()) == sorted(["00000020", "00000030", *strangers])
-    assert run.latest_checkpoint() == (30, members(30))
+    assert next(run.checkpoints(), None) == (30, members(30))
     run.drop_checkpoints()
     assert sorted(place.name for place in root.iterdir()) == strangers
     assert (root / "20240101" / "photo.jpg").is_file()
@@ -235,7 +235,7 @@ def test_what_a_stranger_called_like_the_next_checkpoint_is_not_replaced(run: Ru
     with pytest.raises(RunError, match=r"00000020 is no checkpoint of rkd's.*; move it away"):
         run.save_checkpoint(20, members(20))
     assert os.path.lexists(place)
-    assert run.latest_checkpoint() == (10, members(10))
+    assert next(run.checkpoints(), None) == (10, members(10))
 
 
 def test_a_checkpoint_that_a_kill_left_half_removed_is_still_known_as_one(
@@ -253,14 +253,14 @@ def test_a_checkpoint_that_a_kill_left_half_removed_is_still_known_as_one(
             run.save_checkpoint(10, members(10))
     assert [entry.name for entry in place.iterdir()] == ["digests.json"]
     run.save_checkpoint(10, members(10))
-    assert run.latest_checkpoint() == (10, members(10))
+    assert next(run.checkpoints(), None) == (10, members(10))
 
 
 def test_a_finished_run_keeps_no_checkpoints(run: Run) -> None:
     run.save_checkpoint(10, members(10))
     run.finish()
     assert not (run.path / "checkpoints").exists()
-    assert run.latest_checkpoint() is None
+    assert next(run.checkpoints(), None) is None
 
 
 # ---------------------------------------------------------------------------------------------------------- metrics

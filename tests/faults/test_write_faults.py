@@ -60,7 +60,7 @@ def last_checkpoint(run: Path, disk: Disk) -> int:
     """The step of the newest checkpoint, after a look: every one there is whole, and its state loads."""
     for place in (run / "checkpoints").glob("*"):
         assert (place / "digests.json").is_file(), disk
-    found = Run.open(run).latest_checkpoint()
+    found = next(Run.open(run).checkpoints(), None)
     if found is None:
         return 0
     step, members = found
