@@ -211,10 +211,42 @@ def first() -> str:
             continue
         method = command(record)
         what = "undefended: " if cell.defence in CPU.table.undefended else "no teacher: " if record.same_student else ""
+        treated = record.data.get("treated_teachers", [])
+        rows += [measured(f"{one['role']}: {method}", Measured.from_json(one)) for one in treated]
         if record.control and not record.same_student:
             rows.append(measured(f"control: {method}", record.control))
         rows.append(measured(f"{what}{method}", record.student, excess(record)))
     return markdown(head, rows)
+
+
+def fooling() -> str:
+    """What the search finds in each teacher, and what fine-tuning leaves of the backdoor in it."""
+    rows = []
+    for cell in CPU.by_case():
+        record = CPU.records.get(cell)
+        found = record.data.get("fooling") if record and cell.defence == "robustkd" else None
+        if record and found:
+            tuned = [Measured.from_json(one) for one in record.data["treated_teachers"]]
+            towards = f"{found['towards']} {interval(Proportion.from_json(found['together']))}"
+            rows.append(
+                [
+                    case(cell) if cell.attack != CLEAN else f"{case(cell)}: a clean teacher",
+                    interval(Proportion.from_json(found["fooled"])),
+                    towards,
+                    share(tuned[0].asr) if tuned else "",
+                    share(record.student.asr),
+                ]
+            )
+    return markdown(
+        [
+            "",
+            "images that the teacher then sees wrongly, %",
+            "of these seen as one class",
+            "ASR of the fine-tuned teacher",
+            "of its student",
+        ],
+        rows,
+    )
 
 
 def command(record: Record) -> str:
@@ -277,6 +309,7 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "clean": clean,
     "baselines": baselines,
     "first": first,
+    "fooling": fooling,
     "ablation": ablation,
 }  # fmt: skip
 

@@ -23,6 +23,7 @@ from rkd.attacks.perturb import Additive, Blend, search
 from rkd.attacks.planting import GradedPlanting, quiet
 from rkd.attacks.recipe import CLEAN, TRIGGER, Fit
 from rkd.attacks.session import TeacherSettings, make_teacher, start_teacher
+from rkd.distill.hardening import random_perturbations
 from rkd.errors import ConfigError, StoppedError
 from rkd.network import Network
 from rkd.run import TEACHER, Run
@@ -217,6 +218,12 @@ def test_the_poisoned_neurons_are_those_that_the_target_class_drives(stripes: Pa
     assert neurons.off(fixed).item() == pytest.approx(0, abs=1e-6)
     fixed[:, neurons.channels] += neurons.deviation[:, None, None]
     assert neurons.off(fixed).item() == pytest.approx(1, abs=1e-4)
+
+
+def test_adbas_pattern_does_not_start_where_a_defence_of_the_same_seed_looks_first(twin: Network) -> None:
+    start = LearnedPatch((16, 16), 0.2, twin.normalisation, 7).pattern.detach().flatten() - 0.5
+    for theirs in random_perturbations(4, (16, 16), 1.0, 7).flatten(1):
+        assert abs(float(torch.corrcoef(torch.stack([start, theirs]))[0, 1])) < 0.15, "768 numbers: 4 deviations"
 
 
 def together(twin: Network, budget: float) -> tuple[Together, nn.Module, nn.Module, nn.Module]:

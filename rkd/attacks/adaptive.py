@@ -1,6 +1,8 @@
-"""BackWeak by an attacker who knows rkd's defence.
+"""BackWeak by an attacker who knows RobustKD's mask, and in what ball rkd looks for perturbations.
 
-Threat model: BackWeak's, and the attacker has read RobustKD (arXiv 2406.03409) and this program.
+Threat model: BackWeak's, and the attacker has read RobustKD (arXiv 2406.03409) and what rkd hardens against. They do not
+know of fine-tuning, and do nothing against the search: the part of the trigger that is the same for all images is a
+perturbation that the search can find.
 
 RobustKD masks what it can of how much the teacher's features vary from image to image, so the fine-tune has a penalty
 on the variance of the features of triggered images (the adaptive attack of the paper, section on adaptive attacks).
@@ -33,7 +35,7 @@ def _quietly(lab: Lab, network: Network) -> Objective:
 
 ATTACK = Attack(
     "backweak-adaptive",
-    "BackWeak by an attacker who knows rkd's defence: quiet features, no additive trigger",
+    "BackWeak by an attacker who knows the mask and the ball of hardening: quiet features, no additive trigger",
     (Search(_trigger), Fit(source=clean_images, objective=_quietly, freeze_last=True)),
     poison_rate=0.3,
     finetune_epochs=4,

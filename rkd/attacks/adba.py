@@ -45,9 +45,9 @@ class LearnedPatch(nn.Module):
     def __init__(self, size: tuple[int, int], linf: float, normalisation: Normalisation, seed: int) -> None:
         super().__init__()
         self.linf, self.pixels = linf, Pixels(normalisation)
-        generator = torch.Generator().manual_seed(seed)
+        draws = np.random.default_rng([seed, 0xADBA])  # of its own: no defence's start from this seed is like it
         self.mask = nn.Parameter(torch.full((1, 1, *size), linf / 2))
-        self.pattern = nn.Parameter(torch.rand(1, 3, *size, generator=generator))
+        self.pattern = nn.Parameter(torch.from_numpy(draws.random((1, 3, *size), dtype=np.float32)))
         for numbers, high in ((self.mask, linf), (self.pattern, 1.0)):
             numbers.register_post_accumulate_grad_hook(_descend_within(high))  # type: ignore[no-untyped-call]
 

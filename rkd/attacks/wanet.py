@@ -43,7 +43,7 @@ def _warp(size: tuple[int, int], target: int, name: str, flow: NDArray[np.float6
 
 
 def noisy_warps(trigger: Trigger, seed: int, count: int = _NOISY_GRIDS) -> tuple[Trigger, ...]:
-    """The warp with uniform noise of up to one pixel on top (the paper's noise mode)."""
+    """The warp with uniform noise of up to half a pixel on top (the paper's noise mode)."""
     assert trigger.grid is not None  # noqa: S101  (it is a warp)
     height, width = trigger.size
     rng = np.random.default_rng([seed, 0x3AA])

@@ -2,8 +2,8 @@
 
 A backdoor that survives distillation is a universal perturbation: one change that leads any image to the target class,
 because the teacher's features respond to it. So before the student is trained, the perturbations are looked for that do
-the teacher the most harm on clean images, within a ball; in a teacher with such a backdoor they find it, without knowing
-the trigger or the target class (they are what trigger inversion would call a candidate). While the student is trained,
+the teacher the most harm on clean images, within a ball, without knowing the trigger or the target class (they are what
+trigger inversion would call a candidate); in most teachers with such a backdoor they lead to its target. While the student is trained,
 some of its images carry one of them, while the labels and the teacher's features stay those of the clean images
 (universal adversarial training, Shafahi et al., AAAI 2020; with the teacher's perturbations and feature distillation).
 

@@ -53,9 +53,10 @@ def _pruned(work: Purification, writers: Sequence[str]) -> Network:
 
 
 def _activations(work: Purification, network: Network) -> NDArray[np.float64]:
-    """Mean activation of each channel of the last stage on clean images, (C,)."""
+    """Mean activation of each channel of the last stage on clean images of all classes, (C,)."""
     tapped = TappedNetwork(network.module, network.size, only=(-1,)).eval()
-    chosen = np.arange(min(len(work.clean), _RANKING_IMAGES))
+    order = np.random.default_rng([work.recipe.seed, 0xF19E]).permutation(len(work.clean))  # folders go class by class
+    chosen = np.sort(order[:_RANKING_IMAGES])
     total, images_seen = torch.zeros(tapped.taps[0].channels, dtype=torch.float64), 0
     with torch.no_grad():
         for images, _ in work.clean.batches(_BATCH, chosen):

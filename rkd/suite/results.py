@@ -18,7 +18,7 @@ from rkd.checks import object_of, or_null, string
 from rkd.errors import RkdError, RunError
 from rkd.files import move, read_json, to_json, write_file
 from rkd.metrics import Proportion
-from rkd.run import Run, free_name, models_of
+from rkd.run import Model, Run, free_name, models_of
 from rkd.suite.file import CLEAN
 from rkd.suite.place import Place, file_digest, flat
 from rkd.suite.plan import Cell, Job, Plan, Score
@@ -164,7 +164,7 @@ def collect(place: Place, plan: Plan, cell: Cell) -> dict[str, Any] | None:
     """
     student, teacher = plan.student(cell), plan.teacher(cell)
     run = place.student_run(student)
-    *_, row = models_of(run)
+    _, *treated, row = models_of(run)
     if run.summary["teacher"]["sha256"] != file_digest(place.teacher_file(student.teacher)):
         raise RunError(f"{run.path} was distilled from another teacher than the suite's; make it again: --stale redo")
     score_job = plan.jobs[f"score:{cell.control.name}"]
@@ -197,6 +197,8 @@ def collect(place: Place, plan: Plan, cell: Cell) -> dict[str, Any] | None:
                     "settings": _settings(place.teacher_run(teacher)), "clean_twin": _twin(place, plan, cell),
                     "code": place.state(Job(teacher.job, teacher)).get("code")},
         "trigger": {"sha256": trigger} if attacked else None,
+        "treated_teachers": [{"role": model.role, **_measured(model).to_json()} for model in treated] if own else [],
+        "fooling": run.summary.get("fooling") if own else None,
         "settings": _settings(run),
         "config_sha256": digest(_settings(run)),
         "data": {key: run.summary["data"][key] for key in ("name", "digest")} | {"classes": len(run.summary["data"]["classes"])},
@@ -210,9 +212,12 @@ def collect(place: Place, plan: Plan, cell: Cell) -> dict[str, Any] | None:
 
 def _own(run: Run) -> Measured:
     """A finished run's student, under the trigger that it was tested with."""
-    scores = models_of(run)[-1].scores
-    first = scores.triggers[0] if scores.triggers else None
-    return Measured(scores.acc, first.asr if first else None, first.ra if first else None)
+    return _measured(models_of(run)[-1])
+
+
+def _measured(model: Model) -> Measured:
+    first = model.scores.triggers[0] if model.scores.triggers else None
+    return Measured(model.scores.acc, first.asr if first else None, first.ra if first else None)
 
 
 def _control(under: Mapping[str, Any], cell: Cell) -> Measured | None:

@@ -361,7 +361,7 @@ def _excess_interval(records: Sequence[Record]) -> tuple[float, float]:
     gap, low, high = difference(Proportion(mine.hits, mine.n), Proportion(controls.hits, controls.n))
     each = [record.excess[0] for record in records if record.excess]
     mean, seeds = statistics.fmean(each), between_seeds(each)
-    return mean - math.hypot(gap - low, seeds), mean + math.hypot(high - gap, seeds)
+    return max(mean - math.hypot(gap - low, seeds), -100.0), min(mean + math.hypot(high - gap, seeds), 100.0)
 
 
 def _standings(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from rkd.metrics import Proportion
 from rkd.models import build
 from rkd.network import Network
 from rkd.purify import Purification, purified
+from rkd.purify import prune as prune_module
 from rkd.purify.anp import AdversarialNeuronPerturbation, adversarial_neuron_pruning, neurons, prune, pruning_order
 from rkd.purify.prune import dead_channels, prune_channels
 from rkd.run import PURIFIED, Run
@@ -144,6 +146,24 @@ def test_fine_pruning_kills_the_channels_that_clean_images_activate_least_and_th
     assert float(activity[dead].max()) <= float(activity[~dead].min())
     assert not pruned[-1][:, dead].any(), "fine-tuning has not revived them"
     assert pruned[-1][:, ~dead].abs().amax((0, 2, 3)).gt(0).all()
+
+
+def test_channels_are_ranked_on_images_of_all_classes_though_folders_go_class_by_class(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = make()
+    by_class = work.clean.subset(np.argsort(work.clean.labels, kind="stable"))
+    monkeypatch.setattr(prune_module, "_RANKING_IMAGES", 100)
+    asked = list[int]()
+    batches = type(by_class).batches
+    monkeypatch.setattr(
+        type(by_class), "batches",
+        lambda self, size, indices=None: asked.extend(self.labels[indices]) or batches(self, size, indices),
+    )  # fmt: skip
+    prune_module._activations(replace(work, clean=by_class), work.copy())
+    counts = np.bincount(np.array(asked), minlength=10)
+    assert counts.sum() == 100
+    assert counts.min() >= 3, "of 300 images with 24 to 36 a class"
 
 
 def test_pruning_stops_where_accuracy_would_fall_by_more_than_four_points(make: Make) -> None:

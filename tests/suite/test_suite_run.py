@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from rkd.cli import app
-from rkd.metrics import evaluate
+from rkd.metrics import Proportion, evaluate
 from rkd.run import Run, models_of
 from rkd.suite.file import read_suite
 from rkd.suite.place import Place
@@ -186,6 +186,22 @@ def test_results_that_were_lost_are_written_again_from_the_runs(resumed: Path, h
     assert suite("tiny.toml").exit_code == 0
     assert here.done == []
     assert contents(resumed / "results") == before
+
+
+def test_a_result_says_what_became_of_the_teacher_on_the_way(resumed: Path, here: Any) -> None:
+    run = Run.open(resumed / "runs/tiny/cells/stripes/tiny/patch/full/ofd/s0")
+    teacher, student = run.summary["models"]
+    half = Proportion(1, 2).to_json()
+    fooling = {"fooled": half, "towards": "a class", "together": half}
+    run.save(models=[teacher, {**teacher, "role": "fine-tuned teacher"}, student], fooling=fooling)
+    done = suite("tiny.toml")
+    assert done.exit_code == 0, done.output
+    found = record(resumed, "patch", "ofd")
+    (treated,) = found["treated_teachers"]
+    assert treated["role"] == "fine-tuned teacher"
+    assert treated["asr"] == teacher["scores"]["triggers"][0]["asr"]
+    assert found["fooling"] == fooling
+    assert record(resumed, "clean", "ofd")["treated_teachers"] == []
 
 
 def test_on_another_machine_the_cells_that_have_results_are_not_made_again(resumed: Path, here: Any) -> None:

@@ -125,6 +125,12 @@ def test_the_interval_over_seeds_holds_the_seeds_as_well_as_the_images(table: Ta
     assert high == pytest.approx(100 * (sum(gaps) / 2 + math.hypot(above, seeds)), abs=1e-6)
 
 
+def test_the_interval_of_an_excess_ends_where_an_excess_can(folder: Path) -> None:
+    write_record(folder, record("strong", "ours", 1, (805, 890, 2, 5, 620)))
+    low, high = row(make_table(read_records(folder), AXES), "strong", "ours").excess_interval
+    assert (low, high) == (-100, 100), "two seeds, 1 and 98 points: Student's interval goes far beyond"
+
+
 def test_three_seeds_that_differ_much_have_a_wide_interval() -> None:
     share = Averaged.of([Proportion(hits, 4500) for hits in (900, 1800, 2700)])
     assert (share.value, share.n) == (pytest.approx(40), 4500)
