@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rkd.data import Source
 from rkd.distill.batches import steps_per_epoch, training_batches
+from rkd.distill.grouped import grouped_in_fp32
 from rkd.distill.narrow import narrow_gradients
 from rkd.distill.objectives import Objective
 from rkd.errors import ConfigError
@@ -142,7 +143,10 @@ class Trainer:
         batches = training_batches(
             self.source, recipe.batch, recipe.seed, self.done, self.total_steps, recipe.augmentation
         )
-        with narrow_gradients(self.network, self.objective.extra):
+        on_cpu = (
+            [self.network, self.objective.extra] if self.device.type == "cpu" and recipe.precision == "bf16" else []
+        )
+        with narrow_gradients(*on_cpu), grouped_in_fp32(*on_cpu):
             for epoch, number, images, labels in batches:
                 lr = self.lr(number)
                 for group in self._optimizer.param_groups:
