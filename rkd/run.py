@@ -72,6 +72,7 @@ SUMMARY, METRICS, STUDENT, TEACHER, MASKS, PERTURBATIONS, PURIFIED, LABELS, EXAM
     "run.json", "metrics.jsonl", "student.safetensors", "teacher.safetensors", "masks.npz", "perturbations.npz",
     "purified.safetensors", "labels.npz", "examples", "triggers", "report.html",
 )  # fmt: skip
+CLEAN, TRIGGER = "clean.safetensors", "trigger.npz"  # of a teacher's run: its clean twin, and the attacker's trigger
 _DIGESTS = "digests.json"
 _LOG_LIMIT_BYTES, _DIGESTS_LIMIT_BYTES, _MEMBER_LIMIT_BYTES = 2**26, 2**16, 2**34
 _FEWEST_FOOLED = 30  # images, below which their commonest class says nothing

@@ -21,12 +21,12 @@ from rkd.attacks.lab import Lab
 from rkd.attacks.oscar import Asleep
 from rkd.attacks.perturb import Additive, Blend, search
 from rkd.attacks.planting import GradedPlanting, quiet
-from rkd.attacks.recipe import CLEAN, TRIGGER, Fit
+from rkd.attacks.recipe import Fit
 from rkd.attacks.session import TeacherSettings, make_teacher, start_teacher
 from rkd.distill.hardening import random_perturbations
 from rkd.errors import ConfigError, StoppedError
 from rkd.network import Network
-from rkd.run import TEACHER, Run
+from rkd.run import CLEAN, TEACHER, TRIGGER, Run
 from rkd.signals import StopRequest
 from rkd.taps import TappedNetwork
 from rkd.triggers import Trigger

@@ -14,11 +14,11 @@ from PIL import Image
 from rkd.attacks.badnets import badnets_trigger
 from rkd.attacks.perturb import Additive, search, towards
 from rkd.attacks.poison import PoisonedSource
-from rkd.attacks.session import CLEAN, TRIGGER, TeacherSettings, make_teacher, start_teacher
+from rkd.attacks.session import TeacherSettings, make_teacher, start_teacher
 from rkd.data import ArraySource, FolderSource
 from rkd.errors import CheckpointError, ConfigError, RunError
 from rkd.network import Network
-from rkd.run import TEACHER, Run
+from rkd.run import CLEAN, TEACHER, TRIGGER, Run
 from rkd.signals import StopRequest
 from rkd.triggers import Trigger
 

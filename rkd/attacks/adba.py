@@ -29,9 +29,10 @@ from torch.nn import functional
 
 from rkd.attacks.lab import Lab
 from rkd.attacks.perturb import Pixels
-from rkd.attacks.recipe import CLEAN, Attack, Fit, clean_images
+from rkd.attacks.recipe import Attack, Fit, clean_images
 from rkd.distill.objectives import LogitDistillation, Objective
 from rkd.network import Network, Normalisation
+from rkd.run import CLEAN
 from rkd.triggers import Trigger
 
 _SHADOW = "shadow.safetensors"

@@ -27,10 +27,11 @@ from torch import Tensor
 from rkd.attacks.lab import Lab
 from rkd.attacks.perturb import Additive, Loss
 from rkd.attacks.planting import GradedPlanting
-from rkd.attacks.recipe import CLEAN, Attack, Fit, Search, clean_images
+from rkd.attacks.recipe import Attack, Fit, Search, clean_images
 from rkd.distill.objectives import Objective
 from rkd.errors import ArchitectureError
 from rkd.network import Network
+from rkd.run import CLEAN
 from rkd.taps import TappedNetwork
 from rkd.triggers import Trigger
 

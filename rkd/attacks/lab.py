@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from rkd.attacks.perturb import Form, Loss, search
-from rkd.attacks.recipe import CLEAN, TRIGGER
 from rkd.data import Dataset, Source, is_name
 from rkd.distill.batches import steps_per_epoch
 from rkd.distill.inputs import augmentation_for
@@ -21,7 +20,7 @@ from rkd.metrics import Scores, evaluate
 from rkd.models import build
 from rkd.network import Network, Normalisation
 from rkd.progress import progress, say
-from rkd.run import Run
+from rkd.run import CLEAN, TRIGGER, Run
 from rkd.signals import StopRequest
 from rkd.triggers import Trigger
 

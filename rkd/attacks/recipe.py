@@ -21,13 +21,11 @@ from rkd.attacks.poison import PoisonedSource
 from rkd.data import Source
 from rkd.distill.objectives import CrossEntropy, Objective
 from rkd.network import Network
-from rkd.run import TEACHER
+from rkd.run import CLEAN, TEACHER, TRIGGER
 from rkd.triggers import Trigger
 
 if TYPE_CHECKING:
     from rkd.attacks.lab import Lab
-
-CLEAN, TRIGGER = "clean.safetensors", "trigger.npz"
 
 
 class Stage(Protocol):

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
 
 from rkd.attacks import ATTACKS
 from rkd.attacks.lab import Lab
-from rkd.attacks.recipe import CLEAN, CLEAN_TWIN, TRIGGER, Attack
+from rkd.attacks.recipe import CLEAN_TWIN, Attack
 from rkd.data import Dataset
 from rkd.distill.inputs import open_with_progress
 from rkd.distill.loop import autocast
@@ -29,12 +29,12 @@ from rkd.metrics import Scores
 from rkd.models import build
 from rkd.network import Network, Normalisation
 from rkd.progress import say
-from rkd.run import TEACHER, Run, Setting, check_free
+from rkd.run import CLEAN, TEACHER, Run, Setting, check_free
 from rkd.signals import StopRequest
 from rkd.teacher import choose_teacher, open_teacher, read_checkpoint
 from rkd.triggers import Trigger
 
-__all__ = ["CLEAN", "TRIGGER", "TeacherSettings", "make_teacher", "start_teacher"]
+__all__ = ["TeacherSettings", "make_teacher", "moved_data", "start_teacher"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +71,9 @@ class TeacherSettings(TrainingSettings):
 
     def __post_init__(self) -> None:
         self.check()
+        Normalisation.parse(self.normalize)
+        if not 0 <= self.target < 2**32:
+            raise ConfigError(f"--target {self.target}: expected a class from 0 on")
         if self.attack not in ATTACKS:
             raise ConfigError(f"--attack {self.attack!r}: expected one of {', '.join(ATTACKS)}")
         for name in ("poison_rate", "linf", "trigger_budget", "finetune_epochs", "finetune_lr"):
@@ -130,7 +133,6 @@ def start_teacher(settings: TeacherSettings, origins: Mapping[str, str], path: P
         RkdError: whatever of the input is wrong, before anything is written.
     """
     check_free(path)
-    Normalisation.parse(settings.normalize)
     data = _open(settings)
     autocast(choose_device(settings.device), choose_precision(settings.precision, choose_device(settings.device)))
     with torch.device("meta"):
@@ -141,6 +143,16 @@ def start_teacher(settings: TeacherSettings, origins: Mapping[str, str], path: P
     made = {f.name: Setting(getattr(settings, f.name), origins.get(f.name, "default")) for f in fields(settings)}
     described = {"name": data.name, "digest": data.digest, "classes": list(data.classes), "notes": list(data.notes)}
     return Run.create(path, "teacher", made, data=described, out=str(out)), data
+
+
+def moved_data(run: Run, data: str) -> Dataset:
+    """The data of an interrupted run, which is somewhere else now; `make_teacher` sees whether it is the same.
+
+    Raises:
+        RkdError: there is none.
+    """
+    opened = _open(replace(TeacherSettings.from_run(run), data=data))
+    return replace(opened, name=run.summary["data"]["name"])  # what is found out from a name stays as it was
 
 
 def make_teacher(

@@ -13,11 +13,13 @@ from rkd.cli.app import app, guarded
 @app.command()
 @guarded
 def suite(
-    file: Annotated[Path, typer.Argument(help="The suite file (.toml); docs/suite.md has the form.")],
+    file: Annotated[Path, typer.Argument(help="The suite file (.toml); docs/suite.md has the form.", readable=False)],
     data_root: Annotated[
         Optional[Path],
         typer.Option(
-            help="Where the data sets are, as NAME/, NAME.npz or NAME.tar. Default: this folder.", show_default=False
+            help="Where the data sets are, as NAME/, NAME.npz or NAME.tar. Default: this folder.",
+            show_default=False,
+            readable=False,
         ),
     ] = None,
     jobs: Annotated[int, typer.Option(help="Cells at once, one thread each; 0 for one a CPU.")] = 0,
@@ -36,10 +38,10 @@ def suite(
         ),
     ] = None,
     out: Annotated[
-        Optional[Path], typer.Option(help="Where the runs go. Default: runs/NAME.", show_default=False)
+        Optional[Path], typer.Option(help="Where the runs go. Default: runs/NAME.", show_default=False, readable=False)
     ] = None,
     results: Annotated[
-        Path, typer.Option(help="Where the small result files and the tables go, in a folder NAME.")
+        Path, typer.Option(help="Where the small result files and the tables go, in a folder NAME.", readable=False)
     ] = Path("results"),
     stale: Annotated[
         str, typer.Option(help="What was made with other settings: refuse to go on, keep it as it is, or redo it.")

@@ -55,7 +55,7 @@ def print_tables(made: Tables) -> None:
         table.add_row(escape(name + budget), *cells)
     console().print(table)
     for budget in made.table.budgets:
-        say_next(comparable(made.table.ranking(budget)))
+        say_next(comparable(made.table, budget))
     for note in made.notes:
         say_next(note)
     attacked = [case for case in made.table.cases if case[2] != "clean"]

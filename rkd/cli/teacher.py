@@ -85,7 +85,11 @@ def teacher(
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 500,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
     resume: Annotated[
-        Optional[Path], typer.Option(help="Go on with an interrupted run; takes no other option.", show_default=False)
+        Optional[Path],
+        typer.Option(
+            help="Go on with an interrupted run; takes no other option but --data, --out and --overwrite.",
+            show_default=False,
+        ),
     ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
@@ -96,24 +100,24 @@ def teacher(
         rkd teacher --data photos/ --arch resnet18 --epochs 60 --out clean.pt
         rkd teacher --data photos/ --attack backweak --clean clean.pt --out bad.pt
     """
-    from rkd.attacks.session import CLEAN, TeacherSettings, make_teacher, start_teacher
+    from rkd.attacks.session import TeacherSettings, make_teacher, moved_data, start_teacher
     from rkd.cli import tables
     from rkd.data import is_name
     from rkd.errors import RunError
     from rkd.intake import clean_twin_beside, trigger_beside
     from rkd.network import Network, check_code
-    from rkd.run import Run, free_name
+    from rkd.run import CLEAN, Run, free_name
     from rkd.signals import stop_requests
     from rkd.teacher import save_teacher
 
     code_from_command_line(context, "arch", "shadow")
-    resumed = None
+    resumed, typed = None, set[str]()
     if resume is not None:
-        only_resume(context, "out", "overwrite", "arch", "shadow")
+        typed = only_resume(context, "data", "out", "overwrite", "arch", "shadow")
         resumed = Run.open(resume)
         for name, given in (("arch", arch), ("shadow", shadow)):
             check_code(str(resumed.setting(name)), given, name, resume)
-        if origins(context)["out"] != "command line":
+        if "out" not in typed:
             out = Path(resumed.summary.get("out", out))
     written = [out, trigger_beside(out), clean_twin_beside(out)]
     attacked = (attack if resumed is None else resumed.setting("attack")) != "none"
@@ -122,7 +126,7 @@ def teacher(
             raise RunError(f"{path} exists; choose another --out, or give --overwrite")
     with stop_requests() as stop:
         if resumed is not None:
-            run, opened = resumed, None
+            run, opened = resumed, moved_data(resumed, data) if "data" in typed else None
         else:
             settings = TeacherSettings(
                 data=data, arch=arch, attack=attack, clean=clean, target=target, poison_rate=poison_rate, linf=linf,

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from rkd.data import Dataset, Source, open_dataset
 from rkd.distill.batches import steps_per_epoch
 from rkd.distill.loop import Recipe, autocast
-from rkd.distill.settings import DistillSettings
+from rkd.distill.settings import DistillSettings, share_of
 from rkd.errors import ConfigError, DataError, RunError
 from rkd.measure import choose_device, choose_precision, use_threads
 from rkd.network import Network, Normalisation
@@ -156,10 +156,7 @@ def clean_budget(source: Source, budget: str, seed: int, *, by_class: bool = Tru
     """A part of the training images, class-stratified where their labels may be looked at."""
     if not budget:
         return source
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", budget.strip())
-    share = float(match[1]) / (100 if match[2] else len(source)) if match else 0
-    if not 0 < share <= 1:
-        raise ConfigError(f"--clean-budget {budget!r}: expected 1 to {len(source)} images, or a share such as 10%")
+    share = share_of(budget, len(source))
     rng = np.random.default_rng([seed, 0xB0D6])
     if not by_class:
         return source.subset(np.sort(rng.permutation(len(source))[: max(1, round(share * len(source)))]))

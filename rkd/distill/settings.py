@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 from rkd.distill.batches import AUGMENTATIONS
 from rkd.distill.methods import PURIFIED, Method
 from rkd.errors import ConfigError, RunError
+from rkd.network import Normalisation
 from rkd.run import Run
 
 S = TypeVar("S", bound="TrainingSettings")
+
+_RANGES = {
+    "epochs": (1, 2**32 - 1),
+    "batch": (2, 2**32 - 1),
+    "checkpoint_every": (1, 2**32 - 1),
+    "threads": (0, 4096),
+    "seed": (0, 2**32 - 1),
+    "split_seed": (0, 2**32 - 1),
+    "image_size": (0, 2**32 - 1),
+}
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,4})?")
+_BUDGET = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)(%?)")
 
 _PRECISIONS = ("fp32", "bf16", "fp16")
 _PURIFY_STEPS = 400
@@ -66,19 +80,13 @@ class TrainingSettings:
         Raises:
             ConfigError: naming the option.
         """
-        at_least = {
-            "epochs": 1,
-            "batch": 2,
-            "checkpoint_every": 1,
-            "threads": 0,
-            "seed": 0,
-            "split_seed": 0,
-            "image_size": 0,
-        }
-        for name, least in at_least.items():
+        for name, (least, most) in _RANGES.items():
             value = getattr(self, name)
-            if not least <= value < 2**32:
-                raise ConfigError(f"--{name.replace('_', '-')} {value}: expected {least} or more")
+            if not least <= value <= most:
+                wanted = f"{least} or more" if value < least else f"at most {most:,}"
+                raise ConfigError(f"--{name.replace('_', '-')} {value}: expected {wanted}")
+        if not _DEVICE.fullmatch(self.device):
+            raise ConfigError(f"--device {self.device!r}: expected auto, cpu, cuda or cuda:N")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise ConfigError(f"--lr {self.lr:g}: expected a number above 0")
         for name, known in (("augmentation", AUGMENTATIONS), ("precision", _PRECISIONS)):
@@ -187,6 +195,10 @@ class DistillSettings(TrainingSettings):
         if not 1 <= steps < 2**32 or not 0 <= self.purify_lr < math.inf:
             raise ConfigError(f"--purify-steps {steps}, --purify-lr {self.purify_lr:g}: expected 1 or more, 0 or more")
         _ = self.chosen_taps
+        if self.clean_budget:
+            share_of(self.clean_budget)
+        if self.normalize:
+            Normalisation.parse(self.normalize)
         self._check_together(method)
         if ".py" in self.student:
             raise ConfigError(f"--student {self.student}: students go by name (`rkd students`), not by file")
@@ -294,3 +306,17 @@ class DistillSettings(TrainingSettings):
 def _searched(method: Method) -> str:
     """Where hardening looks for its perturbations, where the user does not say."""
     return "student" if method.objective == "ce" else "teacher"
+
+
+def share_of(budget: str, images: int | None = None) -> float:
+    """The share of so many images that a clean budget is: `1000` images, or `10%` of them.
+
+    Raises:
+        ConfigError: it is none of these, or more than there are; as far as that can be told where `images` is None.
+    """
+    match = _BUDGET.fullmatch(budget.strip())
+    share = float(match[1]) / (100 if match[2] else images or 2**63) if match else 0
+    if not 0 < share <= 1:
+        there = "a number of images" if images is None else f"1 to {images} images"
+        raise ConfigError(f"--clean-budget {budget!r}: expected {there}, or a share such as 10%")
+    return share

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from rkd.errors import ConfigError, RkdError, RunError, StoppedError
+from rkd.files import check_writable, remove_temporaries, storage_errors
 from rkd.progress import say
 from rkd.signals import StopRequest, stop_requests
 from rkd.suite.display import Display, display, shown, title
@@ -18,11 +20,12 @@ from rkd.suite.launch import Launcher, LocalLauncher
 from rkd.suite.output import Tables, write_tables
 from rkd.suite.place import DONE, STALE, Place
 from rkd.suite.plan import Job, Plan, Score, Student, Teacher, make_plan
-from rkd.suite.results import CELLS
+from rkd.suite.results import CELLS, read_records
 from rkd.suite.runner import STALE_CHOICES, Progress, Runner, recorded
 from rkd.suite.sources import Facts, facts_of, find_sources, ready_sources
 
 LAUNCHERS = ("local", "ray")
+_LEAST_MIB, _MOST_MIB = 800, 2**43
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,15 @@ class SuiteOptions:
             raise ConfigError(f"--launcher {self.launcher!r}: expected {' or '.join(LAUNCHERS)}")
         if self.stale not in STALE_CHOICES:
             raise ConfigError(f"--stale {self.stale!r}: expected one of {', '.join(STALE_CHOICES)}")
-        if self.jobs < 0 or (self.memory_mib or 0) < 0:
-            raise ConfigError(f"--jobs {self.jobs}, --memory {self.memory_mib}: expected 0 or more")
+        if self.jobs < 0:
+            raise ConfigError(f"--jobs {self.jobs}: expected 0 for one a CPU, or how many")
+        if self.memory_mib and not _LEAST_MIB <= self.memory_mib < _MOST_MIB:
+            raise ConfigError(
+                f"--memory {self.memory_mib}: expected 0 for no limit, or from {_LEAST_MIB} MiB, which PyTorch alone needs, to {_MOST_MIB - 1}"
+            )
+        for path in filter(None, (self.out, self.results, self.data_root)):
+            with storage_errors(path):
+                path.exists()
         if self.data_root is not None and not self.data_root.is_dir():
             raise ConfigError(f"--data-root {self.data_root}: no such folder")
 
@@ -146,7 +156,7 @@ def show_plan(options: SuiteOptions) -> Planned:
         RkdError: the suite file, a data set or a network is not what it should be.
     """
     work = _Work.open(options)
-    estimator, slots = work.estimator(), options.jobs or cpus()
+    estimator, slots = work.estimator(), options.jobs or at_once()
     standings = {j.name: work.place.standing(j) for j in work.plan.jobs.values()}
     lines = tuple(
         Line(title(job), standings[job.name].state, round(estimator.seconds(job), 1), _options_of(job))
@@ -172,13 +182,14 @@ def run_suite(options: SuiteOptions) -> tuple[Tables, RkdError | None]:
         RkdError: something of the input is wrong.
     """
     with stop_requests() as stop:
-        stop.hint = f"go on with the same command: rkd suite {options.file}"
+        stop.hint = f"go on with the same command: {command_of(options)}"
         work = _Work.open(options)
         results = options.results.absolute() / work.suite.name
         if work.known:
             say(_known(work, options))
         with work.place.claimed():
             sources = ready_sources(work.found, work.place.out / "data")
+            _check_results(results)
             launcher = _launcher(options, work.place.out)
             try:
                 runner = Runner(
@@ -188,14 +199,46 @@ def run_suite(options: SuiteOptions) -> tuple[Tables, RkdError | None]:
                 progress = _work_through(work, runner, launcher, stop)
             finally:
                 launcher.close()
-            tables = write_tables(results, make_plan(work.suite), progress.failed)
+            failed = failure(progress, f"{shown(work.place.out / 'logs')} has the logs; {_AGAIN}")
+            try:
+                tables = write_tables(results, make_plan(work.suite), progress.failed)
+            except RkdError as error:
+                raise RkdError(f"{error}; {failed}" if failed else str(error)) from error
     if stop.signal_number is not None:
         students = {job.name for job in work.plan.jobs.values() if isinstance(job.work, Student)}
         raise StoppedError(
             f"stopped and saved: {len(progress.done & students)} of {len(students)} students are done; {stop.hint}",
             stop.signal_number,
         )
-    return tables, failure(progress, f"{shown(work.place.out / 'logs')} has the logs; {_AGAIN}")
+    return tables, failed
+
+
+def command_of(options: SuiteOptions) -> str:
+    """The command that these options were given by."""
+    words = ["rkd", "suite", str(options.file)]
+    for field in fields(options)[1:]:
+        value = getattr(options, field.name)
+        option = f"--{field.name.removesuffix('_mib').replace('_', '-')}"
+        if value != field.default:
+            for one in value if isinstance(value, tuple) else [value]:
+                words += [option, str(one)]
+    return shlex.join(words)
+
+
+def _check_results(folder: Path) -> None:
+    """See, before hours of work, that results can be written and that those that are there can be read.
+
+    Raises:
+        StorageError: the disk says no.
+        RunError: one is damaged.
+    """
+    cells = folder / CELLS
+    with storage_errors(cells):
+        cells.mkdir(parents=True, exist_ok=True)
+        remove_temporaries(cells)
+    for path in (cells / "one.json", folder / "table.md"):
+        check_writable(path)
+    read_records(folder)
 
 
 def _known(work: _Work, options: SuiteOptions) -> str:
@@ -226,8 +269,8 @@ def failure(progress: Progress, hint: str) -> RkdError | None:
     more = f" (and {len(progress.failed) - 1} more)" if len(progress.failed) > 1 else ""
     waiting = f"; {len(progress.blocked)} that need them were not begun" if progress.blocked else ""
     return RkdError(
-        f"{len(progress.failed)} of the suite's jobs failed: {first.replace(':', ' ', 1)}: {why}{more}{waiting}; the rest "
-        f"is done; {hint}"
+        f"{len(progress.failed)} of the suite's jobs failed: {first.replace(':', ' ', 1)}: {why}{more}{waiting}; "
+        f"{len(progress.done)} are done; {hint}"
     )
 
 
@@ -261,7 +304,7 @@ def _launcher(options: SuiteOptions, out: Path) -> Launcher:
         from rkd.suite.ray_launcher import RayLauncher
 
         return RayLauncher(options.jobs, options.memory_mib or 0, out)
-    return LocalLauncher(options.jobs or cpus())
+    return LocalLauncher(options.jobs or at_once())
 
 
 def _memory(options: SuiteOptions, launcher: Launcher) -> int:
@@ -273,13 +316,23 @@ def _memory(options: SuiteOptions, launcher: Launcher) -> int:
         return options.memory_mib
     if options.launcher != "local" or Path("/dev/nvidiactl").exists():
         return 0
-    whole_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return int(0.9 * whole_bytes / launcher.slots) // 2**20
+    share = _machines_mib() // launcher.slots
+    if share < _LEAST_MIB:
+        raise ConfigError(
+            f"{launcher.slots} cells at once leave {share:,} MiB each, and PyTorch alone needs {_LEAST_MIB}; give fewer --jobs, or "
+            "--memory 0 for no limit"
+        )
+    return share
 
 
-def cpus() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0))
+def _machines_mib() -> int:
+    """Nine tenths of this machine's memory."""
+    return int(0.9 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) // 2**20
+
+
+def at_once() -> int:
+    """Jobs at once where nobody says: one a CPU that this process may use, fewer where memory is short."""
+    return max(1, min(len(os.sched_getaffinity(0)), _machines_mib() // (2 * _LEAST_MIB)))
 
 
 def _options_of(job: Job) -> Mapping[str, Any]:

@@ -261,7 +261,9 @@ class _Reader:
             raise ConfigError(
                 f"{self.path}: {where} = {shortened(repr(value), 200)}: expected a list of whole numbers such as [0, 1, 2]"
             )
-        if len(set(value)) < len(value) or len(value) > _MOST_SEEDS:
+        if len(value) > _MOST_SEEDS:
+            raise ConfigError(f"{self.path}: {where}: {len(value)} seeds, expected at most {_MOST_SEEDS}")
+        if len(set(value)) < len(value):
             raise ConfigError(
                 f"{self.path}: {where} = {shortened(repr(value), 200)}: a seed is there twice: two cells would have one name"
             )

@@ -190,8 +190,8 @@ def explain(code: int, printed: str, memory_mib: int) -> str:
     limit = f" (its limit was {memory_mib:,} MiB: --memory)" if memory_mib else ""
     if code == -signal.SIGKILL:
         return f"killed, most likely because this machine ran out of memory: fewer --jobs need less{limit}"
-    if re.search(r"out of memory|failed to map segment|MemoryError|[Cc]annot allocate memory", last):
-        return f"out of memory{limit}: {last}"
+    if re.search(r"out of memory|failed to map segment|MemoryError|bad_alloc|[Cc]annot allocate memory", last):
+        return f"out of memory{limit}" + ("" if last.startswith("internal error") else f": {last}")
     if code < 0:
         name = signal.Signals(-code).name if -code in {int(s) for s in signal.Signals} else str(-code)
         return f"killed by {name}; the last it printed: {last}"

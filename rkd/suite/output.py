@@ -182,7 +182,7 @@ def markdown(name: str, about: str, tables: Tables) -> str:
         heading = "Defences over the cases that transfer"
         parts += [
             f"## {heading}{f', budget {budget}' if len(table.budgets) > 1 else ''}\n",
-            f"{comparable(chosen)}\n",
+            f"{comparable(table, budget)}\n",
             _grid(STANDING_HEADS, map(standing_cells, chosen)),
         ]
     attacked = [case for case in table.cases if case[2] != CLEAN]
@@ -233,7 +233,7 @@ def row_cells(row: Row) -> list[str]:
         row.defence, ", ".join(map(str, row.seeds)),
         f"{spread(row.acc)} {_wilson(row.acc_share)}",
         f"{spread(row.asr)} {_wilson(row.asr_share)}".strip(), f"{spread(row.ra)} {_wilson(row.ra_share)}".strip(),
-        spread(row.control_asr), f"{spread(row.excess, signed=True)}{interval}", spread(row.lost, signed=True),
+        of_seeds(row.control_asr, row), of_seeds(row.excess, row, interval, signed=True), of_seeds(row.lost, row, signed=True),
         number(row.seconds.mean, 0),
     ]  # fmt: skip
 
@@ -264,6 +264,12 @@ def spread(figure: Spread, *, signed: bool = False) -> str:
     show = points if signed else number
     mean = show(figure.mean)
     return mean if len(figure.values) < 2 else f"{mean} {{{show(figure.low)}, {show(figure.high)}}}"
+
+
+def of_seeds(figure: Spread, row: Row, interval: str = "", *, signed: bool = False) -> str:
+    """A spread, and of how many of the row's seeds it is where some are missing."""
+    few = f", {len(figure.values)} of {len(row.seeds)} seeds" if 0 < len(figure.values) < len(row.seeds) else ""
+    return f"{spread(figure, signed=signed)}{interval}{few}"
 
 
 def paired(against: Paired) -> str:
@@ -309,7 +315,8 @@ def _flat_row(row: Row, table: Table) -> dict[str, Any]:
     for name, figure in figures.items():
         for part in ("mean", "low", "high", "deviation"):
             flat[f"{name}_{part}"] = _rounded(getattr(figure, part), "")
-        flat[f"{name}_by_seed"] = " ".join(f"{value:.4f}" for value in figure.values)
+        known = dict(zip(figure.seeds, figure.values, strict=True))
+        flat[f"{name}_by_seed"] = " ".join(f"{known[s]:.4f}" if s in known else "-" for s in row.seeds)
     for name, share in (("acc", row.acc_share), ("asr", row.asr_share), ("ra", row.ra_share)):
         ends = share.interval if share.n else (math.nan, math.nan)
         flat |= {f"{name}_ci_{end}": _rounded(value, "") for end, value in zip(("low", "high"), ends, strict=True)}

@@ -113,7 +113,7 @@ def _standings(table: Table, budget: str) -> Markup:
     title = f"Defences{f', budget {budget}' if len(table.budgets) > 1 else ''}"
     return section(
         title,
-        f"Over the cases that transfer: the only ones that can show a defence working. {comparable(chosen)}",
+        f"Over the cases that transfer: the only ones that can show a defence working. {comparable(table, budget)}",
         scroller(f"{title}, over the cases that transfer", tag("table", head, body, class_="pin wide"), wide=True),
     )
 
@@ -175,11 +175,19 @@ def _row(row: Row, *, attacked: bool) -> Markup:
         cells += [
             _spread_cell(row.asr, row.asr_share),
             _spread_cell(row.ra, row.ra_share),
-            _spread_cell(row.control_asr),
+            _spread_cell(row.control_asr, more=_few(row.control_asr, row)),
         ]
-        cells.append(_spread_cell(row.excess, signed=True, more=excess))
+        cells.append(_spread_cell(row.excess, signed=True, more=[*excess, *_few(row.excess, row)]))
     seconds = f"{decimal(row.seconds.mean, 0)} s" if row.seconds.values else DASH
-    return tag("tr", *cells, _spread_cell(row.lost, signed=True), tag("td", seconds, class_="n"))
+    return tag(
+        "tr", *cells, _spread_cell(row.lost, signed=True, more=_few(row.lost, row)), tag("td", seconds, class_="n")
+    )
+
+
+def _few(spread: Spread, row: Row) -> list[Markup]:
+    """Of how many of the row's seeds a figure is, where some are missing."""
+    few = 0 < len(spread.values) < len(row.seeds)
+    return [tag("small", f"{len(spread.values)} of {len(row.seeds)} seeds")] if few else []
 
 
 def _bars(name: str, what: str, rows: Sequence[tuple[str, Proportion]], colour: str) -> Markup:

@@ -16,6 +16,7 @@ wants. Folders and files appear whole or not at all (`rkd.files`), so that a kil
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,16 +25,30 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from rkd.checks import by_name, number, object_of, or_null, proportion, string, whole
 from rkd.errors import RkdError, RunError
-from rkd.files import file_sha256, move, read_json, storage_errors, to_json, write_file
+from rkd.files import file_sha256, move, read_json, remove_temporaries, storage_errors, to_json, write_file
 from rkd.intake import trigger_beside
-from rkd.run import STUDENT, SUMMARY, Run, free_name
+from rkd.run import CLEAN as TWIN
+from rkd.run import STUDENT, SUMMARY, TEACHER, TRIGGER, Run, free_name
 from rkd.suite.file import CLEAN
-from rkd.suite.plan import Job, Plan, Score, Student, Teacher
+from rkd.suite.plan import Job, Plan, Score, Student, Teacher, flat
 from rkd.suite.recipes import Kind, Options, differences, distill_kind, teacher_kind
 
 SCHEMA = 1
 TEACHER_FILE = "teacher.safetensors"
+_OBJECT = object_of({}, others=True)
+_STATE = object_of(
+    {"seconds": or_null(number), "attempts": or_null(whole()), "code": or_null(_OBJECT), "begun_by": or_null(_OBJECT)},
+    optional=["seconds", "attempts", "code", "begun_by"],
+    others=True,
+)
+_SCORES = object_of(
+    {
+        "student": string,
+        "triggers": by_name(object_of({"trigger": string, "acc": proportion, "asr": proportion, "ra": proportion})),
+    }
+)
 FRESH, RESUME, DONE, STALE = "fresh", "resume", "done", "stale"
 
 
@@ -71,25 +86,41 @@ class Place:
             RunError: it is another suite's, not a suite's at all, or in use.
             StorageError: the disk said no.
         """
-        marker = self.out / "suite.json"
-        if self.out.exists() and not marker.is_file() and (not self.out.is_dir() or any(self.out.iterdir())):
-            raise RunError(f"{self.out} exists and is not a suite's folder; choose another --out")
-        if marker.is_file():
-            found = _read(marker)
-            if found.get("schema") != SCHEMA or found.get("name") != self.plan.suite.name:
-                raise RunError(f"{self.out} belongs to the suite {found.get('name')!r}; choose another --out")
-        else:
-            write_file(marker, to_json({"schema": SCHEMA, "name": self.plan.suite.name}))
         with storage_errors(self.out):
+            self._check_marker(self.out / "suite.json")
             descriptor = os.open(self.out, os.O_RDONLY)
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise RunError(f"{self.out}: another rkd suite is at work here; wait for it or stop it") from None
+            for folder in ("scores", "state"):  # what a kill in the middle of a write left there
+                if (self.out / folder).is_dir():
+                    remove_temporaries(self.out / folder)
             yield
         finally:
             os.close(descriptor)
+
+    def _check_marker(self, marker: Path) -> None:
+        """See whose folder this is by its suite.json, or write that into a new one."""
+        ours = {"schema": SCHEMA, "name": self.plan.suite.name}
+        if not marker.is_file():
+            if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+                raise RunError(f"{self.out} exists and is not a suite's folder; choose another --out")
+            write_file(marker, to_json(ours))
+            return
+        try:
+            found = _read(marker)
+            schema, name = found["schema"], found["name"]
+        except (RkdError, KeyError):
+            raise RunError(
+                f"{marker} is damaged; if this is the folder of the suite {ours['name']}, write {json.dumps(ours)} into it, "
+                "otherwise choose another --out"
+            ) from None
+        if name != ours["name"]:
+            raise RunError(f"{self.out} belongs to the suite {name!r}; choose another --out")
+        if schema != SCHEMA:
+            raise RunError(f"{marker} has schema {schema!r}, this rkd knows {SCHEMA}; choose another --out")
 
     def teacher_folder(self, teacher: Teacher) -> Path:
         """Where a teacher is made."""
@@ -121,7 +152,7 @@ class Place:
         Raises:
             RunError: it is damaged, or there are several.
         """
-        found = sorted(self.teacher_folder(teacher).glob(f"runs/*/{SUMMARY}"))
+        found = [p for p in self.teacher_folder(teacher).glob(f"runs/*/{SUMMARY}") if not p.parent.name.startswith(".")]
         if len(found) > 1:
             raise RunError(f"{self.teacher_folder(teacher)} holds {len(found)} runs, expected one")
         return Run.open(found[0].parent) if found else None
@@ -156,9 +187,12 @@ class Place:
         path = self.score_file(score)
         if not path.is_file():
             return {}
-        content = _read(path)
+        try:
+            content = _read(path)
+        except RunError:  # it is measured again
+            return {}
         same = content.get("student") == self.student_run(score.control).summary.get("student", {}).get("sha256")
-        return dict(content.get("triggers", {})) if same else {}
+        return dict(content["triggers"]) if same and _SCORES(content) is None else {}
 
     def move_aside(self, job: Job) -> Path:
         """Move what a job made earlier out of its way; nothing is deleted."""
@@ -178,9 +212,10 @@ class Place:
         if not path.is_file():
             return {}
         try:
-            return _read(path)
+            found = _read(path)
         except RkdError:  # a note only: what it says is measured again or left open
             return {}
+        return found if _STATE(found) is None else {}
 
     def note(self, job: Job, **facts: Any) -> None:
         """Add to what was noted of a job.
@@ -202,12 +237,19 @@ class Place:
         if run is None:
             return Standing(FRESH)
         wanted = _unlike(self._kinds[0], run, teacher.options, teacher.seed)
+        if teacher.clean is not None and not _same(self.teacher_file(teacher.clean), run.path / TWIN):
+            wanted.append("it was made from another clean twin")
         if wanted:
             return Standing(STALE, "; ".join(wanted))
-        there = self.teacher_file(teacher).is_file()
+        # What was put beside the run is as it was measured, or is taken from the run again.
+        there = self._whole(self.teacher_file(teacher), run.path / TEACHER)
         if teacher.attack != CLEAN:
-            there = there and self.trigger_file(teacher).is_file()
+            there = there and self._whole(self.trigger_file(teacher), run.path / TRIGGER)
         return Standing(DONE, run=run.path) if run.finished and there else _begun(self._kinds[0], run)
+
+    def _whole(self, path: Path, made: Path) -> bool:
+        """Whether a file is there, and is what its run made."""
+        return path.is_file() and _same(path, made)
 
     def _student_standing(self, student: Student) -> Standing:
         folder = self.run_folder(student)
@@ -215,10 +257,12 @@ class Place:
             return Standing(FRESH)
         run = Run.open(folder)
         wanted = _unlike(self._kinds[1], run, student.options, student.cell.seed)
-        teacher = self.teacher_file(student.teacher)
         wanted += self._other_recipe(run, student.teacher)
-        if not wanted and teacher.is_file() and run.summary.get("teacher", {}).get("sha256") != file_digest(teacher):
+        teacher = self._made(student.teacher)
+        if not wanted and teacher is not None and run.summary.get("teacher", {}).get("sha256") != file_digest(teacher):
             wanted.append("it was distilled from another teacher")
+        if not wanted and not self.of_one_data(run, student.teacher):
+            wanted.append("its teacher was trained on other data")
         if wanted:
             return Standing(STALE, "; ".join(wanted))
         if not run.finished:
@@ -226,6 +270,18 @@ class Place:
         if run.summary.get("student", {}).get("sha256") != file_digest(folder / STUDENT):
             return Standing(STALE, f"{STUDENT} is not the one that was measured")
         return Standing(DONE, run=folder)
+
+    def _made(self, teacher: Teacher) -> Path | None:
+        """The teacher that a finished run made; what is beside the run may have been damaged since."""
+        run = self.teacher_run(teacher)
+        found = [run.path / TEACHER] if run is not None and run.finished else []
+        return next((path for path in (*found, self.teacher_file(teacher)) if path.is_file()), None)
+
+    def of_one_data(self, run: Run, teacher: Teacher) -> bool:
+        """Whether a student's data is its teacher's, as far as that is known."""
+        other = self.teacher_run(teacher)
+        data = [one.summary.get("data", {}).get("digest") for one in (run, other) if one is not None]
+        return None in data or len(set(data)) < 2
 
     def _other_recipe(self, run: Run, teacher: Teacher) -> list[str]:
         """In words, that a student is of a teacher of another recipe, which may not have been made yet."""
@@ -238,9 +294,9 @@ class Place:
         return Standing(RESUME if self.missing_scores(score) else DONE)
 
 
-def flat(name: str) -> str:
-    """A job's or cell's name as the name of a file."""
-    return name.replace("/", "__").replace(":", "__")
+def _same(one: Path, other: Path) -> bool:
+    """Whether two files are the same, as far as both are there."""
+    return not one.is_file() or not other.is_file() or file_digest(one) == file_digest(other)
 
 
 def file_digest(path: Path) -> str:

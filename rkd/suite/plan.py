@@ -6,6 +6,7 @@ For each seed, data set and pair: the clean twin, the attacked teachers, and for
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ from rkd.errors import ConfigError
 from rkd.suite.file import AXES, CLEAN, Entry, Suite
 from rkd.suite.recipes import Kind, digest, distill_kind, teacher_kind
 
+_MOST_COMBINATIONS, _MOST_CELLS = 100_000, 10_000
+_LONGEST_NAME = 200  # a file system takes 255
 _SAME_AS_TWIN = ("arch", "normalize", "image_size", "split_seed")
 
 
@@ -189,6 +192,11 @@ def make_plan(suite: Suite, only: Sequence[str] = (), without: Collection[Cell] 
     """
     planner = _Planner(suite, teacher_kind(), distill_kind())
     cells: dict[Cell, None] = {}
+    most = math.prod(len(suite.axes[axis]) for axis in AXES)
+    if most > _MOST_COMBINATIONS:
+        raise ConfigError(
+            f"suite {suite.name}: its tables have {most:,} combinations, expected at most {_MOST_COMBINATIONS:,}; make two suites"
+        )
     for names in _combinations(suite):
         for seed in planner.seeds(names):
             cells[Cell(**names, seed=seed)] = None
@@ -205,6 +213,16 @@ def make_plan(suite: Suite, only: Sequence[str] = (), without: Collection[Cell] 
         cells = {cell: None for cell in named if any(fnmatchcase(cell.name, pattern) for pattern in only)}
     left = [one for cell in cells for one in (cell, cell.control) if one not in without]
     cells = {one: None for cell in left for one in (cell, cell.control)}  # what is left needs its control, known or not
+    if len(cells) > _MOST_CELLS:
+        raise ConfigError(
+            f"suite {suite.name}: {len(cells):,} cells, expected at most {_MOST_CELLS:,}; make two suites, or give --only"
+        )
+    for cell in cells:
+        if len(flat(cell.name)) > _LONGEST_NAME:
+            raise ConfigError(
+                f"suite {suite.name}: the name {cell.name} has {len(flat(cell.name))} letters, expected at most {_LONGEST_NAME}: files go "
+                "by it; shorten the names of its parts"
+            )
     rank = {axis: {entry.name: i for i, entry in enumerate(entries)} for axis, entries in suite.axes.items()}
     first = sorted({cell.seed for cell in cells}, key=lambda seed: _seed_rank(suite, seed))
 
@@ -215,6 +233,11 @@ def make_plan(suite: Suite, only: Sequence[str] = (), without: Collection[Cell] 
     ordered = tuple(sorted(cells, key=order))
     jobs = planner.jobs(ordered)
     return Plan(suite, {job.name: job for job in jobs}, ordered)
+
+
+def flat(name: str) -> str:
+    """A job's or cell's name as the name of a file."""
+    return name.replace("/", "__").replace(":", "__")
 
 
 def _seed_rank(suite: Suite, seed: int) -> tuple[int, int]:

@@ -7,46 +7,54 @@ are there by their digests.
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rkd import __version__
 from rkd.bench.report.scores import difference
-from rkd.checks import object_of, or_null, string
+from rkd.checks import Check, flag, list_of, number, object_of, or_null, proportion, string, text
 from rkd.errors import RkdError, RunError
 from rkd.files import move, read_json, to_json, write_file
 from rkd.metrics import Proportion
 from rkd.run import Model, Run, free_name, models_of
 from rkd.suite.file import CLEAN
-from rkd.suite.place import Place, file_digest, flat
-from rkd.suite.plan import Cell, Job, Plan, Score
+from rkd.suite.place import Place, file_digest
+from rkd.suite.plan import Cell, Job, Plan, Score, flat
 from rkd.suite.recipes import NOT_COMPARED, digest
 
 SCHEMA = 1
 CELLS, REPLACED = "cells", "replaced"  # below results/SUITE
 _LIMIT_BYTES = 2**20
 _OBJECT = object_of({}, others=True)
-_CODE = or_null(_OBJECT)
-_IDENTITIES = (
-    object_of(  # what a record says of what was measured and how that was made; the figures have types of their own
-        {
-            "student": object_of({"sha256": string}, others=True),
-            "control": or_null(
-                object_of({"sha256": string, "cell": string, "code": _CODE}, optional=["code"], others=True)
-            ),
-            "teacher": object_of(
-                {"sha256": string, "name": string, "settings": _OBJECT, "code": _CODE}, optional=["code"], others=True
-            ),
-            "data": object_of({"digest": string}, others=True),
-            "settings": _OBJECT,
-            "versions": _OBJECT,
-            "code": _CODE,
-        },
-        optional=["versions", "code"],
-        others=True,
-    )
+_CODE_FIELDS: dict[str, Check] = {
+    "rkd": text, "sources": or_null(text), "commit": or_null(text), "changed": or_null(flag)
+}  # fmt: skip
+_CODE = or_null(object_of(_CODE_FIELDS, optional=_CODE_FIELDS, others=True))
+_FIGURES: dict[str, Check] = {"acc": proportion, "asr": or_null(proportion), "ra": or_null(proportion)}
+_RECORD = object_of(
+    {
+        "student": object_of({**_FIGURES, "sha256": string}, others=True),
+        "control": or_null(
+            object_of({**_FIGURES, "sha256": string, "cell": string, "code": _CODE}, optional=["code"], others=True)
+        ),
+        "teacher": object_of(
+            {**_FIGURES, "sha256": string, "name": string, "settings": _OBJECT, "code": _CODE},
+            optional=["code"],
+            others=True,
+        ),
+        "treated_teachers": list_of(object_of({**_FIGURES, "role": text})),
+        "fooling": or_null(object_of({"fooled": proportion, "towards": string, "together": proportion}, others=True)),
+        "same_student": flag,
+        "seconds": object_of({"job": or_null(number)}, others=True),
+        "data": object_of({"digest": string}, others=True),
+        "settings": _OBJECT,
+        "versions": _OBJECT,
+        "code": _CODE,
+    },
+    optional=["versions", "code", "treated_teachers", "fooling"],
+    others=True,
 )
 
 
@@ -167,6 +175,8 @@ def collect(place: Place, plan: Plan, cell: Cell) -> dict[str, Any] | None:
     _, *treated, row = models_of(run)
     if run.summary["teacher"]["sha256"] != file_digest(place.teacher_file(student.teacher)):
         raise RunError(f"{run.path} was distilled from another teacher than the suite's; make it again: --stale redo")
+    if not place.of_one_data(run, teacher):
+        raise RunError(f"{run.path}: its teacher was trained on other data; make both again: --stale redo")
     score_job = plan.jobs[f"score:{cell.control.name}"]
     assert isinstance(score_job.work, Score)  # noqa: S101  (by its name)
     under = place.scores(score_job.work) if place.run_folder(score_job.work.control).is_dir() else {}
@@ -307,7 +317,8 @@ def read_records(folder: Path) -> list[Record]:
     Raises:
         RunError: a file is damaged, of another schema, or of another cell than its name says.
     """
-    return [read_record(path) for path in sorted((folder / CELLS).glob("*.json"))]
+    found = sorted((folder / CELLS).glob("*.json"))
+    return [read_record(path) for path in found if not path.name.startswith(".")]  # what a kill in a write left
 
 
 def read_record(path: Path) -> Record:
@@ -324,7 +335,7 @@ def read_record(path: Path) -> Record:
             raise RunError(f"{path} has schema {content['schema']!r}, this rkd reads {SCHEMA}")
         names = {key: str(content["cell"][key]) for key in ("data", "pair", "attack", "budget", "defence")}
         cell = Cell(**names, seed=int(content["cell"]["seed"]))
-        if (problem := _IDENTITIES(content)) is not None:
+        if (problem := _RECORD(content)) is not None:
             raise RunError(f"{path} is damaged: result{problem}; restore it or remove it")
         control = content["control"]
         seconds = content["seconds"]["job"]
@@ -343,14 +354,6 @@ def read_record(path: Path) -> Record:
         raise RunError(f"{path} is damaged: {type(error).__name__}: {error}; restore it or remove it") from error
     if path.name != f"{flat(cell.name)}.json":
         raise RunError(f"{path} holds the cell {cell.name}; restore it or remove it")
-    _check_shares(path, record)
-    return record
-
-
-def _check_shares(path: Path, record: Record) -> None:
-    measured: Sequence[Measured | None] = (record.student, record.control, record.teacher)
-    for share in [s for m in measured if m for s in (m.acc, m.asr, m.ra) if s]:
-        if not 0 <= share.hits <= share.n:
-            raise RunError(f"{path} is damaged: {share.hits} hits of {share.n}")
     if record.cell.attack != CLEAN and (record.student.asr is None or record.student.ra is None):
-        raise RunError(f"{path} is damaged: an attacked cell without ASR or RA")
+        raise RunError(f"{path} is damaged: an attacked cell without ASR or RA; restore it or remove it")
+    return record

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from rkd.errors import RkdError, RunError, StorageError
+from rkd.errors import RkdError, RunError
+from rkd.files import storage_errors
 from rkd.suite.file import CLEAN
 from rkd.suite.launch import Launcher, Outcome, Task
 from rkd.suite.place import DONE, FRESH, RESUME, STALE, Place, Standing
@@ -16,6 +17,7 @@ from rkd.suite.recipes import command_line, differences, distill_kind, teacher_k
 from rkd.suite.results import code_version, collect, read_record, record_path, same_code, set_aside, write_record
 
 _WAIT_S = 0.5
+_MIXED = {"sources": None, "changed": True}  # of several codes
 STALE_CHOICES = ("refuse", "keep", "redo")
 
 
@@ -121,7 +123,6 @@ class Runner:
         self.progress = Progress()
         self._waiting = dict(plan.jobs)
         self._running: dict[str, Job] = {}
-        self._code: dict[str, dict[str, Any]] = {}
 
     def look(self) -> None:
         """Find out what is done already, before anything is started.
@@ -147,11 +148,12 @@ class Runner:
         """Work until everything is settled, or until asked to stop and the running jobs have saved.
 
         Raises:
-            StorageError: the disk said no to what is noted of a job, once the others have saved what they could.
+            StorageError: the disk said no to what is noted of a job.
+            Exception: whatever else went wrong; in any case once the others have saved what they could.
         """
         try:
             return self._run(watcher, asked_to_stop)
-        except StorageError:
+        except Exception:
             self._let_them_save(watcher)
             raise
 
@@ -232,11 +234,12 @@ class Runner:
             standing = self.place.standing(job)
             if standing.state == STALE:
                 if self.stale != "redo":
-                    raise RunError(f"{standing.why}; give --stale redo to make it again, or --stale keep")
+                    kept = "which cannot be kept" if self.stale == "keep" else "which may be kept with --stale keep"
+                    raise RunError(f"{standing.why}, {kept}; give --stale redo to make it again")
                 self.progress.moved[job.name] = self._move_aside(job)
                 standing = Standing(FRESH)
             task = self._task(job, standing)
-            self._code[job.name] = code_version()
+            self._note_code(job, standing)
             self.launcher.start(task)
         except RkdError as error:
             self._running[job.name] = job
@@ -245,6 +248,12 @@ class Runner:
         self._running[job.name] = job
         watcher.started(job)
         return False
+
+    def _note_code(self, job: Job, standing: Standing) -> None:
+        """Remember by what code a job is made, over all attempts: what two codes made was made by neither."""
+        now = code_version()
+        before = self.place.state(job).get("begun_by") if standing.state == RESUME else None
+        self.place.note(job, begun_by=now if same_code(before, now) else {**now, **_MIXED})
 
     def _move_aside(self, job: Job) -> Path:
         """Move what a job made out of the way, with what was noted and recorded of it: none of it counts any more."""
@@ -279,8 +288,8 @@ class Runner:
 
     def _code_of(self, job: Job) -> dict[str, Any]:
         """The code that a job that just ended was made by; not known by its sources where these changed meanwhile."""
-        started, now = self._code.get(job.name, {}), code_version()
-        return now if same_code(started, now) else {**now, "sources": None, "changed": True}
+        begun_by, now = self.place.state(job).get("begun_by"), code_version()
+        return now if same_code(begun_by, now) else {**now, **_MIXED}
 
     def _unlike(self, job: Job) -> str:
         """How what a job made differs from what it was for, though it says that it ended well."""
@@ -319,13 +328,15 @@ class Runner:
 
     def _teacher_task(self, teacher: Teacher, standing: Standing, common: dict[str, Any]) -> Task:
         folder = self.place.teacher_folder(teacher)
-        folder.mkdir(parents=True, exist_ok=True)
+        with storage_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         threads = int(teacher.options.get("threads", 1))
         if standing.state == RESUME and standing.run is not None:
             run = str(standing.run.relative_to(folder))
             argv: tuple[str, ...] = (
                 "teacher",
                 f"--resume={run}",
+                f"--data={self.sources[teacher.data]}",
                 f"--out={self.place.teacher_file(teacher).name}",
                 "--overwrite",
             )

@@ -48,9 +48,12 @@ def find_sources(suite: Suite, root: Path | None, used: Collection[str]) -> dict
     found: dict[str, Path | str] = {}
     for entry in [entry for entry in suite.axes["data"] if entry.name in used]:
         base = (root or Path()) / entry.source
-        there = [
-            p for p in (base, base.with_name(f"{base.name}.npz"), base.with_name(f"{base.name}.tar")) if p.exists()
-        ]
+        if not base.name:
+            raise DataError(
+                f"[data.{entry.name}]: data = {entry.source!r} names nothing; expected a folder, a file or a name"
+            )
+        with storage_errors(base):
+            there = [p for p in (base, *(base.with_name(base.name + end) for end in (".npz", ".tar"))) if p.exists()]
         if there:
             found[entry.name] = there[0].resolve()
             continue

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rkd.bench.report.scores import difference
@@ -33,10 +33,12 @@ class Spread:
     """A figure over seeds.
 
     Attributes:
-        values: one a seed.
+        values: one a seed of which it is known.
+        seeds: these; empty where that is of no interest.
     """
 
     values: tuple[float, ...]
+    seeds: tuple[int, ...] = ()
 
     @property
     def mean(self) -> float:
@@ -173,7 +175,8 @@ class Standing:
         cases: transferring cases that it has a figure on.
         of: transferring cases in all.
         yardstick: what the defences are compared with, and so ranked by: the one that has met the most cases, of several
-            the first of the file; an undefended one only where there is no other; empty where none has met any.
+            the first of the file; one that is undefended or takes nothing from the teacher only where there is no other;
+            empty where none has met any.
         against: how far it is ahead of the yardstick by ACC - excess ASR, on every case that transfers and both have met,
             each the mean over the seeds of both, from the same teachers; empty for the yardstick itself.
         score: ACC - excess ASR, the mean over its own cases, as all that follows. A negative excess counts as nought
@@ -283,7 +286,7 @@ def make_table(records: Sequence[Record], axes: Mapping[str, Sequence[Entry]]) -
         transferring,
         untested,
         asleep,
-        _standings(rows, transferring, records, undefended),
+        _standings(rows, transferring, records, axes["defence"]),
         reference,
         tuple(undefended),
     )
@@ -301,16 +304,22 @@ def _takes(records: Sequence[Record]) -> bool:
     return not asr or statistics.fmean(asr) >= WORKS or bool(kinds & SLEEPERS)
 
 
-def comparable(standings: Sequence[Standing]) -> str:
-    """What the defences are ranked by, in words."""
-    yardstick = standings[0].yardstick
+def comparable(table: Table, budget: str) -> str:
+    """What the defences of a budget are ranked by, in words."""
+    yardstick = table.ranking(budget)[0].yardstick
+    if not yardstick and any(case[3] == budget for case in table.untested):
+        return (
+            "It is not known yet which cases transfer, so the defences are not ranked: that takes an undefended student "
+            "(undefended = true in the suite file) of the case and its control."
+        )
     if not yardstick:
         return "No case transfers, so the defences are not ranked."
     return (
         f"Each is compared with the yardstick, {yardstick}, the defence that has met the most cases, and ranked by how far it "
         "is ahead of it in ACC - excess ASR (a negative excess counts as 0): the mean difference over the cases (n) that both "
         "have met, each over the seeds of both and from the same teachers, with Student's 95 % interval over the cases. A dash: there "
-        "is no such case. Two others are not compared "
+        "is no such case. Cases of one seed share the clean twin, the controls and the test images, so the interval says how "
+        "the attacks differ, and less of what another seed would give. Two others are not compared "
         "with each other: they may have met different cases. The other figures are over each defence's own cases."
     )
 
@@ -326,27 +335,32 @@ def _row(records: Sequence[Record], reference: Sequence[Record]) -> Row:
     undefended = {basis(record): record.student.acc.value for record in reference}
     asr = [r.student.asr for r in records if r.student.asr]
     ra = [r.student.ra for r in records if r.student.ra]
+
+    def over_seeds(figure: Callable[[Record], float | None]) -> Spread:
+        known = {r.cell.seed: value for r in records if (value := figure(r)) is not None}
+        return Spread(tuple(known.values()), tuple(known))
+
     controlled = [r for r in records if r.excess is not None]
     return Row(
         records[0].cell.case,
         records[0].cell.defence,
         tuple(record.cell.seed for record in records),
-        Spread(tuple(r.student.acc.value for r in records)),
-        Spread(tuple(share.value for share in asr)),
-        Spread(tuple(share.value for share in ra)),
-        Spread(tuple(r.control.asr.value for r in records if r.control and r.control.asr)),
-        Spread(tuple(r.control.ra.value for r in records if r.control and r.control.ra)),
-        Spread(tuple(r.excess[0] for r in controlled if r.excess)),
+        over_seeds(lambda r: r.student.acc.value),
+        over_seeds(lambda r: r.student.asr.value if r.student.asr else None),
+        over_seeds(lambda r: r.student.ra.value if r.student.ra else None),
+        over_seeds(lambda r: r.control.asr.value if r.control and r.control.asr else None),
+        over_seeds(lambda r: r.control.ra.value if r.control and r.control.ra else None),
+        over_seeds(lambda r: r.excess[0] if r.excess else None),
         _excess_interval(controlled),
         _mean([r.control.ra.value - r.student.ra.value for r in records if r.control and r.control.ra and r.student.ra]),
-        Spread(tuple(undefended[basis(r)] - r.student.acc.value for r in records if basis(r) in undefended)),
-        Spread(tuple(r.seconds for r in records if r.seconds is not None and not r.same_student)),
+        over_seeds(lambda r: undefended[basis(r)] - r.student.acc.value if basis(r) in undefended else None),
+        over_seeds(lambda r: None if r.same_student else r.seconds),
         Averaged.of([r.student.acc for r in records]),
         Averaged.of(asr),
         Averaged.of(ra),
         str(records[0].data["student"].get("arch", "")),
-        Spread(tuple(r.teacher.acc.value for r in records)),
-        Spread(tuple(r.teacher.asr.value for r in records if r.teacher.asr)),
+        over_seeds(lambda r: r.teacher.acc.value),
+        over_seeds(lambda r: r.teacher.asr.value if r.teacher.asr else None),
     )  # fmt: skip
 
 
@@ -365,15 +379,19 @@ def _excess_interval(records: Sequence[Record]) -> tuple[float, float]:
 
 
 def _standings(
-    rows: Sequence[Row], transferring: Sequence[Case], records: Sequence[Record], undefended: Collection[str]
+    rows: Sequence[Row], transferring: Sequence[Case], records: Sequence[Record], entries: Sequence[Entry]
 ) -> tuple[Standing, ...]:
     found: list[Standing] = []
+    undefended = {entry.name for entry in entries if entry.undefended}
     for budget in dict.fromkeys(row.case[3] for row in rows):
         cases = [case for case in transferring if case[3] == budget]
-        defences = dict.fromkeys(row.defence for row in rows if row.case[3] == budget)
+        places = {entry.name: place for place, entry in enumerate(entries)}
+        there = dict.fromkeys(row.defence for row in rows if row.case[3] == budget)
+        defences = sorted(there, key=lambda defence: places.get(defence, len(places)))
         scores = {defence: _scores(defence, cases, records) for defence in defences}
         met = [defence for defence in scores if scores[defence]]
-        yardstick = max(met, key=lambda defence: (defence not in undefended, len(scores[defence])), default="")
+        last = undefended | {r.cell.defence for r in records if r.same_student}
+        yardstick = max(met, key=lambda defence: (defence not in last, len(scores[defence])), default="")
         against = {defence: _paired(scores[defence], scores.get(yardstick, {})) for defence in scores}
         # The yardstick's own differences are noughts, which put it in its place.
         for defence in sorted(scores, key=lambda defence: -_least_first(against[defence].mean)):

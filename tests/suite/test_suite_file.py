@@ -56,6 +56,21 @@ WRONG = {
     "no student": (GOOD.replace('distill = { student = "wrn-10-1" }', ""), "no student"),
     "no defence": (GOOD.partition("[defences")[0], "no [defences.NAME]"),
     "two splits": (GOOD + "[teacher]\nsplit-seed = 1\n[distill]\nsplit-seed = 2\n", "different split-seeds"),
+    "too many seeds": (f"seeds = {list(range(101))}\n" + GOOD, "101 seeds, expected at most 100"),
+    "too many cells": (
+        f"seeds = {list(range(100))}\n" + GOOD + "".join(f"[defences.d{i}]\n" for i in range(60)), "cells, expected at most 10,000"
+    ),
+    "too many combinations": (
+        GOOD + "".join(f"[budgets.b{i}]\n[defences.d{i}]\n" for i in range(320)), "combinations, expected at most 100,000"
+    ),
+    "names that no file can have": (
+        GOOD.replace("backweak]", "b" * 60 + "]") + f"[defences.{'d' * 60}]\n[budgets.{'e' * 60}]\n", "expected at most 200"
+    ),
+    "a budget that is none": (GOOD + '[budgets.b]\ndistill = { clean-budget = "nan%" }\n', "--clean-budget 'nan%'"),
+    "a scaling that is none": (GOOD + '[teacher]\nnormalize = "junk"\n', "--normalize 'junk'"),
+    "a device that is none": (GOOD + '[distill]\ndevice = "abc"\n', "--device 'abc'"),
+    "a class that is none": (GOOD + "[teacher]\ntarget = 4000000000000\n", "--target 4000000000000"),
+    "an epoch too many": (GOOD + "[distill]\nepochs = 1000000000000\n", "expected at most 4,294,967,295"),
     "an attack for everybody": (GOOD + '[teacher]\nattack = "badnets"\n', "clean twins have none"),
 }  # fmt: skip
 
@@ -87,6 +102,8 @@ def test_the_good_file_is_good(tmp_path: Path) -> None:
         (GOOD.replace("wrn-10-1", "wrm-10-1"), "no network is called 'wrm_10_1'"),
         (GOOD.replace("data.digits", "data.digts"), "did you mean digits?"),
         (GOOD.replace("data.digits", "data.nowhere"), "--data-root"),
+        (GOOD + '[data.nothing]\ndata = ""\n', "names nothing"),
+        (GOOD + f'[data.long]\ndata = "{"x" * 300}"\n', "File name too long"),
     ],
 )
 def test_networks_and_data_that_do_not_exist_are_named_before_anything_is_written(
@@ -106,7 +123,10 @@ def test_networks_and_data_that_do_not_exist_are_named_before_anything_is_writte
     [
         (["--launcher", "slurm"], "expected local or ray"),
         (["--stale", "ignore"], "expected one of refuse, keep, redo"),
-        (["--jobs", "-1"], "expected 0 or more"),
+        (["--jobs", "-1"], "expected 0 for one a CPU"),
+        (["--memory", "100"], "expected 0 for no limit, or from 800 MiB"),
+        (["--memory", str(10**14)], "expected 0 for no limit"),
+        (["--results", "x" * 300], "File name too long"),
         (["--data-root", "nowhere"], "no such folder"),
         (["--only", "nothing/*"], "no cell of suite my is called so"),
         (["--dry-run", "--table-only"], "either --dry-run or --table-only"),

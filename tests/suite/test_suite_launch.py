@@ -42,6 +42,12 @@ distill = { method = "kd", student = "wrn-10-400" }
         (-11, "step 3\n", "killed by SIGSEGV; the last it printed: step 3"),
         (1, "rkd: out of memory; use a smaller --batch\n", "its limit was 100 MiB: --memory"),
         (1, "ImportError: x.so: failed to map segment from shared object\n", "its limit was 100 MiB"),
+        (-6, "terminate called\nwhat(): std::bad_alloc\n", "out of memory (its limit was 100 MiB: --memory): what()"),
+        (
+            1,
+            "rkd: internal error (ImportError: failed to map segment); this is a bug\n",
+            "out of memory (its limit was 100 MiB: --memory)",
+        ),
     ],
 )
 def test_a_failure_is_explained(code: int, printed: str, said: str) -> None:
@@ -125,7 +131,7 @@ def test_killed_stopped_and_out_of_memory_a_suite_goes_on_and_loses_nothing(fold
     assert process.returncode == 143, said
     assert "Traceback" not in said
     assert "FAILED" not in said
-    assert said.strip().splitlines()[-1].endswith("go on with the same command: rkd suite my.toml")
+    assert said.strip().splitlines()[-1].endswith("go on with the same command: rkd suite my.toml --jobs 1")
     assert "0 of 2 students are done" in said.strip().splitlines()[-1]
     stopped_at = checkpoint()
     assert stopped_at > killed_at

@@ -15,7 +15,7 @@ import pytest
 from rkd.errors import RunError
 from rkd.metrics import Proportion
 from rkd.suite.file import Entry
-from rkd.suite.output import standing_cells, table_csv, table_json
+from rkd.suite.output import row_cells, standing_cells, table_csv, table_json
 from rkd.suite.page import suite_page, verdict
 from rkd.suite.plan import Cell
 from rkd.suite.results import REPLACED, read_records, record_path, same_code, write_record
@@ -185,7 +185,7 @@ def test_defences_are_ranked_by_what_they_have_met_with_the_one_that_has_met_mos
     ranked = [standing for standing in table.standings if standing.defence != "ours"]
     assert [s.against.mean for s in ranked] == sorted((s.against.mean for s in ranked), reverse=True)
     assert table.standings[0].defence == "ours", "all others are behind it"
-    assert "the yardstick, ours, the defence that has met the most cases" in comparable(table.standings)
+    assert "the yardstick, ours, the defence that has met the most cases" in comparable(table, "full")
 
 
 def test_a_defence_may_be_ahead_of_the_yardstick(folder: Path) -> None:
@@ -303,7 +303,7 @@ def test_where_nothing_is_known_nothing_is_ranked(folder: Path) -> None:
         path.unlink()
     table = make_table(read_records(folder), AXES)
     assert not any(standing.yardstick or standing.against.values for standing in table.standings)
-    assert "not ranked" in comparable(table.standings)
+    assert "not ranked" in comparable(table, "full")
 
 
 @pytest.mark.parametrize(("kind", "asr", "took"), [("wanet", 300, False), ("wanet", 600, True), ("oscar", 3, True)])
@@ -326,6 +326,41 @@ def test_without_a_control_nothing_is_said_about_transfer(folder: Path) -> None:
     assert [case[2] for case in table.untested] == ["weak"]
     assert row(table, "weak", "ofd").excess.values == ()
     assert "2 of" not in verdict(table)
+
+
+def test_a_figure_that_some_seeds_lack_says_of_how_many_it_is(folder: Path) -> None:
+    (folder / "cells" / "cifar10__wrn__strong__full__ofd__s1.json").unlink()
+    lacking = record("strong", "ours", 1, FIGURES["strong", "ours", 1])
+    write_record(folder, {**lacking, "control": None})
+    table = make_table(read_records(folder), AXES)
+    ours = next(
+        line for line in csv.DictReader(table_csv(table).splitlines())
+        if (line["attack"], line["defence"]) == ("strong", "ours")
+    )  # fmt: skip
+    assert ours["acc_lost_by_seed"] == f"{82 - 81.5:.4f} -"
+    assert ours["excess_asr_by_seed"].endswith(" -")
+    assert row_cells(row(table, "strong", "ours"))[-2].endswith(", 1 of 2 seeds")
+    assert suite_page("x", "", table, [], []).count("1 of 2 seeds") == 3
+    full = make_table(read_records(folder)[:-1], AXES)
+    assert "seeds" not in "".join(row_cells(row(full, "weak", "ofd")))
+
+
+def test_of_two_that_met_as_many_cases_the_first_of_the_file_is_the_yardstick(folder: Path) -> None:
+    theirs = {**AXES, "defence": [Entry("ofd", undefended=True), Entry("theirs"), Entry("ours")]}
+    write_record(folder, record("strong", "theirs", 0, (815, 120, 600, 110, 610)))
+    table = make_table(read_records(folder), theirs)
+    assert [r.defence for r in table.of(table.cases[0])] == ["ofd", "ours"], (
+        "the clean case, which comes first, lacks it"
+    )
+    assert {standing.yardstick for standing in table.standings} == {"theirs"}
+
+
+def test_where_no_undefended_student_has_a_control_it_is_not_known_what_transfers(folder: Path) -> None:
+    for path in (folder / "cells").iterdir():
+        if path.name.split("__")[4] in ("ofd", "kd"):
+            path.unlink()
+    table = make_table(read_records(folder), AXES)
+    assert "not known yet which cases transfer" in comparable(table, "full")
 
 
 def test_csv_and_json_hold_the_same_figures(table: Table) -> None:
@@ -375,7 +410,10 @@ def test_every_table_of_the_page_has_a_name_of_its_own(folder: Path) -> None:
     [
         (lambda text: text[:-40], "not JSON"),
         (lambda text: text.replace('"schema": 1', '"schema": 2'), "schema 2"),
-        (lambda text: text.replace('"hits": 815', '"hits": 8150'), "8150 hits of 1000"),
+        (
+            lambda text: text.replace('"hits": 815', '"hits": 8150'),
+            "student.acc: percent, low and high do not follow from hits and n",
+        ),
         (lambda text: text.replace('"defence": "ours"', '"defence": "theirs"'), "holds the cell"),
         (lambda text: text.replace('"student"', '"pupil"'), "damaged"),
         (lambda text: "[]", "damaged"),
