@@ -1,9 +1,10 @@
-"""Universal perturbations: those that fool a teacher, and what a student's images pass."""
+"""Universal perturbations: those that fool a teacher, and how a student is hardened against them."""
 
 from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,15 +14,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rkd.data import ArraySource
+from rkd.distill.attention import AttentionTransfer
 from rkd.distill.hardening import (
     SEARCH_STEPS,
     Fooling,
+    Hardened,
     UniversalPerturbations,
     check_differentiable,
     fooling_perturbations,
     random_perturbations,
 )
-from rkd.distill.objectives import FeatureDistillation, margins
+from rkd.distill.objectives import CrossEntropy, FeatureDistillation, LogitDistillation, StudentObjective, margins
 from rkd.errors import ArchitectureError
 from rkd.models import build
 from rkd.network import Network, Normalisation
@@ -171,16 +174,16 @@ def hardening(
     return UniversalPerturbations(random_perturbations(count, size, linf, seed), linf, std, **options)
 
 
-def test_universal_perturbations_touch_only_their_share_of_the_batch_and_stay_in_the_ball() -> None:
+def test_perturbations_come_in_turn_and_stay_in_the_ball() -> None:
     std = (0.5, 0.25, 0.2)
     made = hardening((4, 4), LINF, std, count=2, share=0.5)
-    images = torch.randn(7, 3, 4, 4)
-    out = made(images)
-    assert torch.equal(out[3:], images[3:])  # half of seven, rounded down, carry one
-    on_pixels = (out - images)[:3].detach() * torch.tensor(std).view(1, 3, 1, 1)
+    assert made.carriers(7) == 3, "half of seven, rounded down"
+    images = torch.randn(3, 3, 4, 4)
+    on_pixels = (made(images) - images).detach() * torch.tensor(std).view(1, 3, 1, 1)
     assert 0 < float(on_pixels.abs().max()) <= LINF * (1 + 1e-5)
     assert torch.allclose(on_pixels[0], on_pixels[2], atol=1e-6)
-    again = (made(images) - images)[:3].detach() * torch.tensor(std).view(1, 3, 1, 1)
+    made.carriers(7)
+    again = (made(images) - images).detach() * torch.tensor(std).view(1, 3, 1, 1)
     assert torch.allclose(again[0], on_pixels[1], atol=1e-6), (
         "three carriers of two: the next step begins with the other"
     )
@@ -205,42 +208,114 @@ def test_fixed_ones_stay_and_the_others_climb_the_loss(fixed: int) -> None:
     assert made.perturbations.grad is None
 
 
+def batch(count: int = 8) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    return torch.randn(count, 3, *SIZE, generator=generator), torch.randint(0, 3, (count,), generator=generator)
+
+
 def test_hardening_climbs_the_loss_and_leaves_no_gradient_for_the_optimizer() -> None:
     student, teacher, margin = networks()
     made = hardening(SIZE, 16 / 255, (0.25, 0.25, 0.25), seed=1)
-    objective = FeatureDistillation(student.eval(), teacher, SIZE, margin, made)
+    objective = Hardened(FeatureDistillation(student.eval(), teacher, SIZE, margin), student, made)
     objective.extra.eval()
-    generator = torch.Generator().manual_seed(7)
-    images = torch.randn(8, 3, *SIZE, generator=generator)
-    labels = torch.randint(0, 3, (8,), generator=generator)
     losses = []
     for _ in range(8):
-        loss, _ = objective(images, labels)
+        loss, _ = objective(*batch())
         loss.backward()
         losses.append(float(loss.detach()))
         assert made.perturbations.grad is None
     assert losses[-1] > losses[0]
 
 
+@pytest.mark.parametrize("kind", ["ofd", "at", "kd", "ce"])
+def test_without_batch_statistics_the_parts_of_a_batch_together_are_the_whole(kind: str) -> None:
+    """In eval mode it does not matter that they pass the student apart: loss, logits and gradients are of one batch."""
+    student, teacher, margin = networks()
+    objectives: dict[str, Callable[[], StudentObjective]] = {
+        "ofd": lambda: FeatureDistillation(student, teacher, SIZE, margin),
+        "at": lambda: AttentionTransfer(student, teacher, SIZE),
+        "kd": lambda: LogitDistillation(student, teacher),
+        "ce": lambda: CrossEntropy(student),
+    }
+    plain, (images, labels) = objectives[kind](), batch()
+    student.eval()
+    plain.extra.eval()
+    made = hardening(SIZE, LINF, (1.0, 1.0, 1.0), fixed=4, share=0.5)
+    loss, logits = Hardened(plain, student, made)(images, labels)
+    seen = torch.cat([made(images[:4]), images[4:]])
+    whole, wanted = plain(images, labels, seen)
+    torch.testing.assert_close(loss, whole)
+    torch.testing.assert_close(logits, wanted)
+    assert not torch.allclose(logits, plain(images, labels)[1], atol=1e-3), "the student sees the perturbations"
+
+
+def test_running_statistics_are_of_the_clean_images_alone() -> None:
+    student, teacher, margin = networks()
+    other = copy.deepcopy(student)
+    images, labels = batch()
+    plain, objective = (FeatureDistillation(one, teacher, SIZE, margin) for one in (other, student))
+    objective.extra.load_state_dict(plain.extra.state_dict())
+    made = hardening(SIZE, 64 / 255, (1.0, 1.0, 1.0), fixed=4, share=0.5)
+    hardened = Hardened(objective, student, made)
+    hardened(images, labels)
+    plain(images[4:], labels[4:])
+    for name, value in other.state_dict().items():
+        assert torch.equal(student.state_dict()[name], value), name
+    for name, value in plain.extra.state_dict().items():
+        assert torch.equal(hardened.extra.state_dict()[name], value), name
+    assert all(m.track_running_stats for m in student.modules() if isinstance(m, nn.BatchNorm2d))
+
+
+def test_a_perturbed_image_is_normalised_among_its_like() -> None:
+    student, teacher, margin = networks()
+    made = hardening(SIZE, 64 / 255, (1.0, 1.0, 1.0), fixed=4, share=0.5)
+    images, labels = batch()
+    objective = FeatureDistillation(student, teacher, SIZE, margin)
+    _, logits = Hardened(objective, student, made)(images, labels)
+    _, alone = objective(images[:4], labels[:4], made(images[:4]))
+    torch.testing.assert_close(logits[:4], alone)
+    _, mixed = objective(images, labels, torch.cat([made(images[:4]), images[4:]]))
+    assert not torch.allclose(logits[:4], mixed[:4], atol=1e-3)
+
+
+@pytest.mark.parametrize(("count", "share"), [(3, 0.3), (4, 0.9), (1, 0.3)])
+def test_parts_too_small_for_statistics_of_their_own_stay_together(count: int, share: float) -> None:
+    student = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(3), nn.Flatten()).train(count > 1)
+    made = hardening(SIZE, LINF, (1.0, 1.0, 1.0), fixed=4, share=share)
+    images, labels = batch(count)
+    loss, logits = Hardened(CrossEntropy(student), student, made)(images, labels)
+    assert loss.isfinite()
+    assert len(logits) == count
+
+
 def test_the_perturbations_are_part_of_the_objectives_state_and_the_radius_is_not() -> None:
     student, teacher, margin = networks()
     for fixed in (0, 4):
         made = hardening(SIZE, LINF, (1.0, 1.0, 1.0), fixed=fixed)
-        state = FeatureDistillation(student, teacher, SIZE, margin, made).extra.state_dict()
+        state = Hardened(FeatureDistillation(student, teacher, SIZE, margin), student, made).extra.state_dict()
         assert "hardening.perturbations" in state
+        assert "connectors.0.0.weight" in state
         assert "hardening.radius" not in state
 
 
 def test_hardening_begins_after_its_start_also_where_a_run_was_interrupted_before() -> None:
-    images = torch.randn(8, 3, 4, 4)
     first = hardening((4, 4), 0.1, (1.0, 1.0, 1.0), start=3)
-    touched = [not torch.equal(first(images), images) for _ in range(5)]
-    assert touched == [False, False, False, True, True]
+    assert [first.carriers(8) for _ in range(5)] == [0, 0, 0, 2, 2]
     resumed = hardening((4, 4), 0.1, (1.0, 1.0, 1.0), seed=1, start=3)
     interrupted = hardening((4, 4), 0.1, (1.0, 1.0, 1.0), start=3)
-    interrupted(images)
+    interrupted.carriers(8)
     resumed.load_state_dict(interrupted.state_dict())
-    assert [not torch.equal(resumed(images), images) for _ in range(3)] == [False, False, True]
+    assert [resumed.carriers(8) for _ in range(3)] == [0, 0, 2]
+
+
+def test_before_its_start_all_images_are_clean() -> None:
+    student, teacher, margin = networks()
+    plain = FeatureDistillation(student.eval(), teacher, SIZE, margin)
+    plain.extra.eval()
+    later = Hardened(plain, student, hardening(SIZE, LINF, (1.0, 1.0, 1.0), start=1))
+    (first, _), (second, _) = later(*batch()), later(*batch())
+    assert torch.equal(first, plain(*batch())[0])
+    assert not torch.equal(second, first)
 
 
 def test_the_same_seed_starts_from_the_same_perturbations() -> None:

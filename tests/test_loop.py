@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rkd.data import ArraySource
 from rkd.distill.batches import augment, epoch_order, steps_per_epoch, training_batches
-from rkd.distill.hardening import UniversalPerturbations, random_perturbations
+from rkd.distill.hardening import Hardened, UniversalPerturbations, random_perturbations
 from rkd.distill.loop import Recipe, Step, Trainer, autocast
 from rkd.distill.objectives import CrossEntropy, FeatureDistillation, Objective, margins
 from rkd.distill.training import train
@@ -234,9 +234,11 @@ def trainer_of(kind: str, seed: int) -> Trainer:
         teacher.load_state_dict(seeded_state())
         tapped = TappedNetwork(teacher.eval().requires_grad_(requires_grad=False), (16, 16), frozen=True).eval()
         first = random_perturbations(4, (16, 16), 8 / 255, seed)
-        hardening = UniversalPerturbations(first, 8 / 255, SCALING.std, fixed=2) if kind == "hardened" else None
         module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        objective = FeatureDistillation(module, tapped, (16, 16), margins(tapped, teacher, []), hardening)
+        objective = FeatureDistillation(module, tapped, (16, 16), margins(tapped, teacher, []))
+        if kind == "hardened":
+            hardening = UniversalPerturbations(first, 8 / 255, SCALING.std, fixed=2, share=0.5)
+            objective = Hardened(objective, module, hardening)
         data, recipe = source(14), Recipe(epochs=2, batch=4, seed=3)
     return Trainer(module, objective, data, SCALING, recipe, CPU)
 

@@ -30,7 +30,6 @@ class AttentionTransfer:
         teacher: tapped, frozen, in eval mode, detoxified or not.
         size: height and width of the images.
         weights: one a pair of taps; 1000 each by default.
-        hardening: what the student's images pass on the way; the teacher sees them as they are.
 
     Raises:
         ArchitectureError: there is no feature map to look at.
@@ -42,22 +41,21 @@ class AttentionTransfer:
         teacher: TappedNetwork,
         size: tuple[int, int],
         weights: Sequence[float] = (),
-        hardening: nn.Module | None = None,
     ) -> None:
-        self.student, self.teacher, self.hardening = TappedNetwork(student, size), teacher, hardening
+        self.student, self.teacher = TappedNetwork(student, size), teacher
         self.pairs = pair_taps(teacher.taps, self.student.taps)
         if not self.pairs:
             raise ArchitectureError(
                 "no feature map was found to distil in the teacher or the student; use --method kd, which needs none"
             )
         self.weights = tuple(weights) or (_WEIGHT,) * len(self.pairs)
-        self.extra: nn.Module = nn.ModuleDict({} if hardening is None else {"hardening": hardening})
+        self.extra: nn.Module = nn.ModuleDict()
 
-    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """See `rkd.distill.objectives.Objective`."""
+    def __call__(self, images: Tensor, labels: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See `rkd.distill.objectives.StudentObjective`."""
         with torch.no_grad():
             _, wanted = self.teacher(images)
-        logits, features = self.student(images if self.hardening is None else self.hardening(images))
+        logits, features = self.student(images if seen is None else seen)
         logits = logits.float()
         loss = functional.cross_entropy(logits, labels)
         for (t, s), weight in zip(self.pairs, self.weights, strict=True):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from rkd.distill.objectives import StudentObjective
+
 
 class InputNoise(nn.Module):
     """Adds fresh Gaussian noise to every image.
@@ -21,3 +23,20 @@ class InputNoise(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images (N, 3, H, W) to the same with noise."""
         return torch.addcmul(images, torch.randn_like(images), self.get_buffer("scale"))
+
+
+class Noisy:
+    """An objective whose student sees its images with noise.
+
+    Args:
+        objective: of the student.
+        noise: what the images pass.
+    """
+
+    def __init__(self, objective: StudentObjective, noise: InputNoise) -> None:
+        self.objective, self.noise = objective, noise
+        self.extra = objective.extra
+
+    def __call__(self, images: Tensor, labels: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See `StudentObjective`."""
+        return self.objective(images, labels, self.noise(images if seen is None else seen))

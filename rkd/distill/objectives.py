@@ -24,21 +24,28 @@ class Objective(Protocol):
         ...
 
 
+class StudentObjective(Objective, Protocol):
+    """An objective whose network may see other images than its teacher: perturbed ones."""
+
+    def __call__(self, images: Tensor, labels: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As `Objective`; `seen` (N, 3, H, W) is what the network sees in place of `images`. All is a mean over images."""
+        ...
+
+
 class CrossEntropy:
     """Cross-entropy of a network on labels: no teacher.
 
     Args:
         network: the network in training.
-        hardening: what its images pass on the way.
     """
 
-    def __init__(self, network: nn.Module, hardening: nn.Module | None = None) -> None:
-        self.network, self.hardening = network, hardening
-        self.extra: nn.Module = nn.ModuleDict({} if hardening is None else {"hardening": hardening})
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        self.extra: nn.Module = nn.ModuleDict()
 
-    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Objective`."""
-        logits = self.network(images if self.hardening is None else self.hardening(images)).float()
+    def __call__(self, images: Tensor, labels: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See `StudentObjective`."""
+        logits = self.network(images if seen is None else seen).float()
         return functional.cross_entropy(logits, labels), logits
 
 
@@ -52,27 +59,19 @@ class LogitDistillation:
         teacher: frozen, in eval mode; a tapped one may be detoxified.
         temperature: T.
         weight: of the teacher's answers.
-        hardening: what the student's images pass on the way; the teacher sees them as they are.
     """
 
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module,
-        temperature: float = 4.0,
-        weight: float = 0.9,
-        hardening: nn.Module | None = None,
-    ) -> None:
-        self.student, self.teacher, self.hardening = student, teacher, hardening
+    def __init__(self, student: nn.Module, teacher: nn.Module, temperature: float = 4.0, weight: float = 0.9) -> None:
+        self.student, self.teacher = student, teacher
         self.temperature, self.weight = temperature, weight
-        self.extra: nn.Module = nn.ModuleDict({} if hardening is None else {"hardening": hardening})
+        self.extra: nn.Module = nn.ModuleDict()
 
-    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Objective`."""
+    def __call__(self, images: Tensor, labels: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See `StudentObjective`."""
         with torch.no_grad():
             said = self.teacher(images)
             wanted = (said[0] if isinstance(self.teacher, TappedNetwork) else said).float()
-        logits = self.student(images if self.hardening is None else self.hardening(images)).float()
+        logits = self.student(images if seen is None else seen).float()
         t = self.temperature
         divergence = functional.kl_div(
             functional.log_softmax(logits / t, 1),
@@ -96,7 +95,6 @@ class FeatureDistillation:
         teacher: tapped, frozen, in eval mode, detoxified or not.
         size: height and width of the images.
         margins: per teacher tap, (C,), negative; see `margins`.
-        hardening: what the student's images pass on the way; the teacher sees them as they are.
 
     Raises:
         ArchitectureError: there is no feature map to distil.
@@ -108,7 +106,6 @@ class FeatureDistillation:
         teacher: TappedNetwork,
         size: tuple[int, int],
         margins: Sequence[Tensor],
-        hardening: nn.Module | None = None,
     ) -> None:
         self.student, self.teacher = TappedNetwork(student, size), teacher
         self.pairs = pair_taps(teacher.taps, self.student.taps)
@@ -122,17 +119,15 @@ class FeatureDistillation:
             convolution = nn.Conv2d(self.student.taps[s].channels, width, 1, bias=False)
             nn.init.normal_(convolution.weight, 0, math.sqrt(2 / width))
             connectors.append(nn.Sequential(convolution, nn.BatchNorm2d(width)))
-        self.connectors, self.hardening = nn.ModuleList(connectors), hardening
+        self.connectors = nn.ModuleList(connectors)
         self.extra: nn.Module = nn.ModuleDict({"connectors": self.connectors})
-        if hardening is not None:
-            self.extra["hardening"] = hardening
         self.margins = [margins[t].view(1, -1, 1, 1) for t, _ in self.pairs]
 
-    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Objective`."""
+    def __call__(self, images: Tensor, labels: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See `StudentObjective`."""
         with torch.no_grad():
             _, wanted = self.teacher(images)
-        logits, features = self.student(images if self.hardening is None else self.hardening(images))
+        logits, features = self.student(images if seen is None else seen)
         logits = logits.float()
         loss = functional.cross_entropy(logits, labels)
         for level, ((t, s), connector) in enumerate(zip(self.pairs, self.connectors, strict=True)):

@@ -20,6 +20,7 @@ from rkd.detox import DetoxCheck, Detoxification, DetoxRecipe, TapMask, detoxify
 from rkd.distill.attention import AttentionTransfer
 from rkd.distill.hardening import (
     COUNT,
+    Hardened,
     UniversalPerturbations,
     check_differentiable,
     fooling_of_run,
@@ -30,12 +31,13 @@ from rkd.distill.labels import RelabelledSource, answers, check_labels
 from rkd.distill.loop import Trainer, autocast
 from rkd.distill.methods import PURIFIED as PURIFIED_NAMES
 from rkd.distill.methods import Method
-from rkd.distill.noise import InputNoise
+from rkd.distill.noise import InputNoise, Noisy
 from rkd.distill.objectives import (
     CrossEntropy,
     FeatureDistillation,
     LogitDistillation,
     Objective,
+    StudentObjective,
     margins,
     margins_need_images,
     tap_report,
@@ -232,8 +234,12 @@ def distill(run: Run, stop: StopRequest, work: Inputs | None = None) -> list[Mod
         work = work if settings.labels else _relabelled(run, work)
         trusted = _purified(run, settings, work, stop, settings.purifier) if settings.purifier else work.teacher
         student = _fresh_student(run, settings, work)
-        hardening = _on_the_students_images(run, settings, work)  # before the teacher is tapped or masked
-        objective = _objective(run, settings, replace(work, teacher=trusted), student, hardening)
+        hardening = (
+            _hardening(run, settings, work) if settings.radius else None
+        )  # before the teacher is tapped or masked
+        objective = _perturbed(
+            _objective(run, settings, replace(work, teacher=trusted), student), settings, work, student, hardening
+        )
         _train_student(run, settings, work, student, objective, stop)
         rows = rows or [_measure("teacher", work.teacher, work, (run.path / TEACHER).stat().st_size)]
         if settings.purifier:
@@ -320,21 +326,13 @@ def _purified(run: Run, settings: DistillSettings, work: Inputs, stop: StopReque
     return purified(purifier, stage)
 
 
-def _objective(
-    run: Run, settings: DistillSettings, work: Inputs, student: Network, hardening: nn.Module | None
-) -> Objective:
+def _objective(run: Run, settings: DistillSettings, work: Inputs, student: Network) -> StudentObjective:
     """The objective of the method; for RobustKD the mask is learned first, or taken from the run."""
     method = Method.parse(settings.method)
     module = _placed(work.teacher.module, work.device)
     if method.objective == "ce" or (method.objective == "kd" and method.treatment != "robustkd"):
         torch.manual_seed(settings.seed)
-        objective: Objective = (
-            CrossEntropy(student.module, hardening)
-            if method.objective == "ce"
-            else LogitDistillation(student.module, module, hardening=hardening)
-        )
-        objective.extra.to(work.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return objective
+        return CrossEntropy(student.module) if method.objective == "ce" else LogitDistillation(student.module, module)
     in_train_mode = settings.teacher_mode == "train"
     if in_train_mode:
         module = copy.deepcopy(module)  # its BNs' statistics will move; the teacher of the table stays as it is
@@ -349,13 +347,13 @@ def _objective(
         dtype = torch.float32 if fp32 else autocast(work.device, work.recipe.precision).fast_dtype
         set_masks(tapped, masks, work.device, dtype)
     torch.manual_seed(settings.seed)  # whether the mask was learned just now or read must not matter
+    objective: StudentObjective
     if method.objective == "ofd":
-        objective = FeatureDistillation(student.module, tapped, work.data.size, found, hardening)
+        objective = FeatureDistillation(student.module, tapped, work.data.size, found)
     elif method.objective == "at":
-        objective = AttentionTransfer(student.module, tapped, work.data.size, hardening=hardening)
+        objective = AttentionTransfer(student.module, tapped, work.data.size)
     else:
-        objective = LogitDistillation(student.module, tapped, hardening=hardening)
-    objective.extra.to(work.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        objective = LogitDistillation(student.module, tapped)
     tapped.train(in_train_mode)
     if isinstance(objective, FeatureDistillation | AttentionTransfer):
         for line in tap_report(tapped.taps, objective.student.taps):
@@ -363,25 +361,36 @@ def _objective(
     return objective
 
 
-def _on_the_students_images(run: Run, settings: DistillSettings, work: Inputs) -> nn.Module | None:
-    """What the student's images pass: hardening against what fools the teacher as it came, noise, both or nothing."""
+def _hardening(run: Run, settings: DistillSettings, work: Inputs) -> UniversalPerturbations:
+    """What some of the student's images carry: what fools the teacher as it came, or what will fool the student."""
     _placed(work.teacher.module, work.device)
-    std = work.teacher.normalisation.std
-    passed: list[nn.Module] = []
-    if settings.radius:
-        linf = settings.radius / 255
-        fixed = {"student": 0, "both": COUNT // 2, "teacher": COUNT}[settings.perturbations or ""]
-        first = random_perturbations(COUNT, work.data.size, linf, settings.seed)
-        if fixed:
-            first[:fixed] = fooling_of_run(
-                run, work.teacher, work.train, first[:fixed], linf,
-                seed=settings.seed, device=work.device, batch=work.recipe.batch,
-            )  # fmt: skip
-        start = int(settings.harden_from * work.steps)
-        passed.append(UniversalPerturbations(first, linf, std, fixed=fixed, start=start))
+    linf = settings.radius / 255
+    fixed = {"student": 0, "both": COUNT // 2, "teacher": COUNT}[settings.perturbations or ""]
+    first = random_perturbations(COUNT, work.data.size, linf, settings.seed)
+    if fixed:
+        first[:fixed] = fooling_of_run(
+            run, work.teacher, work.train, first[:fixed], linf,
+            seed=settings.seed, device=work.device, batch=work.recipe.batch,
+        )  # fmt: skip
+    start = int(settings.harden_from * work.steps)
+    return UniversalPerturbations(first, linf, work.teacher.normalisation.std, fixed=fixed, start=start)
+
+
+def _perturbed(
+    objective: StudentObjective,
+    settings: DistillSettings,
+    work: Inputs,
+    student: Network,
+    hardening: UniversalPerturbations | None,
+) -> Objective:
+    """The objective with noise and hardening, where the settings have them, on the run's device."""
     if settings.input_noise:
-        passed.append(InputNoise(settings.input_noise / 255, std))
-    return None if not passed else passed[0] if len(passed) == 1 else nn.Sequential(*passed)
+        objective = Noisy(
+            objective, InputNoise(settings.input_noise / 255, work.teacher.normalisation.std).to(work.device)
+        )
+    found = objective if hardening is None else Hardened(objective, student.module, hardening)
+    found.extra.to(work.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return found
 
 
 def _masks(run: Run, settings: DistillSettings, work: Inputs, tapped: TappedNetwork) -> tuple[TapMask, ...]:

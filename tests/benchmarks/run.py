@@ -24,9 +24,9 @@ from torch.nn import functional
 
 from rkd.data import ArraySource
 from rkd.detox import TapMask, set_masks
-from rkd.distill.hardening import COUNT, UniversalPerturbations, random_perturbations
+from rkd.distill.hardening import COUNT, Hardened, UniversalPerturbations, random_perturbations
 from rkd.distill.loop import Recipe, Trainer, autocast
-from rkd.distill.objectives import FeatureDistillation, margins
+from rkd.distill.objectives import FeatureDistillation, Objective, margins
 from rkd.measure import choose_precision
 from rkd.models import build
 from rkd.network import Normalisation
@@ -75,8 +75,9 @@ def rkd_steps(precision: str, *, detoxified: bool) -> Iterator[None]:
         ]
         set_masks(tapped, masks, CPU, torch.bfloat16 if precision == "bf16" else torch.float32)
     first = random_perturbations(COUNT, SIZE, 8 / 255, 0)
-    hardening = UniversalPerturbations(first, 8 / 255, (1, 1, 1), fixed=COUNT) if detoxified else None
-    objective = FeatureDistillation(student, tapped, SIZE, found, hardening)
+    objective: Objective = (plain := FeatureDistillation(student, tapped, SIZE, found))
+    if detoxified:
+        objective = Hardened(plain, student, UniversalPerturbations(first, 8 / 255, (1, 1, 1), fixed=COUNT))
     objective.extra.to(memory_format=torch.channels_last)
     recipe = Recipe(epochs=1000, batch=BATCH, precision=precision)
     for step in Trainer(student, objective, source, Normalisation(), recipe, CPU).steps():
