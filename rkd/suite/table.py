@@ -401,30 +401,41 @@ def _standings(
                     defence, budget, [r for r in mine if r.case in cases and r.excess.values],
                     [r for r in mine if r.case[2] == CLEAN], len(cases),
                     yardstick, Paired(()) if defence == yardstick else against[defence],
-                    _mean([_mean([*each.values()]) for each in scores[defence].values()]),
+                    _mean([_score([*each.values()]) for each in scores[defence].values()]),
                 )
             )  # fmt: skip
     return tuple(found)
 
 
-def _scores(defence: str, cases: Sequence[Case], records: Sequence[Record]) -> dict[Case, dict[Basis, float]]:
-    """ACC - excess ASR of a defence, by case, seed and teacher."""
-    found: dict[Case, dict[Basis, float]] = {}
+_Figures = Mapping[Case, Mapping[Basis, tuple[float, float]]]  # ACC and excess ASR, by case, seed and teacher
+
+
+def _scores(defence: str, cases: Sequence[Case], records: Sequence[Record]) -> _Figures:
+    """The figures of a defence that its score is made from."""
+    found: dict[Case, dict[Basis, tuple[float, float]]] = {}
     for record in records:
         cell = record.cell
-        if cell.defence == defence and cell.case in cases and record.score is not None:
-            found.setdefault(cell.case, {})[basis(record)] = record.score
+        if cell.defence == defence and cell.case in cases and record.excess is not None:
+            found.setdefault(cell.case, {})[basis(record)] = record.student.acc.value, record.excess[0]
     return found
 
 
-def _paired(mine: Mapping[Case, Mapping[Basis, float]], other: Mapping[Case, Mapping[Basis, float]]) -> Paired:
-    """How far one is ahead of the other on each case of both, as the mean over the seeds and teachers of both."""
-    both = {
-        case: [value - other[case][same] for same, value in mine[case].items() if same in other[case]]
-        for case in mine
-        if case in other
-    }
-    return Paired(tuple(statistics.fmean(values) for values in both.values() if values))
+def _score(figures: Sequence[tuple[float, float]]) -> float:
+    """ACC - excess ASR of one case over its seeds; nought for a mean excess below it, so that seeds' noise cancels out."""
+    acc, excess = (statistics.fmean(values) for values in zip(*figures, strict=True))
+    return acc - max(excess, 0.0)
+
+
+def _paired(mine: _Figures, other: _Figures) -> Paired:
+    """How far one is ahead of the other on each case of both, over the seeds and teachers of both."""
+    both = {case: [same for same in mine[case] if same in other[case]] for case in mine if case in other}
+    return Paired(
+        tuple(
+            _score([mine[case][same] for same in common]) - _score([other[case][same] for same in common])
+            for case, common in both.items()
+            if common
+        )
+    )
 
 
 def _least_first(value: float) -> float:

@@ -345,6 +345,15 @@ def test_a_figure_that_some_seeds_lack_says_of_how_many_it_is(folder: Path) -> N
     assert "seeds" not in "".join(row_cells(row(full, "weak", "ofd")))
 
 
+def test_an_excess_that_only_seeds_scatter_about_nought_costs_nothing(folder: Path) -> None:
+    for seed, asr in ((0, 110 + 30), (1, 95 - 30)):
+        hits = FIGURES["strong", "ours", seed]
+        write_record(folder, record("strong", "ours", seed, (hits[0], asr, *hits[2:])))
+    ours = next(s for s in make_table(read_records(folder), AXES).standings if s.defence == "ours")
+    assert ours.excess_mean == pytest.approx(0)
+    assert ours.score == pytest.approx((81.5 + 80.5) / 2)
+
+
 def test_of_two_that_met_as_many_cases_the_first_of_the_file_is_the_yardstick(folder: Path) -> None:
     theirs = {**AXES, "defence": [Entry("ofd", undefended=True), Entry("theirs"), Entry("ours")]}
     write_record(folder, record("strong", "theirs", 0, (815, 120, 600, 110, 610)))
