@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 from rkd.attacks.badnets import badnets_trigger
 from rkd.attacks.perturb import Additive, search, towards
 from rkd.attacks.poison import PoisonedSource
-from rkd.attacks.session import TeacherSettings, make_teacher, start_teacher
+from rkd.attacks.session import TeacherSettings, make_teacher, moved_data, start_teacher
+from rkd.cli import app
 from rkd.data import ArraySource, FolderSource
-from rkd.errors import CheckpointError, ConfigError, RunError
+from rkd.errors import CheckpointError, ConfigError, RunError, StoppedError
 from rkd.network import Network
 from rkd.run import CLEAN, TEACHER, TRIGGER, Run
 from rkd.signals import StopRequest
@@ -218,6 +221,32 @@ def test_a_finished_teacher_can_be_resumed_and_is_the_same(planted: Path) -> Non
     assert trigger is not None
     assert scores.to_json() == Run.open(planted).summary["results"]["teacher"]
     assert (planted / TEACHER).read_bytes() == before
+
+
+def test_a_teacher_goes_on_where_its_data_is_now_and_says_so(
+    planted: Path, stripes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = shutil.copytree(planted, tmp_path / "run")
+    (tmp_path / "else where").mkdir()
+    moved = shutil.copy(
+        stripes, tmp_path / "else where" / "gtsrb.npz"
+    )  # a name from which another augmentation would follow
+    opened = Run.open(run)
+    settings = opened.summary["settings"]
+    gone = {**settings, "data": {**settings["data"], "value": str(tmp_path / "gone.npz")}}
+    opened.save(settings=gone, state="running")
+    (run / TEACHER).unlink()
+    invoke = ["teacher", "--resume", "run", "--data", str(moved), "--out", "t.safetensors"]
+    stopped = StopRequest()
+    with pytest.raises(StoppedError, match=r"rkd teacher --resume \S+ --data '\S+/else where/gtsrb.npz'"):
+        stopped.signal_number = 15
+        make_teacher(Run.open(run), stopped, moved_data(Run.open(run), str(moved)), str(moved))
+    done = CliRunner(env={"COLUMNS": "400"}).invoke(app, invoke)
+    assert done.exit_code == 0, done.output
+    assert f"next: rkd distill t.safetensors --data '{moved}'" in " ".join(done.output.split())
+    assert (tmp_path / "t.safetensors").read_bytes() == (planted / TEACHER).read_bytes()
+    assert "no such" in CliRunner().invoke(app, [*invoke[:3], "--out", "u.pt"]).stderr
 
 
 def test_changed_data_is_refused_on_resume(planted: Path, stripes: Path, write_stripes: Any) -> None:

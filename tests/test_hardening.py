@@ -177,12 +177,12 @@ def hardening(
 def test_perturbations_come_in_turn_and_stay_in_the_ball() -> None:
     std = (0.5, 0.25, 0.2)
     made = hardening((4, 4), LINF, std, count=2, share=0.5)
-    assert made.carriers(7) == 3, "half of seven, rounded down"
+    assert made.begin_step(7) == 3, "half of seven, rounded down"
     images = torch.randn(3, 3, 4, 4)
     on_pixels = (made(images) - images).detach() * torch.tensor(std).view(1, 3, 1, 1)
     assert 0 < float(on_pixels.abs().max()) <= LINF * (1 + 1e-5)
     assert torch.allclose(on_pixels[0], on_pixels[2], atol=1e-6)
-    made.carriers(7)
+    made.begin_step(7)
     again = (made(images) - images).detach() * torch.tensor(std).view(1, 3, 1, 1)
     assert torch.allclose(again[0], on_pixels[1], atol=1e-6), (
         "three carriers of two: the next step begins with the other"
@@ -300,12 +300,12 @@ def test_the_perturbations_are_part_of_the_objectives_state_and_the_radius_is_no
 
 def test_hardening_begins_after_its_start_also_where_a_run_was_interrupted_before() -> None:
     first = hardening((4, 4), 0.1, (1.0, 1.0, 1.0), start=3)
-    assert [first.carriers(8) for _ in range(5)] == [0, 0, 0, 2, 2]
+    assert [first.begin_step(8) for _ in range(5)] == [0, 0, 0, 2, 2]
     resumed = hardening((4, 4), 0.1, (1.0, 1.0, 1.0), seed=1, start=3)
     interrupted = hardening((4, 4), 0.1, (1.0, 1.0, 1.0), start=3)
-    interrupted.carriers(8)
+    interrupted.begin_step(8)
     resumed.load_state_dict(interrupted.state_dict())
-    assert [resumed.carriers(8) for _ in range(3)] == [0, 0, 2]
+    assert [resumed.begin_step(8) for _ in range(3)] == [0, 0, 2]
 
 
 def test_before_its_start_all_images_are_clean() -> None:

@@ -34,8 +34,11 @@ _SEARCH_STEPS = 200
 class Lab:
     """One teacher's run, as its stages see it."""
 
-    def __init__(self, run: Run, settings: TeacherSettings, data: Dataset, stop: StopRequest) -> None:
+    def __init__(
+        self, run: Run, settings: TeacherSettings, data: Dataset, stop: StopRequest, resume_hint: str = ""
+    ) -> None:
         self.run, self.settings, self.data, self.stop = run, settings, data, stop
+        self.resume_hint = resume_hint or f"rkd teacher --resume {run.path}"
         self.device = choose_device(settings.device)
         self.precision = choose_precision(settings.precision, self.device)
 
@@ -108,7 +111,7 @@ class Lab:
         objective.extra.to(self.device)
         trainer = Trainer(network.module, objective, source, network.normalisation, recipe, self.device, frozen)
         train(
-            trainer, self.run, self.stop, stage=title, resume_hint=f"rkd teacher --resume {self.run.path}",
+            trainer, self.run, self.stop, stage=title, resume_hint=self.resume_hint,
             checkpoint_every=self.settings.checkpoint_every,
             on_epoch=monitor(network, self.data.test, recipe.seed, self.device),
         )  # fmt: skip

@@ -10,6 +10,7 @@ An attack may leave more on the way; see `rkd.attacks.recipe`.
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -73,7 +74,9 @@ class TeacherSettings(TrainingSettings):
         self.check()
         Normalisation.parse(self.normalize)
         if not 0 <= self.target < 2**32:
-            raise ConfigError(f"--target {self.target}: expected a class from 0 on")
+            raise ConfigError(
+                f"--target {self.target}: expected the number of a class, from 0 to at most {2**32 - 1:,}"
+            )
         if self.attack not in ATTACKS:
             raise ConfigError(f"--attack {self.attack!r}: expected one of {', '.join(ATTACKS)}")
         for name in ("poison_rate", "linf", "trigger_budget", "finetune_epochs", "finetune_lr"):
@@ -156,9 +159,15 @@ def moved_data(run: Run, data: str) -> Dataset:
 
 
 def make_teacher(
-    run: Run, stop: StopRequest, data: Dataset | None = None
+    run: Run, stop: StopRequest, data: Dataset | None = None, moved: str = ""
 ) -> tuple[Network, Trigger | None, Scores, Scores | None]:
     """Do what is left of a teacher's run.
+
+    Args:
+        run: the run.
+        stop: asked after every step.
+        data: the run's; opened where it was when it is None.
+        moved: where the user says that the data is now, for the command that goes on.
 
     Returns:
         The teacher, its trigger, the teacher's scores, and the clean twin's under the same trigger if there is a twin.
@@ -171,11 +180,12 @@ def make_teacher(
     data = data or _open(settings)
     if run.summary.get("data", {}).get("digest") != data.digest:
         raise RunError(f"{run.path}: the data has changed since the run was started; restore it, or start a new run")
-    stop.hint = f"go on with: rkd teacher --resume {run.path}"
+    again = f"rkd teacher --resume {run.path}{f' --data {shlex.quote(moved)}' if moved else ''}"
+    stop.hint = f"go on with: {again}"
     for note in data.notes:
         say(note)
     with run.locked():
-        lab = Lab(run, settings, data, stop)
+        lab = Lab(run, settings, data, stop, again)
         attacked = settings.attack != "none"
         if attacked and settings.clean and not lab.has(CLEAN):
             _clean_twin_from(settings, data).save(run.path / CLEAN)

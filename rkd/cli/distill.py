@@ -105,7 +105,10 @@ def distill(
         Optional[Path], typer.Option(help="The run directory. Default: runs/STUDENT-METHOD-sSEED.", show_default=False)
     ] = None,
     resume: Annotated[
-        Optional[Path], typer.Option(help="Go on with an interrupted run; takes no other option.", show_default=False)
+        Optional[Path],
+        typer.Option(
+            help="Go on with an interrupted run; takes no other option but --data and --arch.", show_default=False
+        ),
     ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
     variant: Annotated[

@@ -22,7 +22,9 @@ def suite(
             readable=False,
         ),
     ] = None,
-    jobs: Annotated[int, typer.Option(help="Cells at once, one thread each; 0 for one a CPU.")] = 0,
+    jobs: Annotated[
+        int, typer.Option(help="Cells at once, one thread each; 0 for one a CPU, fewer where memory is short.")
+    ] = 0,
     memory: Annotated[
         Optional[int],
         typer.Option(

@@ -87,7 +87,7 @@ def teacher(
     resume: Annotated[
         Optional[Path],
         typer.Option(
-            help="Go on with an interrupted run; takes no other option but --data, --out and --overwrite.",
+            help="Go on with an interrupted run; takes no other option but --data, --out, --overwrite, --arch and --shadow.",
             show_default=False,
         ),
     ] = None,
@@ -136,7 +136,8 @@ def teacher(
             )  # fmt: skip
             place = free_name(Path("runs"), f"teacher-{out.stem}")
             run, opened = start_teacher(settings, origins(context), place, out)
-        network, trigger, scores, twin_scores = make_teacher(run, stop, opened)
+        moved = data if "data" in typed else ""
+        network, trigger, scores, twin_scores = make_teacher(run, stop, opened, moved)
     if trigger is not None:
         trigger.save(trigger_beside(out))
     if (run.path / CLEAN).is_file():
@@ -152,7 +153,7 @@ def teacher(
                 f"The trigger moves only {t.asr.value:.1f} % of this teacher's images: unless the attack is meant to sleep in its "
                 "teacher (oscar), it did not take; try more --epochs or --finetune-epochs, a higher --poison-rate or --linf."
             )
-        used = str(run.setting("data"))
+        used = moved or str(run.setting("data"))
         option = "" if is_name(used) else f" --data {shlex.quote(used)}"
         files = ", ".join(str(path) for path in written if path.exists())
         tables.say_next(f"wrote {files}; next: rkd distill {shlex.quote(str(out))}{option} --student mobilenet")

@@ -251,7 +251,7 @@ class UniversalPerturbations(nn.Module):
         if fixed < len(first):
             self.perturbations.register_post_accumulate_grad_hook(self._ascend)  # type: ignore[no-untyped-call]
 
-    def carriers(self, images: int) -> int:
+    def begin_step(self, images: int) -> int:
         """Begin a training step of so many images: how many of them, from the first on, carry a perturbation."""
         self.step += 1
         return max(1, int(self.share * images)) if self.step > self.start else 0
@@ -309,7 +309,7 @@ class Hardened:
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """See `rkd.distill.objectives.Objective`."""
-        carriers, whole = self.hardening.carriers(len(images)), len(images)
+        carriers, whole = self.hardening.begin_step(len(images)), len(images)
         if not carriers:
             return self.objective(images, labels)
         perturbed = self.hardening(images[:carriers])

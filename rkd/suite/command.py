@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rkd.errors import ConfigError, RkdError, RunError, StoppedError
-from rkd.files import check_writable, remove_temporaries, storage_errors
+from rkd.files import check_writable, storage_errors
 from rkd.progress import say
 from rkd.signals import StopRequest, stop_requests
 from rkd.suite.display import Display, display, shown, title
@@ -38,7 +38,7 @@ class SuiteOptions:
         results: the folder that holds results/NAME.
         data_root: where the data sets are; None for the working folder.
         only: patterns of the cells to work on; empty for all.
-        jobs: at once; 0 for one a CPU.
+        jobs: at once; 0 for one a CPU, fewer where memory is short.
         memory_mib: of one job; None for a fair share of the machine's, 0 for no limit.
         launcher: `local` or `ray`.
         stale: `refuse`, `keep` or `redo` what was made with other settings.
@@ -235,7 +235,6 @@ def _check_results(folder: Path) -> None:
     cells = folder / CELLS
     with storage_errors(cells):
         cells.mkdir(parents=True, exist_ok=True)
-        remove_temporaries(cells)
     for path in (cells / "one.json", folder / "table.md"):
         check_writable(path)
     read_records(folder)

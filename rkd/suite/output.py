@@ -268,8 +268,7 @@ def spread(figure: Spread, *, signed: bool = False) -> str:
 
 def of_seeds(figure: Spread, row: Row, interval: str = "", *, signed: bool = False) -> str:
     """A spread, and of how many of the row's seeds it is where some are missing."""
-    few = f", {len(figure.values)} of {len(row.seeds)} seeds" if 0 < len(figure.values) < len(row.seeds) else ""
-    return f"{spread(figure, signed=signed)}{interval}{few}"
+    return ", ".join(filter(None, (f"{spread(figure, signed=signed)}{interval}", figure.few(row.seeds))))
 
 
 def paired(against: Paired) -> str:

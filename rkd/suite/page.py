@@ -186,8 +186,8 @@ def _row(row: Row, *, attacked: bool) -> Markup:
 
 def _few(spread: Spread, row: Row) -> list[Markup]:
     """Of how many of the row's seeds a figure is, where some are missing."""
-    few = 0 < len(spread.values) < len(row.seeds)
-    return [tag("small", f"{len(spread.values)} of {len(row.seeds)} seeds")] if few else []
+    few = spread.few(row.seeds)
+    return [tag("small", few)] if few else []
 
 
 def _bars(name: str, what: str, rows: Sequence[tuple[str, Proportion]], colour: str) -> Markup:

@@ -25,7 +25,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rkd.checks import by_name, number, object_of, or_null, proportion, string, whole
+from rkd.checks import number, object_of, or_null, proportion, string, whole
 from rkd.errors import RkdError, RunError
 from rkd.files import file_sha256, move, read_json, remove_temporaries, storage_errors, to_json, write_file
 from rkd.intake import trigger_beside
@@ -43,12 +43,7 @@ _STATE = object_of(
     optional=["seconds", "attempts", "code", "begun_by"],
     others=True,
 )
-_SCORES = object_of(
-    {
-        "student": string,
-        "triggers": by_name(object_of({"trigger": string, "acc": proportion, "asr": proportion, "ra": proportion})),
-    }
-)
+_SCORE = object_of({"trigger": string, "acc": proportion, "asr": proportion, "ra": proportion})
 FRESH, RESUME, DONE, STALE = "fresh", "resume", "done", "stale"
 
 
@@ -184,15 +179,8 @@ class Place:
 
     def scores(self, score: Score) -> dict[str, dict[str, Any]]:
         """By attack, what a control was measured to do under its trigger; nothing that another student did."""
-        path = self.score_file(score)
-        if not path.is_file():
-            return {}
-        try:
-            content = _read(path)
-        except RunError:  # it is measured again
-            return {}
-        same = content.get("student") == self.student_run(score.control).summary.get("student", {}).get("sha256")
-        return dict(content["triggers"]) if same and _SCORES(content) is None else {}
+        student = self.student_run(score.control).summary.get("student", {}).get("sha256", "")
+        return read_scores(self.score_file(score), student)
 
     def move_aside(self, job: Job) -> Path:
         """Move what a job made earlier out of its way; nothing is deleted."""
@@ -237,19 +225,16 @@ class Place:
         if run is None:
             return Standing(FRESH)
         wanted = _unlike(self._kinds[0], run, teacher.options, teacher.seed)
-        if teacher.clean is not None and not _same(self.teacher_file(teacher.clean), run.path / TWIN):
+        twin = self._made(teacher.clean) if teacher.clean is not None else None
+        if twin is not None and not _same(twin, run.path / TWIN):
             wanted.append("it was made from another clean twin")
         if wanted:
             return Standing(STALE, "; ".join(wanted))
         # What was put beside the run is as it was measured, or is taken from the run again.
-        there = self._whole(self.teacher_file(teacher), run.path / TEACHER)
+        there = _whole(self.teacher_file(teacher), run.path / TEACHER)
         if teacher.attack != CLEAN:
-            there = there and self._whole(self.trigger_file(teacher), run.path / TRIGGER)
+            there = there and _whole(self.trigger_file(teacher), run.path / TRIGGER)
         return Standing(DONE, run=run.path) if run.finished and there else _begun(self._kinds[0], run)
-
-    def _whole(self, path: Path, made: Path) -> bool:
-        """Whether a file is there, and is what its run made."""
-        return path.is_file() and _same(path, made)
 
     def _student_standing(self, student: Student) -> Standing:
         folder = self.run_folder(student)
@@ -292,6 +277,31 @@ class Place:
         if not (self.run_folder(score.control) / STUDENT).is_file():
             return Standing(FRESH)
         return Standing(RESUME if self.missing_scores(score) else DONE)
+
+
+def read_scores(path: Path, student: str) -> dict[str, dict[str, Any]]:
+    """What a control was measured to do, by attack; nothing of another student's, and nothing that is damaged.
+
+    Args:
+        path: the file, which may not be there.
+        student: the control's digest.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    try:
+        content = _read(path) if path.is_file() else {}
+    except RunError:
+        return {}
+    found = content.get("triggers")
+    if content.get("student") != student or not isinstance(found, dict):
+        return {}
+    return {attack: score for attack, score in found.items() if _SCORE(score) is None}
+
+
+def _whole(path: Path, made: Path) -> bool:
+    """Whether a file is there, and is what its run made."""
+    return path.is_file() and _same(path, made)
 
 
 def _same(one: Path, other: Path) -> bool:

@@ -215,7 +215,7 @@ def make_plan(suite: Suite, only: Sequence[str] = (), without: Collection[Cell] 
     cells = {one: None for cell in left for one in (cell, cell.control)}  # what is left needs its control, known or not
     if len(cells) > _MOST_CELLS:
         raise ConfigError(
-            f"suite {suite.name}: {len(cells):,} cells, expected at most {_MOST_CELLS:,}; make two suites, or give --only"
+            f"suite {suite.name}: {len(cells):,} cells, expected at most {_MOST_CELLS:,}; make two suites"
         )
     for cell in cells:
         if len(flat(cell.name)) > _LONGEST_NAME:

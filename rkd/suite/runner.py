@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from rkd.errors import RkdError, RunError
 from rkd.files import storage_errors
+from rkd.run import Run
 from rkd.suite.file import CLEAN
 from rkd.suite.launch import Launcher, Outcome, Task
 from rkd.suite.place import DONE, FRESH, RESUME, STALE, Place, Standing
@@ -123,6 +124,7 @@ class Runner:
         self.progress = Progress()
         self._waiting = dict(plan.jobs)
         self._running: dict[str, Job] = {}
+        self._made_by: dict[str, dict[str, Any] | None] = {}
 
     def look(self) -> None:
         """Find out what is done already, before anything is started.
@@ -154,16 +156,14 @@ class Runner:
         try:
             return self._run(watcher, asked_to_stop)
         except Exception:
-            self._let_them_save(watcher)
+            self._let_them_save()
             raise
 
-    def _let_them_save(self, watcher: Watcher) -> None:
-        """Ask what still runs to save, and wait for it; nothing is noted of it any more."""
+    def _let_them_save(self) -> None:
+        """Ask what still runs to save, and wait for it; nothing is noted or shown of it any more."""
         self.launcher.stop()
         while self._running:
-            for outcome in self.launcher.ended(_WAIT_S):
-                self._running.pop(outcome.job, None)
-            watcher.tick()
+            self._ended()
 
     def _run(self, watcher: Watcher, asked_to_stop: Callable[[], bool]) -> Progress:
         stopping = False
@@ -175,10 +175,14 @@ class Runner:
                 self._fill(watcher)
             if not self._running:
                 break
-            for outcome in self.launcher.ended(_WAIT_S):
-                self._settle(self._running.pop(outcome.job), outcome, watcher, stopping=stopping)
+            for job, outcome in self._ended():
+                self._settle(job, outcome, watcher, stopping=stopping)
             watcher.tick()
         return self.progress
+
+    def _ended(self) -> list[tuple[Job, Outcome]]:
+        """The jobs that ended; all are out of the running before the first is settled, which may fail."""
+        return [(self._running.pop(outcome.job), outcome) for outcome in self.launcher.ended(_WAIT_S)]
 
     def _fill(self, watcher: Watcher) -> None:
         """Start what can be started; what an earlier one's end made impossible is put aside."""
@@ -251,8 +255,10 @@ class Runner:
 
     def _note_code(self, job: Job, standing: Standing) -> None:
         """Remember by what code a job is made, over all attempts: what two codes made was made by neither."""
-        now = code_version()
-        before = self.place.state(job).get("begun_by") if standing.state == RESUME else None
+        now, noted = code_version(), self.place.state(job)
+        before = noted.get("begun_by") or _MIXED if standing.state == RESUME else now
+        if standing.run is not None and Run.open(standing.run).finished:  # only what lies beside the run is made again
+            self._made_by[job.name] = noted.get("code")
         self.place.note(job, begun_by=now if same_code(before, now) else {**now, **_MIXED})
 
     def _move_aside(self, job: Job) -> Path:
@@ -286,8 +292,10 @@ class Runner:
             self.place.note(job, **noted, failure={"exit_code": outcome.code, "said": outcome.said})
         watcher.ended(job, outcome)
 
-    def _code_of(self, job: Job) -> dict[str, Any]:
+    def _code_of(self, job: Job) -> dict[str, Any] | None:
         """The code that a job that just ended was made by; not known by its sources where these changed meanwhile."""
+        if job.name in self._made_by:
+            return self._made_by[job.name]
         begun_by, now = self.place.state(job).get("begun_by"), code_version()
         return now if same_code(begun_by, now) else {**now, **_MIXED}
 

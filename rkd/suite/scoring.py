@@ -8,12 +8,13 @@ from pathlib import Path
 
 from rkd.distill.inputs import open_with_progress
 from rkd.errors import RunError
-from rkd.files import read_json, sha256, to_json, write_file
+from rkd.files import sha256, to_json, write_file
 from rkd.measure import choose_device, use_threads
 from rkd.metrics import evaluate
 from rkd.network import Network
 from rkd.progress import say
 from rkd.run import STUDENT, Run
+from rkd.suite.place import read_scores
 from rkd.triggers import Trigger
 
 _EVALUATION_BATCH = 256
@@ -54,16 +55,4 @@ def score_control(*, run: str, data: str, out: str, triggers: Mapping[str, str],
         for name, t in zip(named, scores.triggers, strict=True)
     }
     digest = str(opened.summary["student"]["sha256"])
-    write_file(Path(out), to_json({"student": digest, "triggers": {**_earlier(Path(out), digest), **found}}))
-
-
-def _earlier(path: Path, digest: str) -> dict[str, object]:
-    """What the file says of the same student already."""
-    if not path.is_file():
-        return {}
-    try:
-        content = read_json(path)
-    except ValueError:
-        return {}
-    same = isinstance(content, dict) and content.get("student") == digest
-    return dict(content["triggers"]) if same else {}
+    write_file(Path(out), to_json({"student": digest, "triggers": {**read_scores(Path(out), digest), **found}}))

@@ -55,6 +55,10 @@ class Spread:
         """The highest."""
         return max(self.values, default=math.nan)
 
+    def few(self, seeds: Sequence[int]) -> str:
+        """Of how many of these seeds it is, where some are missing; empty where none is, or all are."""
+        return f"{len(self.values)} of {len(seeds)} seeds" if 0 < len(self.values) < len(seeds) else ""
+
     @property
     def deviation(self) -> float:
         """Standard deviation (n - 1); NaN below two values."""

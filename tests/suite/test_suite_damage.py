@@ -13,9 +13,11 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from rkd.cli import app
+from rkd.errors import ConfigError
 from rkd.run import Run
-from rkd.suite import runner
+from rkd.suite import command, runner
 from rkd.suite.command import SuiteOptions, command_of
+from rkd.suite.launch import LocalLauncher, Outcome, Task
 
 STUDENT = "student:stripes/tiny/patch/full/ofd/s0"
 ATTACKED = "runs/tiny/cells/stripes/tiny/patch/full/ofd/s0"
@@ -42,14 +44,18 @@ def results(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (folder / "results/tiny/cells").iterdir()}
 
 
-@pytest.mark.parametrize("name", ["teacher.safetensors", "teacher.trigger.npz"])
+@pytest.mark.parametrize(
+    ("attack", "name"),
+    [("patch", "teacher.safetensors"), ("patch", "teacher.trigger.npz"), ("clean", "teacher.safetensors")],
+)
 @pytest.mark.parametrize("damage", ["cut", "gone"])
 def test_what_lies_beside_a_teachers_run_is_taken_from_it_again(
-    name: str, damage: str, resumed: Path, here: Any
+    attack: str, name: str, damage: str, resumed: Path, here: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = teacher(resumed, "patch") / name
+    path = teacher(resumed, attack) / name
     whole, before = path.read_bytes(), results(resumed)
     path.write_bytes(whole[:1000]) if damage == "cut" else path.unlink()
+    monkeypatch.setattr(runner, "code_version", lambda: {"rkd": "0", "sources": "a" * 64})  # it trains nothing
     done = suite()
     assert done.exit_code == 0, done.output
     assert [job.partition(":")[0] for job in here.done] == ["teacher"]
@@ -85,7 +91,7 @@ def test_half_written_files_are_no_results_and_no_runs(resumed: Path, here: Any)
     assert suite("--table-only").exit_code == 0
     done = suite()
     assert done.exit_code == 0, done.output
-    assert results(resumed) == before, "and the temporary is gone"
+    assert {name: data for name, data in results(resumed).items() if not name.startswith(".")} == before
 
 
 @pytest.mark.parametrize(
@@ -105,7 +111,13 @@ def test_a_damaged_marker_is_mended_by_what_is_advised(marker: str, said: str, r
     assert here.done == []
 
 
-@pytest.mark.parametrize("content", ["{", "5", '{"student": 1}', '{"student": "S", "triggers": {"patch": "x"}}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{", "5", '{"student": 1}', '{"student": "S"}', '{"student": "S", "triggers": 5}',
+        '{"student": "S", "triggers": {"patch": "x"}}', '{"student": "S", "triggers": {"other": {"asr": 1}}}',
+    ],
+)  # fmt: skip
 def test_damaged_scores_are_measured_again(content: str, resumed: Path, here: Any) -> None:
     (path,) = (resumed / "runs/tiny/scores").glob("*ofd*")
     whole, before = json.loads(path.read_text()), results(resumed)
@@ -129,12 +141,17 @@ def test_a_damaged_note_of_a_job_is_as_none(note: str, resumed: Path, here: Any)
     assert suite("--dry-run").exit_code == 0
 
 
-def test_what_two_codes_made_is_of_neither(resumed: Path, here: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("known", [True, False])
+def test_what_two_codes_made_is_of_neither(
+    known: bool, resumed: Path, here: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = Run.open(resumed / ATTACKED)
     run.save(state="running")
     (path,) = (resumed / "runs/tiny/state").glob("student*patch*ofd*")
     noted = json.loads(path.read_text())
     assert noted["begun_by"] == noted["code"]
+    if not known:
+        path.write_text("{}")
     ours = {"rkd": "0", "sources": "a" * 64, "commit": None, "changed": None}
     monkeypatch.setattr(runner, "code_version", lambda: ours)
     done = suite()
@@ -170,16 +187,56 @@ def test_where_a_teachers_folder_cannot_be_made_the_job_fails_in_one_line(resume
     assert f"{folder.name}: " in done.stderr.strip().splitlines()[-1]
 
 
-def test_whatever_goes_wrong_the_running_jobs_are_asked_to_save(
-    resumed: Path, here: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shutil.rmtree(resumed / ATTACKED)
-    asked: list[str] = []
-    monkeypatch.setattr(here, "stop", lambda: asked.append("stop"))
+class Several:
+    """Two jobs that end together and one that ends when it is asked to save, a while later."""
+
+    slots = 3
+
+    def __init__(self) -> None:
+        self.started: list[str] = []
+        self.asked = 0
+        self.waited = 0
+
+    def start(self, task: Task) -> None:
+        self.started.append(task.job)
+
+    def ended(self, timeout_s: float) -> list[Outcome]:
+        if not self.asked:
+            return [Outcome(job, 0, 0.1) for job in self.started[:2]]
+        self.waited += 1
+        assert self.waited < 10, "it waits for jobs that ended long ago"
+        return [Outcome(self.started[2], 0, 0.1)] if self.waited == 3 else []
+
+    def stop(self) -> None:
+        self.asked += 1
+
+    def kill(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def test_whatever_goes_wrong_the_running_jobs_save(resumed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    more = "".join(f'[defences.{name}]\ndistill = {{ method = "{name}" }}\n' for name in ("at", "kd"))
+    (resumed / "tiny.toml").write_text((resumed / "tiny.toml").read_text() + more)
+    launcher = Several()
+    monkeypatch.setattr(command, "_launcher", lambda *_: launcher)
     monkeypatch.setattr(runner.Runner, "_settle", lambda *_args, **_named: 1 / 0)
     done = suite()
     assert "internal error (ZeroDivisionError" in done.stderr
-    assert asked == ["stop"]
+    assert len(launcher.started) == 3
+    assert (launcher.asked, launcher.waited) == (1, 3)
+
+
+def test_a_machine_with_little_memory_runs_fewer_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "_machines_mib", lambda: 3300)
+    monkeypatch.setattr(command.os, "sched_getaffinity", lambda _pid: range(64))
+    assert command.at_once() == 2
+    monkeypatch.setattr(command, "_machines_mib", lambda: 100)
+    assert command.at_once() == 1
+    with pytest.raises(ConfigError, match=r"1 cells at once leave 100 MiB each, .* give fewer --jobs, or --memory 0"):
+        command._memory(SuiteOptions(Path("my.toml")), LocalLauncher(1))
+    monkeypatch.setattr(command, "_machines_mib", lambda: 10**6)
+    assert command.at_once() == 64
 
 
 def test_an_unfinished_teacher_goes_on_where_its_data_is_now(
