@@ -24,7 +24,6 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "results.md"
 DATA = {"cifar10": "CIFAR-10", "gtsrb": "GTSRB"}
 PAIRS, BUDGETS = {"mobilenet": "to MobileNet v3-small"}, {"labels-5": "5 % of the images"}
-_APART = "2026-11-29T01:02"  # when hardening began to normalise them apart
 FIRST = Cell("cifar10", "wrn", "backweak", "full", "", 0)
 
 
@@ -114,13 +113,8 @@ def figures(record: Record) -> str:
 
 
 def slanted(record: Record, said: str) -> str:
-    """In italics where it was made in FP32, with a double dagger where hardening was another then."""
-    return (f"*{said}*" if in_fp32(record) else said) + (" ‡" if hardened_together(record) else "")
-
-
-def hardened_together(record: Record) -> bool:
-    """Whether a student's perturbed images were normalised together with its clean ones, as they were before _APART."""
-    return bool(record.data["settings"].get("hardening")) and str(record.data.get("finished")) < _APART
+    """In italics where it was made in FP32."""
+    return f"*{said}*" if in_fp32(record) else said
 
 
 def in_fp32(record: Record) -> bool:
@@ -263,7 +257,7 @@ def command(record: Record) -> str:
         options += " --variant paper"
     elif used["method"].startswith("robustkd") and not used.get("purify"):
         options += " --purify none"
-    return f"`{options}`{', FP32' if in_fp32(record) else ''}{' ‡' if hardened_together(record) else ''}"
+    return f"`{options}`{', FP32' if in_fp32(record) else ''}"
 
 
 def measured(what: str, network: Measured, gap: str = "") -> list[str]:
@@ -294,12 +288,12 @@ def ablation() -> str:
 
 def summary() -> str:
     """The figures that the cases come down to."""
-    pairs = [pair for pair in CPU.transferring() if not hardened_together(pair[1])]
+    pairs = CPU.transferring()
     lost = [ofd.student.acc.value - ours.student.acc.value for ofd, ours in pairs]
     extra = [ours.excess[0] for _, ours in pairs if ours.excess]
     below = [o.control.ra.value - o.student.ra.value for _, o in pairs if o.control and o.control.ra and o.student.ra]
     return (
-        f"Over the {len(pairs)} rows that transfer, without those with ‡, RobustKD's ACC is {mean(lost):.1f} points below the undefended student's on "
+        f"Over the {len(pairs)} rows that transfer RobustKD's ACC is {mean(lost):.1f} points below the undefended student's on "
         f"average, {max(lost):.1f} at worst; its excess ASR is {signed(mean(extra))} on average, {signed(max(extra))} at worst "
         f"({signed(mean(max(gap, 0) for gap in extra))} on average with nought in place of what is negative: in "
         f"{sum(gap < 0 for gap in extra)} rows its student obeys the trigger less than its control does); its RA is "

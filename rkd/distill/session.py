@@ -238,7 +238,7 @@ def distill(run: Run, stop: StopRequest, work: Inputs | None = None) -> list[Mod
             _hardening(run, settings, work) if settings.radius else None
         )  # before the teacher is tapped or masked
         objective = _perturbed(
-            _objective(run, settings, replace(work, teacher=trusted), student), settings, work, student, hardening
+            _objective(run, settings, replace(work, teacher=trusted), student), settings, work, hardening
         )
         _train_student(run, settings, work, student, objective, stop)
         rows = rows or [_measure("teacher", work.teacher, work, (run.path / TEACHER).stat().st_size)]
@@ -377,18 +377,14 @@ def _hardening(run: Run, settings: DistillSettings, work: Inputs) -> UniversalPe
 
 
 def _perturbed(
-    objective: StudentObjective,
-    settings: DistillSettings,
-    work: Inputs,
-    student: Network,
-    hardening: UniversalPerturbations | None,
+    objective: StudentObjective, settings: DistillSettings, work: Inputs, hardening: UniversalPerturbations | None
 ) -> Objective:
     """The objective with noise and hardening, where the settings have them, on the run's device."""
     if settings.input_noise:
         objective = Noisy(
             objective, InputNoise(settings.input_noise / 255, work.teacher.normalisation.std).to(work.device)
         )
-    found = objective if hardening is None else Hardened(objective, student.module, hardening)
+    found = objective if hardening is None else Hardened(objective, hardening)
     found.extra.to(work.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return found
 

@@ -77,7 +77,7 @@ def rkd_steps(precision: str, *, detoxified: bool) -> Iterator[None]:
     first = random_perturbations(COUNT, SIZE, 8 / 255, 0)
     objective: Objective = (plain := FeatureDistillation(student, tapped, SIZE, found))
     if detoxified:
-        objective = Hardened(plain, student, UniversalPerturbations(first, 8 / 255, (1, 1, 1), fixed=COUNT))
+        objective = Hardened(plain, UniversalPerturbations(first, 8 / 255, (1, 1, 1), fixed=COUNT))
     objective.extra.to(memory_format=torch.channels_last)
     recipe = Recipe(epochs=1000, batch=BATCH, precision=precision)
     for step in Trainer(student, objective, source, Normalisation(), recipe, CPU).steps():

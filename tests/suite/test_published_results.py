@@ -59,15 +59,6 @@ def made_up(*, method: str = "ofd", precision: str = "bf16", purify: str | None 
     return Record(cell, student, control, Measured(Proportion(1, 1)), 1.0, same, {"settings": settings})
 
 
-def test_an_earlier_form_of_hardening_is_marked() -> None:
-    now, then = made_up(method="robustkd", purify="finetune"), made_up(method="robustkd", purify="finetune")
-    for record, finished in ((now, "2026-11-29T09:00:00+00:00"), (then, "2026-11-28T09:00:00+00:00")):
-        record.data["settings"]["hardening"] = 8.0
-        record.data["finished"] = finished  # type: ignore[index]
-    assert (command(now), command(then)) == ("`--method robustkd`", "`--method robustkd` ‡")
-    assert figures(then) == f"{figures(now)} ‡"
-
-
 def test_a_record_is_told_in_points() -> None:
     assert figures(made_up()) == "80.1, 5.0, 70.0 (6.0)"
     assert figures(made_up(precision="fp32")) == "*80.1, 5.0, 70.0 (6.0)*"
