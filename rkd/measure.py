@@ -21,21 +21,32 @@ def count_macs(network: Network) -> int:
     return int(counter.get_total_flops()) // 2
 
 
+def named_device(name: str) -> torch.device | None:
+    """`cpu`, `cuda` or `cuda:N`, which may not be there; None for `auto`.
+
+    Raises:
+        ConfigError: another name.
+    """
+    if name == "auto":
+        return None
+    if name != "cpu" and name.partition(":")[0] != "cuda":
+        raise ConfigError(f"--device {name!r}: expected auto, cpu, cuda or cuda:N")
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"--device {name!r}: expected auto, cpu, cuda or cuda:N") from error
+
+
 def choose_device(name: str) -> torch.device:
-    """`auto` (CUDA where it is there), `cpu`, `cuda` or `cuda:N`.
+    """The device of that name (see `named_device`), which must be there; for `auto` CUDA where it is there.
 
     Raises:
         ConfigError: another name.
         RuntimeUnavailableError: CUDA was asked for and is not there.
     """
-    if name == "auto":
+    device = named_device(name)
+    if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name != "cpu" and name.partition(":")[0] != "cuda":
-        raise ConfigError(f"--device {name!r}: expected auto, cpu, cuda or cuda:N")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"--device {name!r}: expected auto, cpu, cuda or cuda:N") from error
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise RuntimeUnavailableError(
             f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu"

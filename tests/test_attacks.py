@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from rkd.attacks.badnets import badnets_trigger
 from rkd.attacks.perturb import Additive, search, towards
 from rkd.attacks.poison import PoisonedSource
-from rkd.attacks.session import TeacherSettings, make_teacher, moved_data, start_teacher
+from rkd.attacks.session import TeacherSettings, make_teacher, start_teacher
 from rkd.cli import app
 from rkd.data import ArraySource, FolderSource
 from rkd.errors import CheckpointError, ConfigError, RunError, StoppedError
@@ -229,9 +229,8 @@ def test_a_teacher_goes_on_where_its_data_is_now_and_says_so(
     monkeypatch.chdir(tmp_path)
     run = shutil.copytree(planted, tmp_path / "run")
     (tmp_path / "else where").mkdir()
-    moved = shutil.copy(
-        stripes, tmp_path / "else where" / "gtsrb.npz"
-    )  # a name from which another augmentation would follow
+    # A name from which another augmentation would follow:
+    moved = shutil.copy(stripes, tmp_path / "else where" / "gtsrb.npz")
     opened = Run.open(run)
     settings = opened.summary["settings"]
     gone = {**settings, "data": {**settings["data"], "value": str(tmp_path / "gone.npz")}}
@@ -241,7 +240,7 @@ def test_a_teacher_goes_on_where_its_data_is_now_and_says_so(
     stopped = StopRequest()
     with pytest.raises(StoppedError, match=r"rkd teacher --resume \S+ --data '\S+/else where/gtsrb.npz'"):
         stopped.signal_number = 15
-        make_teacher(Run.open(run), stopped, moved_data(Run.open(run), str(moved)), str(moved))
+        make_teacher(Run.open(run), stopped, moved=str(moved))
     done = CliRunner(env={"COLUMNS": "400"}).invoke(app, invoke)
     assert done.exit_code == 0, done.output
     assert f"next: rkd distill t.safetensors --data '{moved}'" in " ".join(done.output.split())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,10 +36,10 @@ class Lab:
     """One teacher's run, as its stages see it."""
 
     def __init__(
-        self, run: Run, settings: TeacherSettings, data: Dataset, stop: StopRequest, resume_hint: str = ""
+        self, run: Run, settings: TeacherSettings, data: Dataset, stop: StopRequest, moved: str | None = None
     ) -> None:
         self.run, self.settings, self.data, self.stop = run, settings, data, stop
-        self.resume_hint = resume_hint or f"rkd teacher --resume {run.path}"
+        self.resume_hint = resume_command(run, moved)
         self.device = choose_device(settings.device)
         self.precision = choose_precision(settings.precision, self.device)
 
@@ -131,3 +132,8 @@ class Lab:
         say(f"evaluate the {role} on {len(self.data.test):,} test images")
         scores, _ = evaluate(network.predictor(self.device), self.data.test.batches(_EVALUATION_BATCH), triggers)
         return scores
+
+
+def resume_command(run: Run, moved: str | None) -> str:
+    """The command that goes on with a teacher's run; `moved` is where its data is now, None for where it was."""
+    return f"rkd teacher --resume {run.path}{'' if moved is None else f' --data {shlex.quote(moved)}'}"

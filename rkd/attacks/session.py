@@ -10,7 +10,6 @@ An attack may leave more on the way; see `rkd.attacks.recipe`.
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 
 from rkd.attacks import ATTACKS
-from rkd.attacks.lab import Lab
+from rkd.attacks.lab import Lab, resume_command
 from rkd.attacks.recipe import CLEAN_TWIN, Attack
 from rkd.data import Dataset
 from rkd.distill.inputs import open_with_progress
@@ -35,7 +34,7 @@ from rkd.signals import StopRequest
 from rkd.teacher import choose_teacher, open_teacher, read_checkpoint
 from rkd.triggers import Trigger
 
-__all__ = ["TeacherSettings", "make_teacher", "moved_data", "start_teacher"]
+__all__ = ["TeacherSettings", "make_teacher", "start_teacher"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,26 +147,16 @@ def start_teacher(settings: TeacherSettings, origins: Mapping[str, str], path: P
     return Run.create(path, "teacher", made, data=described, out=str(out)), data
 
 
-def moved_data(run: Run, data: str) -> Dataset:
-    """The data of an interrupted run, which is somewhere else now; `make_teacher` sees whether it is the same.
-
-    Raises:
-        RkdError: there is none.
-    """
-    opened = _open(replace(TeacherSettings.from_run(run), data=data))
-    return replace(opened, name=run.summary["data"]["name"])  # what is found out from a name stays as it was
-
-
 def make_teacher(
-    run: Run, stop: StopRequest, data: Dataset | None = None, moved: str = ""
+    run: Run, stop: StopRequest, data: Dataset | None = None, moved: str | None = None
 ) -> tuple[Network, Trigger | None, Scores, Scores | None]:
     """Do what is left of a teacher's run.
 
     Args:
         run: the run.
         stop: asked after every step.
-        data: the run's; opened where it was when it is None.
-        moved: where the user says that the data is now, for the command that goes on.
+        data: the run's; opened when it is None.
+        moved: where the user says that the data is now; None for where it was.
 
     Returns:
         The teacher, its trigger, the teacher's scores, and the clean twin's under the same trigger if there is a twin.
@@ -177,15 +166,14 @@ def make_teacher(
         RunError: the data is not what it was.
     """
     settings = TeacherSettings.from_run(run)
-    data = data or _open(settings)
+    data = data or _reopened(run, settings, moved)
     if run.summary.get("data", {}).get("digest") != data.digest:
         raise RunError(f"{run.path}: the data has changed since the run was started; restore it, or start a new run")
-    again = f"rkd teacher --resume {run.path}{f' --data {shlex.quote(moved)}' if moved else ''}"
-    stop.hint = f"go on with: {again}"
+    stop.hint = f"go on with: {resume_command(run, moved)}"
     for note in data.notes:
         say(note)
     with run.locked():
-        lab = Lab(run, settings, data, stop, again)
+        lab = Lab(run, settings, data, stop, moved)
         attacked = settings.attack != "none"
         if attacked and settings.clean and not lab.has(CLEAN):
             _clean_twin_from(settings, data).save(run.path / CLEAN)
@@ -207,6 +195,14 @@ def _open(settings: TeacherSettings) -> Dataset:
     if not 0 <= settings.target < len(data.classes):
         raise ConfigError(f"--target {settings.target}: the data has classes 0 to {len(data.classes) - 1}")
     return data
+
+
+def _reopened(run: Run, settings: TeacherSettings, moved: str | None) -> Dataset:
+    """The data of an interrupted run, where it was or where it is now."""
+    if moved is None:
+        return _open(settings)
+    opened = _open(replace(settings, data=moved))
+    return replace(opened, name=run.summary["data"]["name"])  # what is found out from a name stays as it was
 
 
 def _clean_twin_from(settings: TeacherSettings, data: Dataset) -> Network:

@@ -100,7 +100,7 @@ def teacher(
         rkd teacher --data photos/ --arch resnet18 --epochs 60 --out clean.pt
         rkd teacher --data photos/ --attack backweak --clean clean.pt --out bad.pt
     """
-    from rkd.attacks.session import TeacherSettings, make_teacher, moved_data, start_teacher
+    from rkd.attacks.session import TeacherSettings, make_teacher, start_teacher
     from rkd.cli import tables
     from rkd.data import is_name
     from rkd.errors import RunError
@@ -126,7 +126,7 @@ def teacher(
             raise RunError(f"{path} exists; choose another --out, or give --overwrite")
     with stop_requests() as stop:
         if resumed is not None:
-            run, opened = resumed, moved_data(resumed, data) if "data" in typed else None
+            run, opened = resumed, None
         else:
             settings = TeacherSettings(
                 data=data, arch=arch, attack=attack, clean=clean, target=target, poison_rate=poison_rate, linf=linf,
@@ -136,7 +136,7 @@ def teacher(
             )  # fmt: skip
             place = free_name(Path("runs"), f"teacher-{out.stem}")
             run, opened = start_teacher(settings, origins(context), place, out)
-        moved = data if "data" in typed else ""
+        moved = data if "data" in typed else None
         network, trigger, scores, twin_scores = make_teacher(run, stop, opened, moved)
     if trigger is not None:
         trigger.save(trigger_beside(out))

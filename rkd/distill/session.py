@@ -234,12 +234,10 @@ def distill(run: Run, stop: StopRequest, work: Inputs | None = None) -> list[Mod
         work = work if settings.labels else _relabelled(run, work)
         trusted = _purified(run, settings, work, stop, settings.purifier) if settings.purifier else work.teacher
         student = _fresh_student(run, settings, work)
-        hardening = (
-            _hardening(run, settings, work) if settings.radius else None
-        )  # before the teacher is tapped or masked
-        objective = _perturbed(
-            _objective(run, settings, replace(work, teacher=trusted), student), settings, work, hardening
-        )
+        # Before the teacher is tapped or masked.
+        hardening = _hardening(run, settings, work) if settings.radius else None
+        plain = _objective(run, settings, replace(work, teacher=trusted), student)
+        objective = _perturbed(plain, settings, work, hardening)
         _train_student(run, settings, work, student, objective, stop)
         rows = rows or [_measure("teacher", work.teacher, work, (run.path / TEACHER).stat().st_size)]
         if settings.purifier:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from rkd.distill.batches import AUGMENTATIONS
 from rkd.distill.methods import PURIFIED, Method
 from rkd.errors import ConfigError, RunError
+from rkd.measure import named_device
 from rkd.network import Normalisation
 from rkd.run import Run
 
@@ -24,7 +25,6 @@ _RANGES = {
     "split_seed": (0, 2**32 - 1),
     "image_size": (0, 2**32 - 1),
 }
-_DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,4})?")
 _BUDGET = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)(%?)")
 
 _PRECISIONS = ("fp32", "bf16", "fp16")
@@ -85,8 +85,7 @@ class TrainingSettings:
             if not least <= value <= most:
                 wanted = f"{least} or more" if value < least else f"at most {most:,}"
                 raise ConfigError(f"--{name.replace('_', '-')} {value}: expected {wanted}")
-        if not _DEVICE.fullmatch(self.device):
-            raise ConfigError(f"--device {self.device!r}: expected auto, cpu, cuda or cuda:N")
+        named_device(self.device)
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise ConfigError(f"--lr {self.lr:g}: expected a number above 0")
         for name, known in (("augmentation", AUGMENTATIONS), ("precision", _PRECISIONS)):

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from rkd.checks import number, object_of, or_null, proportion, string, whole
-from rkd.errors import RkdError, RunError
+from rkd.errors import RkdError, RunError, StorageError
 from rkd.files import file_sha256, move, read_json, remove_temporaries, storage_errors, to_json, write_file
 from rkd.intake import trigger_beside
 from rkd.run import CLEAN as TWIN
@@ -104,18 +104,16 @@ class Place:
                 raise RunError(f"{self.out} exists and is not a suite's folder; choose another --out")
             write_file(marker, to_json(ours))
             return
-        try:
-            found = _read(marker)
-            schema, name = found["schema"], found["name"]
-        except (RkdError, KeyError):
+        found = _read(marker)
+        if not {"schema", "name"} <= set(found):
             raise RunError(
                 f"{marker} is damaged; if this is the folder of the suite {ours['name']}, write {json.dumps(ours)} into it, "
                 "otherwise choose another --out"
-            ) from None
-        if name != ours["name"]:
-            raise RunError(f"{self.out} belongs to the suite {name!r}; choose another --out")
-        if schema != SCHEMA:
-            raise RunError(f"{marker} has schema {schema!r}, this rkd knows {SCHEMA}; choose another --out")
+            )
+        if found["name"] != ours["name"]:
+            raise RunError(f"{self.out} belongs to the suite {found['name']!r}; choose another --out")
+        if found["schema"] != SCHEMA:
+            raise RunError(f"{marker} has schema {found['schema']!r}, this rkd knows {SCHEMA}; choose another --out")
 
     def teacher_folder(self, teacher: Teacher) -> Path:
         """Where a teacher is made."""
@@ -201,7 +199,7 @@ class Place:
             return {}
         try:
             found = _read(path)
-        except RkdError:  # a note only: what it says is measured again or left open
+        except StorageError:  # a note only: what it says is measured again or left open
             return {}
         return found if _STATE(found) is None else {}
 
@@ -289,10 +287,7 @@ def read_scores(path: Path, student: str) -> dict[str, dict[str, Any]]:
     Raises:
         StorageError: it cannot be read.
     """
-    try:
-        content = _read(path) if path.is_file() else {}
-    except RunError:
-        return {}
+    content = _read(path) if path.is_file() else {}
     found = content.get("triggers")
     if content.get("student") != student or not isinstance(found, dict):
         return {}
@@ -345,16 +340,13 @@ def _unlike(kind: Kind, run: Run, options: Options, seed: int) -> list[str]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A JSON object.
+    """A JSON object; an empty one where the file is damaged: what is missing is for its reader to tell.
 
     Raises:
-        RunError: it is none.
         StorageError: it cannot be read.
     """
     try:
         content = read_json(path)
-    except ValueError as error:
-        raise RunError(f"{path} is damaged ({error}); remove it and run the suite again") from error
-    if not isinstance(content, dict):
-        raise RunError(f"{path} is damaged: expected an object; remove it and run the suite again")
-    return content
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -121,13 +121,18 @@ class Record:
 
     @property
     def score(self) -> float | None:
-        """ACC - excess ASR in points; a negative excess counts as nought. None where there is no excess."""
-        return self.student.acc.value - max(self.excess[0], 0.0) if self.excess is not None else None
+        """Of ACC and excess ASR, see `score`; None where there is no excess."""
+        return score(self.student.acc.value, self.excess[0]) if self.excess is not None else None
 
     @property
     def teacher_sha256(self) -> str:
         """The digest of its teacher's file."""
         return str(self.data["teacher"]["sha256"])
+
+
+def score(acc: float, excess: float) -> float:
+    """ACC - excess ASR in points; a negative excess counts as nought: a control that obeys more is no merit."""
+    return acc - max(excess, 0.0)
 
 
 def code_version() -> dict[str, Any]:
@@ -186,7 +191,7 @@ def collect(place: Place, plan: Plan, cell: Cell) -> dict[str, Any] | None:
         under = {}
     own = student.cell == cell
     control = _control(under, cell)
-    measured = _own(run) if own or not attacked else control
+    measured = _measured(row) if own or not attacked else control
     if measured is None:
         return None
     record = Record(cell, measured, control if attacked else None, _teacher(place, plan, cell), None, not own, {})
@@ -220,12 +225,8 @@ def collect(place: Place, plan: Plan, cell: Cell) -> dict[str, Any] | None:
     }  # fmt: skip
 
 
-def _own(run: Run) -> Measured:
-    """A finished run's student, under the trigger that it was tested with."""
-    return _measured(models_of(run)[-1])
-
-
 def _measured(model: Model) -> Measured:
+    """A network of a finished run, under the trigger that it was tested with."""
     first = model.scores.triggers[0] if model.scores.triggers else None
     return Measured(model.scores.acc, first.asr if first else None, first.ra if first else None)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from rkd.bench.report.scores import difference
 from rkd.metrics import WORKS, Proportion
 from rkd.suite.file import CLEAN, Entry
-from rkd.suite.results import Record
+from rkd.suite.results import Record, score
 
 TRANSFERS = 30.0  # points of excess ASR
 SLEEPERS = frozenset({"oscar"})  # attacks whose teacher is meant to be dormant
@@ -386,15 +386,14 @@ def _standings(
     rows: Sequence[Row], transferring: Sequence[Case], records: Sequence[Record], entries: Sequence[Entry]
 ) -> tuple[Standing, ...]:
     found: list[Standing] = []
-    undefended = {entry.name for entry in entries if entry.undefended}
+    places = {entry.name: place for place, entry in enumerate(entries)}
+    last = {entry.name for entry in entries if entry.undefended} | {r.cell.defence for r in records if r.same_student}
     for budget in dict.fromkeys(row.case[3] for row in rows):
         cases = [case for case in transferring if case[3] == budget]
-        places = {entry.name: place for place, entry in enumerate(entries)}
         there = dict.fromkeys(row.defence for row in rows if row.case[3] == budget)
         defences = sorted(there, key=lambda defence: places.get(defence, len(places)))
         scores = {defence: _scores(defence, cases, records) for defence in defences}
         met = [defence for defence in scores if scores[defence]]
-        last = undefended | {r.cell.defence for r in records if r.same_student}
         yardstick = max(met, key=lambda defence: (defence not in last, len(scores[defence])), default="")
         against = {defence: _paired(scores[defence], scores.get(yardstick, {})) for defence in scores}
         # The yardstick's own differences are noughts, which put it in its place.
@@ -425,9 +424,9 @@ def _scores(defence: str, cases: Sequence[Case], records: Sequence[Record]) -> _
 
 
 def _score(figures: Sequence[tuple[float, float]]) -> float:
-    """ACC - excess ASR of one case over its seeds; nought for a mean excess below it, so that seeds' noise cancels out."""
+    """The score of one case, of its means over the seeds, so that their noise about an excess of nought cancels out."""
     acc, excess = (statistics.fmean(values) for values in zip(*figures, strict=True))
-    return acc - max(excess, 0.0)
+    return score(acc, excess)
 
 
 def _paired(mine: _Figures, other: _Figures) -> Paired:
