@@ -92,7 +92,7 @@ def _control_of(run: Run, controls: Sequence[Run]) -> Run:
         ConfigError: there is none: its ASR would not be comparable.
     """
     names = (
-        "student", "method", "variant", "hardening", "harden_from", "perturbations", "cap", "mask", "variance", "replacement", "taps", "teacher_mode",
+        "student", "method", "variant", "hardening", "harden_from", "harden_share", "perturbations", "cap", "mask", "variance", "replacement", "taps", "teacher_mode",
         "input_noise", "accuracy_budget", "purify", "purify_steps", "purify_lr", "labels", "epochs", "batch", "lr",
         "clean_budget", "seed",
     )  # fmt: skip

@@ -113,8 +113,14 @@ def figures(record: Record) -> str:
 
 
 def slanted(record: Record, said: str) -> str:
-    """In italics where it was made in FP32."""
-    return f"*{said}*" if in_fp32(record) else said
+    """In italics where it was made in FP32, with a double dagger where RobustKD was hardened by an earlier default."""
+    return (f"*{said}*" if in_fp32(record) else said) + (" ‡" if hardened_before(record) else "")
+
+
+def hardened_before(record: Record) -> bool:
+    """Whether it was hardened before the default was fewer images and a larger radius."""
+    used = record.data["settings"]
+    return bool(used.get("hardening")) and used.get("harden_share") is None
 
 
 def in_fp32(record: Record) -> bool:
@@ -124,10 +130,16 @@ def in_fp32(record: Record) -> bool:
 
 def precision() -> str:
     """How many cells were trained in which precision."""
-    fp32 = sum(map(in_fp32, CPU.records.values()))
-    if not fp32:
-        return "All were trained in bfloat16."
-    return f"{len(CPU.records) - fp32} were trained in bfloat16, {fp32} by an earlier run in FP32 (in italics)."
+    fp32, before = sum(map(in_fp32, CPU.records.values())), sum(map(hardened_before, CPU.records.values()))
+    said = "All were trained in bfloat16."
+    if fp32:
+        said = f"{len(CPU.records) - fp32} were trained in bfloat16, {fp32} by an earlier run in FP32 (in italics)."
+    if before:
+        said += (
+            f" {before} of RobustKD were hardened by the default before (‡: `--hardening 8 --harden-share 0.3`) and are to be "
+            "made again."
+        )
+    return said
 
 
 def case(cell: Cell) -> str:
@@ -257,6 +269,8 @@ def command(record: Record) -> str:
         options += " --variant paper"
     elif used["method"].startswith("robustkd") and not used.get("purify"):
         options += " --purify none"
+    if hardened_before(record):
+        options += f" --hardening {used['hardening']:g} --harden-share 0.3"
     return f"`{options}`{', FP32' if in_fp32(record) else ''}"
 
 

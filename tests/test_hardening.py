@@ -169,9 +169,10 @@ def hardening(
     *,
     seed: int = 0,
     count: int = 4,
-    **options: float,
+    share: float = 0.3,
+    **options: int,
 ) -> UniversalPerturbations:
-    return UniversalPerturbations(random_perturbations(count, size, linf, seed), linf, std, **options)
+    return UniversalPerturbations(random_perturbations(count, size, linf, seed), linf, std, share=share, **options)
 
 
 def test_perturbations_come_in_turn_and_stay_in_the_ball() -> None:

@@ -250,6 +250,7 @@ SWITCHES = {
     "noise": ("--input-noise", 8),
     "on the student": ("--perturbations", "student"),
     "on both": ("--perturbations", "both"),
+    "most images": ("--harden-share", 0.9),
 }
 
 

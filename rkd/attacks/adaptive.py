@@ -6,8 +6,8 @@ perturbation that the search can find.
 
 RobustKD masks what it can of how much the teacher's features vary from image to image, so the fine-tune has a penalty
 on the variance of the features of triggered images (the adaptive attack of the paper, section on adaptive attacks).
-rkd hardens the student against additive perturbations in a ball of 8/255, so the trigger is neither additive nor in
-that ball: it takes contrast away and blends a learned pattern in.
+rkd hardens the student against additive perturbations in a small ball, so the trigger is neither additive nor in it: it
+takes contrast away and blends a learned pattern in.
 
 Trigger: m is `linf` everywhere, p is learned.
 """

@@ -53,7 +53,7 @@ def distill(
     hardening: Annotated[
         Optional[float],
         typer.Option(
-            help="Radius, in 255ths, of the universal perturbations that the student is hardened against. Default: 8 with robustkd, else 0.",
+            help="Radius, in 255ths, of the universal perturbations that the student is hardened against. Default: 12 with robustkd, else 0.",
             show_default=False,
         ),
     ] = None,
@@ -130,6 +130,10 @@ def distill(
         float,
         typer.Option(help="Share of the steps after which hardening begins.", rich_help_panel=ABLATION),
     ] = 0.5,
+    harden_share: Annotated[
+        float,
+        typer.Option(help="Share of the images that carry a perturbation from then on.", rich_help_panel=ABLATION),
+    ] = 0.1,
     perturbations: Annotated[
         Optional[str],
         typer.Option(
@@ -236,7 +240,7 @@ def distill(
             settings = DistillSettings(
                 teacher=str(teacher), student=student, data=found_data, method=method, triggers=found_triggers,
                 undefended=undefended, accuracy_budget=accuracy_budget, hardening=hardening, clean_budget=clean_budget, labels=labels, epochs=epochs,
-                variant=variant, cap=cap, harden_from=harden_from, perturbations=perturbations, mask=mask, variance=variance, replacement=replacement, taps=taps,
+                variant=variant, cap=cap, harden_from=harden_from, harden_share=harden_share, perturbations=perturbations, mask=mask, variance=variance, replacement=replacement, taps=taps,
                 teacher_mode=teacher_mode, input_noise=input_noise, purify=purify, purify_steps=purify_steps, purify_lr=purify_lr,
                 batch=batch, lr=lr, augmentation=augmentation, seed=seed, split_seed=split_seed, precision=precision, arch=arch,
                 normalize=normalize, image_size=image_size, device=device, threads=threads, checkpoint_every=checkpoint_every,

@@ -31,7 +31,6 @@ from rkd.progress import progress, say
 from rkd.run import PERTURBATIONS, Run, fooling_text
 
 COUNT = 4  # perturbations
-_SHARE = 0.3  # of a batch's images that carry one
 _STEP = 0.1  # of the radius
 SEARCH_STEPS = 30  # on the teacher
 _LOOK = 128  # images a step of the search
@@ -226,7 +225,7 @@ class UniversalPerturbations(nn.Module):
         std: deviations that the images were normalised by.
         fixed: how many of them, from the first on, stay as they are. The others climb the student's loss, with the
             gradient that the training step has computed anyway.
-        share: of the images that carry one.
+        share: of a batch's images that carry one; at least one image does.
         start: steps before the first image does: docs/results.md says what a late start is worth.
     """
 
@@ -236,8 +235,8 @@ class UniversalPerturbations(nn.Module):
         linf: float,
         std: tuple[float, float, float],
         *,
+        share: float,
         fixed: int = 0,
-        share: float = _SHARE,
         start: int = 0,
     ) -> None:
         super().__init__()

@@ -371,7 +371,9 @@ def _hardening(run: Run, settings: DistillSettings, work: Inputs) -> UniversalPe
             seed=settings.seed, device=work.device, batch=work.recipe.batch,
         )  # fmt: skip
     start = int(settings.harden_from * work.steps)
-    return UniversalPerturbations(first, linf, work.teacher.normalisation.std, fixed=fixed, start=start)
+    return UniversalPerturbations(
+        first, linf, work.teacher.normalisation.std, fixed=fixed, share=settings.harden_share, start=start
+    )
 
 
 def _perturbed(

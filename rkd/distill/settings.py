@@ -33,7 +33,7 @@ _PURIFY_EPOCHS = 3  # with robustkd: more wear a teacher down that has few clean
 _NO_PURIFIER = "none"
 _VARIANTS: dict[str, tuple[float, float, str | None]] = {
     # of RobustKD: radius of hardening in 255ths, the mask's cap, what purifies the teacher; docs/results.md says why
-    "default": (8.0, 0.0, "finetune"),
+    "default": (12.0, 0.0, "finetune"),
     "paper": (0.0, 0.9, None),
 }
 _CHOICES = {
@@ -125,6 +125,7 @@ class DistillSettings(TrainingSettings):
         hardening: radius, in 255ths, of the universal perturbations that the student is hardened against; 0 for none;
             None for the variant's with robustkd and 0 with other methods.
         harden_from: share of the steps after which hardening begins.
+        harden_share: share of a batch's images that carry a perturbation from then on.
         perturbations: where they are looked for: on the `teacher` before, on the `student` in training, or half of them
             on `both`; None for the teacher, for the student where the method has no teacher, and without hardening.
         mask: `position` or `channel`: what has a mask value of its own.
@@ -153,6 +154,7 @@ class DistillSettings(TrainingSettings):
     cap: float | None = None
     hardening: float | None = None
     harden_from: float = 0.5
+    harden_share: float = 0.1
     perturbations: str | None = None
     mask: str = "position"
     variance: bool = True
@@ -182,10 +184,10 @@ class DistillSettings(TrainingSettings):
             raise ConfigError(f"--cap changes nothing with --method {self.method}: it needs robustkd")
         if not 0 <= self.accuracy_budget <= 100:
             raise ConfigError(f"--accuracy-budget {self.accuracy_budget:g}: expected 0 to 100 points")
-        if not 0 <= self.mask_cap <= 1 or not 0 <= self.harden_from < 1:
+        if not 0 <= self.mask_cap <= 1 or not 0 <= self.harden_from < 1 or not 0 < self.harden_share <= 1:
             raise ConfigError(
-                f"--cap {self.mask_cap:g}, --harden-from {self.harden_from:g}: expected 0 (no mask) to 1, and 0 (from the "
-                "start) to less than 1"
+                f"--cap {self.mask_cap:g}, --harden-from {self.harden_from:g}, --harden-share {self.harden_share:g}: expected "
+                "0 (no mask) to 1, 0 (from the start) to less than 1, and more than 0 (no hardening is --hardening 0) to 1"
             )
         for option, value in (("hardening", self.radius), ("input-noise", self.input_noise)):
             if not 0 <= value <= 255:
@@ -220,7 +222,7 @@ class DistillSettings(TrainingSettings):
         defaults["perturbations"] = _searched(method) if self.radius else None
         needs = {
             "robustkd": (method.treatment == "robustkd", ("variant", "purify")),
-            "hardening (--hardening 8)": (self.radius > 0, ("harden_from", "perturbations")),
+            "hardening (--hardening 12)": (self.radius > 0, ("harden_from", "harden_share", "perturbations")),
             "a purifier (robustkd, or finetune, prune, nad or anp before it)": (
                 self.purifier is not None, ("purify_steps", "purify_lr"),
             ),
@@ -298,7 +300,7 @@ class DistillSettings(TrainingSettings):
         """The same run without a defence: OFD from the teacher as it is."""
         return replace(
             self, method="ofd", undefended=False, teacher=teacher, triggers=triggers, variant="default", cap=0.0,
-            hardening=0.0, harden_from=0.5, perturbations=None, purify=None, purify_steps=None, purify_lr=0.0, mask="position", variance=True, replacement="mean", taps="all", teacher_mode="eval", input_noise=0.0,
+            hardening=0.0, harden_from=0.5, harden_share=0.1, perturbations=None, purify=None, purify_steps=None, purify_lr=0.0, mask="position", variance=True, replacement="mean", taps="all", teacher_mode="eval", input_noise=0.0,
         )  # fmt: skip
 
 

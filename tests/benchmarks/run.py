@@ -74,10 +74,10 @@ def rkd_steps(precision: str, *, detoxified: bool) -> Iterator[None]:
             for tap in tapped.taps
         ]
         set_masks(tapped, masks, CPU, torch.bfloat16 if precision == "bf16" else torch.float32)
-    first = random_perturbations(COUNT, SIZE, 8 / 255, 0)
+    first = random_perturbations(COUNT, SIZE, 12 / 255, 0)
     objective: Objective = (plain := FeatureDistillation(student, tapped, SIZE, found))
     if detoxified:
-        objective = Hardened(plain, UniversalPerturbations(first, 8 / 255, (1, 1, 1), fixed=COUNT))
+        objective = Hardened(plain, UniversalPerturbations(first, 12 / 255, (1, 1, 1), fixed=COUNT, share=0.1))
     objective.extra.to(memory_format=torch.channels_last)
     recipe = Recipe(epochs=1000, batch=BATCH, precision=precision)
     for step in Trainer(student, objective, source, Normalisation(), recipe, CPU).steps():
