@@ -114,7 +114,12 @@ def figures(record: Record) -> str:
 
 def slanted(record: Record, said: str) -> str:
     """In italics where it was made in FP32, with a double dagger where RobustKD was hardened by an earlier default."""
-    return (f"*{said}*" if in_fp32(record) else said) + (" ‡" if hardened_before(record) else "")
+    return (f"*{said}*" if in_fp32(record) else said) + before(record)
+
+
+def before(record: Record) -> str:
+    """A double dagger, or nothing."""
+    return " ‡" if hardened_before(record) else ""
 
 
 def hardened_before(record: Record) -> bool:
@@ -130,13 +135,13 @@ def in_fp32(record: Record) -> bool:
 
 def precision() -> str:
     """How many cells were trained in which precision."""
-    fp32, before = sum(map(in_fp32, CPU.records.values())), sum(map(hardened_before, CPU.records.values()))
+    fp32, earlier = sum(map(in_fp32, CPU.records.values())), sum(map(hardened_before, CPU.records.values()))
     said = "All were trained in bfloat16."
     if fp32:
         said = f"{len(CPU.records) - fp32} were trained in bfloat16, {fp32} by an earlier run in FP32 (in italics)."
-    if before:
+    if earlier:
         said += (
-            f" {before} of RobustKD were hardened by the default before (‡: `--hardening 8 --harden-share 0.3`) and are to be "
+            f" {earlier} of RobustKD were hardened by the default before (‡: `--hardening 8 --harden-share 0.3`) and are to be "
             "made again."
         )
     return said
@@ -242,7 +247,7 @@ def fooling() -> str:
             towards = f"{found['towards']} {interval(Proportion.from_json(found['together']))}"
             rows.append(
                 [
-                    case(cell) if cell.attack != CLEAN else f"{case(cell)}: a clean teacher",
+                    case(cell) + (": a clean teacher" if cell.attack == CLEAN else "") + before(record),
                     interval(Proportion.from_json(found["fooled"])),
                     towards,
                     share(tuned[0].asr) if tuned else "",
