@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from operator import sub
 from pathlib import Path
 from statistics import mean
 
@@ -18,7 +19,7 @@ from rkd.metrics import Proportion
 from rkd.suite.file import CLEAN, Suite, read_suite
 from rkd.suite.plan import Cell, make_plan
 from rkd.suite.results import Measured, Record, read_records
-from rkd.suite.table import Case, Paired, Table, basis, make_table
+from rkd.suite.table import Paired, Table, ahead, basis, make_table
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "results.md"
@@ -323,33 +324,24 @@ def summary() -> str:
 def apart() -> str:
     """How far each baseline that has met several cases of RobustKD's teachers is behind it."""
     names = {"finetune+ofd": "fine-tuning", "nad+ofd": "NAD", "prune+ofd": "fine-pruning"}
+    cases = [carried for carried in CPU.table.transferring if carried[3] == "full"]
     said = []
     for standing in CPU.table.ranking("full"):
         n = len(standing.against.values)
         if standing.defence in names and standing.yardstick == "robustkd" and n > 1:
+            plain = ahead(standing.defence, standing.yardstick, cases, [*CPU.records.values()], sub)
             verdict = "told apart" if standing.against.separated else "**not told apart**"
             said.append(
                 f"{names[standing.defence]} is {behind(standing.against)} behind over {n} cases, {verdict} "
-                f"({behind(unclipped(standing.defence))} with a negative excess as it is)"
+                f"({behind(plain)} with a negative excess as it is)"
             )
     return f"From the same teachers {'; '.join(said)}."
 
 
-def unclipped(defence: str) -> Paired:
-    """How far a baseline is ahead of RobustKD by ACC - excess ASR, whatever its sign, on each case; as `Standing.against`."""
-    found: dict[Case, list[float]] = {}
-    for _, ours in CPU.transferring():
-        other = CPU.records.get(replace(ours.cell, defence=defence))
-        if other and other.excess and ours.excess and basis(other) == basis(ours):
-            ahead = (other.student.acc.value - other.excess[0]) - (ours.student.acc.value - ours.excess[0])
-            found.setdefault(ours.cell.case, []).append(ahead)
-    return Paired(tuple(map(mean, found.values())))
-
-
-def behind(ahead: Paired) -> str:
+def behind(paired: Paired) -> str:
     """Mean and interval of the opposite."""
-    low, high = ahead.interval
-    return f"{-ahead.mean:.1f} [{-high:.1f}, {-low:.1f}]"
+    low, high = paired.interval
+    return f"{-paired.mean:.1f} [{-high:.1f}, {-low:.1f}]"
 
 
 BLOCKS: Mapping[str, Callable[[], str]] = {

@@ -36,6 +36,12 @@ _VARIANTS: dict[str, tuple[float, float, str | None]] = {
     "default": (12.0, 0.0, "finetune"),
     "paper": (0.0, 0.9, None),
 }
+_OF_A_DEFENCE = frozenset(
+    {
+        "variant", "cap", "hardening", "harden_from", "harden_share", "perturbations", "purify", "purify_steps", "purify_lr",
+        "mask", "variance", "replacement", "taps", "teacher_mode", "input_noise",
+    }
+)  # fmt: skip
 _CHOICES = {
     "variant": tuple(_VARIANTS),
     "mask": ("position", "channel"),
@@ -298,10 +304,8 @@ class DistillSettings(TrainingSettings):
 
     def undefended_twin(self, teacher: str, triggers: tuple[str, ...]) -> DistillSettings:
         """The same run without a defence: OFD from the teacher as it is."""
-        return replace(
-            self, method="ofd", undefended=False, teacher=teacher, triggers=triggers, variant="default", cap=0.0,
-            hardening=0.0, harden_from=0.5, harden_share=0.1, perturbations=None, purify=None, purify_steps=None, purify_lr=0.0, mask="position", variance=True, replacement="mean", taps="all", teacher_mode="eval", input_noise=0.0,
-        )  # fmt: skip
+        defence: dict[str, Any] = {field.name: field.default for field in fields(self) if field.name in _OF_A_DEFENCE}
+        return replace(self, method="ofd", undefended=False, teacher=teacher, triggers=triggers, **defence)
 
 
 def _searched(method: Method) -> str:

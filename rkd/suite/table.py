@@ -423,18 +423,37 @@ def _scores(defence: str, cases: Sequence[Case], records: Sequence[Record]) -> _
     return found
 
 
-def _score(figures: Sequence[tuple[float, float]]) -> float:
+def ahead(
+    defence: str,
+    other: str,
+    cases: Sequence[Case],
+    records: Sequence[Record],
+    by: Callable[[float, float], float] = score,
+) -> Paired:
+    """How far a defence is ahead of another on each of these cases that both have met, as `Standing.against`.
+
+    Args:
+        defence: its name.
+        other: the other's.
+        cases: to look at.
+        records: finished cells.
+        by: a case's score of its ACC and excess ASR.
+    """
+    return _paired(_scores(defence, cases, records), _scores(other, cases, records), by)
+
+
+def _score(figures: Sequence[tuple[float, float]], by: Callable[[float, float], float] = score) -> float:
     """The score of one case, of its means over the seeds, so that their noise about an excess of nought cancels out."""
     acc, excess = (statistics.fmean(values) for values in zip(*figures, strict=True))
-    return score(acc, excess)
+    return by(acc, excess)
 
 
-def _paired(mine: _Figures, other: _Figures) -> Paired:
+def _paired(mine: _Figures, other: _Figures, by: Callable[[float, float], float] = score) -> Paired:
     """How far one is ahead of the other on each case of both, over the seeds and teachers of both."""
     both = {case: [same for same in mine[case] if same in other[case]] for case in mine if case in other}
     return Paired(
         tuple(
-            _score([mine[case][same] for same in common]) - _score([other[case][same] for same in common])
+            _score([mine[case][same] for same in common], by) - _score([other[case][same] for same in common], by)
             for case, common in both.items()
             if common
         )

@@ -27,6 +27,7 @@ from rkd.detox import TapMask, set_masks
 from rkd.distill.hardening import COUNT, Hardened, UniversalPerturbations, random_perturbations
 from rkd.distill.loop import Recipe, Trainer, autocast
 from rkd.distill.objectives import FeatureDistillation, Objective, margins
+from rkd.distill.settings import DistillSettings
 from rkd.measure import choose_precision
 from rkd.models import build
 from rkd.network import Normalisation
@@ -77,7 +78,9 @@ def rkd_steps(precision: str, *, detoxified: bool) -> Iterator[None]:
     first = random_perturbations(COUNT, SIZE, 12 / 255, 0)
     objective: Objective = (plain := FeatureDistillation(student, tapped, SIZE, found))
     if detoxified:
-        objective = Hardened(plain, UniversalPerturbations(first, 12 / 255, (1, 1, 1), fixed=COUNT, share=0.1))
+        objective = Hardened(
+            plain, UniversalPerturbations(first, 12 / 255, (1, 1, 1), fixed=COUNT, share=DistillSettings.harden_share)
+        )
     objective.extra.to(memory_format=torch.channels_last)
     recipe = Recipe(epochs=1000, batch=BATCH, precision=precision)
     for step in Trainer(student, objective, source, Normalisation(), recipe, CPU).steps():
