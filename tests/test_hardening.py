@@ -32,6 +32,7 @@ from rkd.run import fooling_text
 from rkd.taps import TappedNetwork
 
 SIZE = (16, 16)
+UNSCALED = Normalisation()
 LINF = 8 / 255
 CPU = torch.device("cpu")
 
@@ -165,21 +166,21 @@ def networks() -> tuple[nn.Module, TappedNetwork, list[Tensor]]:
 def hardening(
     size: tuple[int, int],
     linf: float,
-    std: tuple[float, float, float],
+    scaling: Normalisation = UNSCALED,
     *,
     seed: int = 0,
     count: int = 4,
     share: float = 0.3,
     **options: int,
 ) -> UniversalPerturbations:
-    return UniversalPerturbations(random_perturbations(count, size, linf, seed), linf, std, share=share, **options)
+    return UniversalPerturbations(random_perturbations(count, size, linf, seed), linf, scaling, share=share, **options)
 
 
 def test_perturbations_come_in_turn_and_stay_in_the_ball() -> None:
     std = (0.5, 0.25, 0.2)
-    made = hardening((4, 4), LINF, std, count=2, share=0.5)
+    made = hardening((4, 4), LINF, Normalisation((0.5, 0.4, 0.6), std), count=2, share=0.5)
     assert made.begin_step(7) == 3, "half of seven, rounded down"
-    images = torch.randn(3, 3, 4, 4)
+    images = torch.zeros(3, 3, 4, 4)  # between black and white
     on_pixels = (made(images) - images).detach() * torch.tensor(std).view(1, 3, 1, 1)
     assert 0 < float(on_pixels.abs().max()) <= LINF * (1 + 1e-5)
     assert torch.allclose(on_pixels[0], on_pixels[2], atol=1e-6)
@@ -198,25 +199,35 @@ def test_perturbations_come_in_turn_and_stay_in_the_ball() -> None:
     torch.testing.assert_close(made.perturbations.detach(), wanted)
 
 
-@pytest.mark.parametrize("fixed", [0, 1, 3])
-def test_fixed_ones_stay_and_the_others_climb_the_loss(fixed: int) -> None:
-    made = hardening((4, 4), LINF, (1.0, 1.0, 1.0), count=3, share=1.0, fixed=fixed)
+@pytest.mark.parametrize("fixed", [False, True])
+def test_fixed_ones_stay_and_others_climb_the_loss(*, fixed: bool) -> None:
+    made = hardening((4, 4), LINF, count=3, share=1.0, fixed=fixed)
     before = made.perturbations.detach().clone()
-    inputs = torch.randn(6, 3, 4, 4, requires_grad=True)
+    inputs = torch.full((6, 3, 4, 4), 0.5, requires_grad=True)
     made(inputs).sum().backward()
     moved = [not torch.equal(now, then) for now, then in zip(made.perturbations.detach(), before, strict=True)]
-    assert moved == [number >= fixed for number in range(3)]
+    assert moved == [not fixed] * 3
     assert made.perturbations.grad is None
+
+
+def test_an_image_with_a_perturbation_is_still_an_image() -> None:
+    scaling = Normalisation((0.5, 0.4, 0.6), (0.5, 0.25, 0.2))
+    pixels = torch.tensor([0, 3, 128, 252, 255], dtype=torch.uint8).repeat(3, 1)[None, :, None].expand(8, 3, 6, 5)
+    made = hardening((6, 5), 12 / 255, scaling, count=8)
+    mean, std = (torch.tensor(three).view(1, 3, 1, 1) for three in (scaling.mean, scaling.std))
+    seen = made(scaling(pixels)).detach() * std + mean
+    wanted = (pixels / 255 + random_perturbations(8, (6, 5), 12 / 255, 0)).clamp(0, 1)
+    torch.testing.assert_close(seen, wanted, atol=1e-6, rtol=0)
 
 
 def batch(count: int = 8) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(7)
-    return torch.randn(count, 3, *SIZE, generator=generator), torch.randint(0, 3, (count,), generator=generator)
+    return torch.rand(count, 3, *SIZE, generator=generator), torch.randint(0, 3, (count,), generator=generator)
 
 
 def test_hardening_climbs_the_loss_and_leaves_no_gradient_for_the_optimizer() -> None:
     student, teacher, margin = networks()
-    made = hardening(SIZE, 16 / 255, (0.25, 0.25, 0.25), seed=1)
+    made = hardening(SIZE, 16 / 255, Normalisation((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)), seed=1)
     objective = Hardened(FeatureDistillation(student.eval(), teacher, SIZE, margin), made)
     objective.extra.eval()
     losses = []
@@ -242,7 +253,7 @@ def test_the_student_sees_perturbed_images_and_the_teacher_clean_ones(kind: str)
     plain.extra.eval()
     asked: list[Tensor] = []
     handle = teacher.register_forward_pre_hook(lambda _module, given: asked.append(given[0]))
-    made = hardening(SIZE, LINF, (1.0, 1.0, 1.0), fixed=4, share=0.5)
+    made = hardening(SIZE, 64 / 255, fixed=True, share=0.5)
     loss, logits = Hardened(plain, made)(images, labels)
     handle.remove()
     assert all(torch.equal(one, images) for one in asked)
@@ -255,19 +266,19 @@ def test_the_student_sees_perturbed_images_and_the_teacher_clean_ones(kind: str)
 
 def test_the_perturbations_are_part_of_the_objectives_state_and_the_radius_is_not() -> None:
     student, teacher, margin = networks()
-    for fixed in (0, 4):
-        made = hardening(SIZE, LINF, (1.0, 1.0, 1.0), fixed=fixed)
+    for fixed in (False, True):
+        made = hardening(SIZE, LINF, fixed=fixed)
         state = Hardened(FeatureDistillation(student, teacher, SIZE, margin), made).extra.state_dict()
         assert "hardening.perturbations" in state
         assert "connectors.0.0.weight" in state
-        assert "hardening.radius" not in state
+        assert not {"hardening.radius", "hardening.black", "hardening.white"} & set(state)
 
 
 def test_hardening_begins_after_its_start_also_where_a_run_was_interrupted_before() -> None:
-    first = hardening((4, 4), 0.1, (1.0, 1.0, 1.0), start=3)
+    first = hardening((4, 4), 0.1, start=3)
     assert [first.begin_step(8) for _ in range(5)] == [0, 0, 0, 2, 2]
-    resumed = hardening((4, 4), 0.1, (1.0, 1.0, 1.0), seed=1, start=3)
-    interrupted = hardening((4, 4), 0.1, (1.0, 1.0, 1.0), start=3)
+    resumed = hardening((4, 4), 0.1, seed=1, start=3)
+    interrupted = hardening((4, 4), 0.1, start=3)
     interrupted.begin_step(8)
     resumed.load_state_dict(interrupted.state_dict())
     assert [resumed.begin_step(8) for _ in range(3)] == [0, 0, 2]
@@ -277,7 +288,7 @@ def test_before_its_start_all_images_are_clean() -> None:
     student, teacher, margin = networks()
     plain = FeatureDistillation(student.eval(), teacher, SIZE, margin)
     plain.extra.eval()
-    later = Hardened(plain, hardening(SIZE, LINF, (1.0, 1.0, 1.0), start=1))
+    later = Hardened(plain, hardening(SIZE, LINF, start=1))
     (first, _), (second, _) = later(*batch()), later(*batch())
     assert torch.equal(first, plain(*batch())[0])
     assert not torch.equal(second, first)
@@ -293,4 +304,4 @@ def test_the_same_seed_starts_from_the_same_perturbations() -> None:
 @pytest.mark.parametrize("steps", [-1, 2**62])
 def test_a_state_with_an_impossible_number_of_steps_is_refused(steps: int) -> None:
     with pytest.raises(ValueError, match="steps of hardening"):
-        hardening((4, 4), 0.1, (1.0, 1.0, 1.0)).set_extra_state(torch.tensor(steps))
+        hardening((4, 4), 0.1).set_extra_state(torch.tensor(steps))

@@ -237,7 +237,7 @@ def trainer_of(kind: str, seed: int) -> Trainer:
         module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         objective = FeatureDistillation(module, tapped, (16, 16), margins(tapped, teacher, []))
         if kind == "hardened":
-            hardening = UniversalPerturbations(first, 8 / 255, SCALING.std, share=0.3, fixed=2)
+            hardening = UniversalPerturbations(first, 8 / 255, SCALING, share=0.3, fixed=False)
             objective = Hardened(objective, hardening)
         data, recipe = source(14), Recipe(epochs=2, batch=4, seed=3)
     return Trainer(module, objective, data, SCALING, recipe, CPU)

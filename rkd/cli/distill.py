@@ -137,7 +137,7 @@ def distill(
     perturbations: Annotated[
         Optional[str],
         typer.Option(
-            help="Where hardening looks for perturbations: on the teacher, on the student in training, or both. "
+            help="Where hardening looks for perturbations: on the teacher, or on the student in training. "
             "Default: teacher; student with --method ce.",
             show_default=False,
             rich_help_panel=ABLATION,

@@ -25,7 +25,7 @@ from rkd.data import Source
 from rkd.distill.objectives import StudentObjective
 from rkd.errors import ArchitectureError, RunError, first_line, ran_out_of_memory
 from rkd.metrics import Images, Labels, Proportion
-from rkd.network import Network
+from rkd.network import Network, Normalisation
 from rkd.npz import npz_bytes, read_npz
 from rkd.progress import progress, say
 from rkd.run import PERTURBATIONS, Run, fooling_text
@@ -222,9 +222,9 @@ class UniversalPerturbations(nn.Module):
     Args:
         first: (K, 3, H, W), the perturbations at the start, on pixels in [0, 1].
         linf: radius of the ball, on pixels in [0, 1].
-        std: deviations that the images were normalised by.
-        fixed: how many of them, from the first on, stay as they are. The others climb the student's loss, with the
-            gradient that the training step has computed anyway.
+        scaling: what the images were normalised by.
+        fixed: whether they stay as they are. Otherwise they climb the student's loss, with the gradient that the training
+            step has computed anyway.
         share: of a batch's images that carry one; at least one image does.
         start: steps before the first image does: docs/results.md says what a late start is worth.
     """
@@ -233,19 +233,21 @@ class UniversalPerturbations(nn.Module):
         self,
         first: Tensor,
         linf: float,
-        std: tuple[float, float, float],
+        scaling: Normalisation,
         *,
         share: float,
-        fixed: int = 0,
+        fixed: bool = False,
         start: int = 0,
     ) -> None:
         super().__init__()
-        self.fixed, self.share, self.start = fixed, share, start
+        self.share, self.start = share, start
         self.step = 0
-        deviations = torch.tensor(std).view(1, 3, 1, 1)
+        mean, deviations = (torch.tensor(three).view(1, 3, 1, 1) for three in (scaling.mean, scaling.std))
         self.register_buffer("radius", linf / deviations, persistent=False)
-        self.perturbations = nn.Parameter(first / deviations, requires_grad=fixed < len(first))
-        if fixed < len(first):
+        self.register_buffer("black", -mean / deviations, persistent=False)
+        self.register_buffer("white", (1 - mean) / deviations, persistent=False)
+        self.perturbations = nn.Parameter(first / deviations, requires_grad=not fixed)
+        if not fixed:
             self.perturbations.register_post_accumulate_grad_hook(self._ascend)  # type: ignore[no-untyped-call]
 
     def begin_step(self, images: int) -> int:
@@ -254,10 +256,10 @@ class UniversalPerturbations(nn.Module):
         return max(1, int(self.share * images)) if self.step > self.start else 0
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised images (N, 3, H, W) to the same, each with a perturbation."""
+        """Normalised images (N, 3, H, W) to the same, each with a perturbation, cut off at black and white as an image is."""
         # In turn: a small batch does not carry the same ones every time.
         which = (torch.arange(len(images), device=images.device) + self.step * len(images)) % len(self.perturbations)
-        return images + self.perturbations[which]
+        return (images + self.perturbations[which]).clamp(self.get_buffer("black"), self.get_buffer("white"))
 
     def get_extra_state(self) -> Tensor:
         """The steps so far: a resumed run goes on counting. No buffer, which each step would fetch from the device."""
@@ -279,9 +281,8 @@ class UniversalPerturbations(nn.Module):
         assert gradient is not None  # noqa: S101  (the hook runs when it is there)
         radius = self.get_buffer("radius")
         with torch.no_grad():
-            moving = perturbations[self.fixed :]
-            moving.add_(gradient[self.fixed :].nan_to_num().sign() * radius * _STEP)
-            moving.copy_(moving.minimum(radius).maximum(-radius))
+            perturbations.add_(gradient.nan_to_num().sign() * radius * _STEP)
+            perturbations.copy_(perturbations.minimum(radius).maximum(-radius))
         perturbations.grad = None
 
 

@@ -130,7 +130,7 @@ def _check_teacher(settings: DistillSettings, work: Inputs) -> None:
         TappedNetwork(work.teacher.module, work.data.size, only=settings.chosen_taps)
     if settings.purifier == "prune":
         channel_writers(work.teacher.module, work.data.size)
-    if settings.perturbations in ("teacher", "both"):
+    if settings.perturbations == "teacher":
         _placed(work.teacher.module, work.device)
         check_differentiable(work.teacher, work.device)
 
@@ -363,16 +363,16 @@ def _hardening(run: Run, settings: DistillSettings, work: Inputs) -> UniversalPe
     """What some of the student's images carry: what fools the teacher as it came, or what will fool the student."""
     _placed(work.teacher.module, work.device)
     linf = settings.radius / 255
-    fixed = {"student": 0, "both": COUNT // 2, "teacher": COUNT}[settings.perturbations or ""]
+    fixed = settings.perturbations == "teacher"
     first = random_perturbations(COUNT, work.data.size, linf, settings.seed)
     if fixed:
-        first[:fixed] = fooling_of_run(
-            run, work.teacher, work.train, first[:fixed], linf,
+        first = fooling_of_run(
+            run, work.teacher, work.train, first, linf,
             seed=settings.seed, device=work.device, batch=work.recipe.batch,
         )  # fmt: skip
     start = int(settings.harden_from * work.steps)
     return UniversalPerturbations(
-        first, linf, work.teacher.normalisation.std, fixed=fixed, share=settings.harden_share, start=start
+        first, linf, work.teacher.normalisation, fixed=fixed, share=settings.harden_share, start=start
     )
 
 

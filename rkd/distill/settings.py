@@ -45,7 +45,7 @@ _OF_A_DEFENCE = frozenset(
 _CHOICES = {
     "variant": tuple(_VARIANTS),
     "mask": ("position", "channel"),
-    "perturbations": ("teacher", "student", "both"),
+    "perturbations": ("teacher", "student"),
     "purify": (_NO_PURIFIER, *PURIFIED),
     "replacement": ("mean", "zero", "random"),
     "teacher_mode": ("eval", "train"),
@@ -132,8 +132,8 @@ class DistillSettings(TrainingSettings):
             None for the variant's with robustkd and 0 with other methods.
         harden_from: share of the steps after which hardening begins.
         harden_share: share of a batch's images that carry a perturbation from then on.
-        perturbations: where they are looked for: on the `teacher` before, on the `student` in training, or half of them
-            on `both`; None for the teacher, for the student where the method has no teacher, and without hardening.
+        perturbations: where they are looked for: on the `teacher` before, or on the `student` in training; None for the
+            teacher, for the student where the method has no teacher, and without hardening.
         mask: `position` or `channel`: what has a mask value of its own.
         variance: whether the mask lowers the features' variance (the ablation leaves only cross-entropy).
         replacement: where the replacement starts: `mean`, `zero` or `random`.
@@ -245,7 +245,7 @@ class DistillSettings(TrainingSettings):
             if changed and not fits:
                 given = "--no-variance" if changed[0] == "variance" else f"--{changed[0].replace('_', '-')}"
                 raise ConfigError(f"{given} changes nothing with --method {self.method}: it needs {wanted}")
-        if method.objective == "ce" and self.perturbations in ("teacher", "both"):
+        if method.objective == "ce" and self.perturbations == "teacher":
             raise ConfigError(f"--perturbations {self.perturbations}: --method ce has no teacher; it takes student")
         if method.treatment == "robustkd" and not (self.radius or self.mask_cap):
             rest = f"{self.purifier}+{method.objective}" if self.purifier else method.objective

@@ -79,7 +79,8 @@ def rkd_steps(precision: str, *, detoxified: bool) -> Iterator[None]:
     objective: Objective = (plain := FeatureDistillation(student, tapped, SIZE, found))
     if detoxified:
         objective = Hardened(
-            plain, UniversalPerturbations(first, 12 / 255, (1, 1, 1), fixed=COUNT, share=DistillSettings.harden_share)
+            plain,
+            UniversalPerturbations(first, 12 / 255, Normalisation(), fixed=True, share=DistillSettings.harden_share),
         )
     objective.extra.to(memory_format=torch.channels_last)
     recipe = Recipe(epochs=1000, batch=BATCH, precision=precision)

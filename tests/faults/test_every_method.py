@@ -26,7 +26,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "robustkd, not purified": ("--purify", "none"),
     "robustkd, paper": ("--variant", "paper"),
     "ofd": ("--method", "ofd"),
-    "ofd, hardened": ("--method", "ofd", "--hardening", "8", "--perturbations", "both"),
+    "ofd, hardened": ("--method", "ofd", "--hardening", "8", "--perturbations", "student"),
     "kd": ("--method", "kd"),
     "ce": ("--method", "ce"),
 }
