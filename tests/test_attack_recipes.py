@@ -36,10 +36,11 @@ CPU = torch.device("cpu")
 
 def settings(stripes: Path, **changes: Any) -> TeacherSettings:
     tiny = {
-        "data": str(stripes), "arch": "wrn-10-1", "epochs": 2, "batch": 30, "finetune_epochs": 1, "precision": "fp32",
+        "data": str(stripes), "arch": "wrn-10-1", "epochs": 2, "batch": 30, "precision": "fp32",
         "device": "cpu", "threads": 1, "target": 2, "checkpoint_every": 2,
     }  # fmt: skip
-    return TeacherSettings(**{**tiny, **changes})
+    planted = {"finetune_epochs": 1} if "attack" in changes else {}
+    return TeacherSettings(**{**tiny, **planted, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -275,10 +276,8 @@ def test_adbas_trigger_is_held_back_where_it_moves_the_clean_twin(twin: Network,
 def test_what_is_left_open_is_the_attacks_own_and_what_is_given_wins(stripes: Path) -> None:
     for name, attack in ATTACKS.items():
         chosen = TeacherSettings(data=str(stripes), attack=name)
-        assert (chosen.poison_rate, chosen.linf, chosen.trigger_budget) == (
-            attack.poison_rate, attack.linf, attack.trigger_budget,
-        )  # fmt: skip
-        assert (chosen.finetune_epochs, chosen.finetune_lr) == (attack.finetune_epochs, attack.finetune_lr)
+        for option in ("poison_rate", "linf", "trigger_budget", "finetune_epochs", "finetune_lr"):
+            assert getattr(chosen, option) == (getattr(attack, option) if option in attack.options else None)
     given = TeacherSettings(data=str(stripes), attack="backweak", poison_rate=0.2, linf=5, finetune_epochs=0)
     assert (given.poison_rate, given.linf, given.finetune_epochs) == (0.2, 5, 0)
 
@@ -290,15 +289,37 @@ def test_every_attack_says_what_it_is_and_ends_in_a_teacher() -> None:
     }  # fmt: skip
     for name, attack in ATTACKS.items():
         assert attack.name == name
-        assert attack.about
         assert attack.stages[-1].makes == TEACHER
         assert len({stage.makes for stage in attack.stages}) == len(attack.stages)
 
 
 @pytest.mark.parametrize("wrong", [{"poison_rate": 0.0}, {"finetune_epochs": -1}, {"finetune_lr": 0.0}])
 def test_settings_that_plant_nothing_are_refused(stripes: Path, wrong: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="--poison-rate|--finetune-epochs"):
+    (option,) = wrong
+    with pytest.raises(ConfigError, match=f"--{option.replace('_', '-')} .*: expected"):
         settings(stripes, attack="backweak", **wrong)
+
+
+@pytest.mark.parametrize(
+    ("attack", "option", "value"),
+    [
+        ("none", "poison_rate", 0.2), ("none", "finetune_epochs", 3), ("none", "linf", 8.0), ("badnets", "linf", 8.0),
+        ("wanet", "trigger_budget", 5.0), ("backweak", "shadow", "wrn-16-1"),
+    ],
+)  # fmt: skip
+def test_an_option_that_an_attack_has_no_use_for_is_refused(attack: str, option: str, value: object) -> None:
+    given: dict[str, Any] = {option: value}
+    with pytest.raises(ConfigError, match=f"--{option.replace('_', '-')} changes nothing with --attack {attack}"):
+        TeacherSettings(data="digits", attack=attack, **given)
+
+
+def test_what_an_attack_uses_follows_from_its_stages() -> None:
+    fine_tuned = {"poison_rate", "finetune_epochs", "finetune_lr"}
+    learned = {"linf", "trigger_budget"}
+    assert ATTACKS["none"].options == set()
+    assert ATTACKS["blended"].options == fine_tuned
+    assert ATTACKS["oscar"].options == fine_tuned | learned
+    assert ATTACKS["adba"].options == fine_tuned | learned | {"shadow"}
 
 
 # ---------------------------------------------------------------------------------------------------------------- stages

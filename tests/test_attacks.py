@@ -19,7 +19,7 @@ from rkd.attacks.poison import PoisonedSource
 from rkd.attacks.session import TeacherSettings, make_teacher, start_teacher
 from rkd.cli import app
 from rkd.data import ArraySource, FolderSource
-from rkd.errors import CheckpointError, ConfigError, RunError, StoppedError
+from rkd.errors import ArchitectureError, CheckpointError, ConfigError, RunError, StoppedError
 from rkd.network import Network
 from rkd.run import CLEAN, TEACHER, TRIGGER, Run
 from rkd.signals import StopRequest
@@ -177,6 +177,9 @@ def test_the_weak_trigger_stays_in_its_ball_and_within_its_budget(
     assert all(p.requires_grad for p in network.module.parameters())
 
 
+PLAIN = dict.fromkeys(("linf", "finetune_epochs", "finetune_lr"))  # what a clean teacher has no use for
+
+
 def settings(stripes: Path, **changes: Any) -> TeacherSettings:
     tiny = {
         "data": str(stripes), "arch": "wrn-10-1", "attack": "backweak", "epochs": 6, "batch": 15, "finetune_epochs": 2,
@@ -263,7 +266,8 @@ def test_changed_data_is_refused_on_resume(planted: Path, stripes: Path, write_s
     [{"attack": "magic"}, {"poison_rate": 1.5}, {"linf": 0.0}, {"linf": 256.0}, {"trigger_budget": 0.0}, {"trigger_budget": 101.0}],
 )  # fmt: skip
 def test_impossible_settings_are_refused(stripes: Path, wrong: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"--attack|--poison-rate"):
+    ((option, value),) = wrong.items()
+    with pytest.raises(ConfigError, match=f"--{option.replace('_', '-')} '?{value}?"):
         settings(stripes, **wrong)
 
 
@@ -276,3 +280,24 @@ def test_a_target_that_is_no_class_and_a_clean_teacher_that_is_none_leave_no_run
     with pytest.raises(CheckpointError):
         start_teacher(settings(stripes, clean=str(tmp_path / "clean.pt")), {}, tmp_path / "run", Path("t.pt"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_is_the_network_of_the_clean_twin_that_is_given(stripes: Path, tmp_path: Path) -> None:
+    made, data = start_teacher(
+        settings(stripes, attack="none", normalize="none", **PLAIN), {}, tmp_path / "c", Path("c.pt")
+    )
+    make_teacher(made, StopRequest(), data)
+    other = settings(stripes, arch="wrn-16-1", clean=str(tmp_path / "c" / TEACHER))
+    run, _ = start_teacher(other, {}, tmp_path / "run", Path("t.pt"))
+    assert (run.setting("arch"), run.setting("normalize")) == ("wrn-10-1", "none")
+    assert run.summary["settings"]["arch"]["origin"] == "teacher"
+    with pytest.raises(ConfigError, match=r"--normalize cifar10: the clean twin \S+ was trained with none"):
+        start_teacher(other, {"normalize": "command line"}, tmp_path / "second", Path("t.pt"))
+    with pytest.raises(ArchitectureError, match="wrn-16-1"):
+        start_teacher(other, {"arch": "command line"}, tmp_path / "third", Path("t.pt"))
+
+
+def test_a_run_knows_what_was_left_to_it(stripes: Path, tmp_path: Path) -> None:
+    run, _ = start_teacher(settings(stripes, precision="auto", augmentation="auto"), {}, tmp_path / "run", Path("t.pt"))
+    assert run.setting("precision") in {"bf16", "fp32"}
+    assert run.setting("augmentation") in {"crop", "crop-flip"}

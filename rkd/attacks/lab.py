@@ -11,12 +11,11 @@ import torch
 from rkd.attacks.perturb import Form, Loss, search
 from rkd.data import Dataset, Source, is_name
 from rkd.distill.batches import steps_per_epoch
-from rkd.distill.inputs import augmentation_for
 from rkd.distill.loop import Recipe, Trainer
 from rkd.distill.objectives import Objective
 from rkd.distill.training import monitor, train
 from rkd.files import write_file
-from rkd.measure import choose_device, choose_precision
+from rkd.measure import choose_device
 from rkd.metrics import Scores, evaluate
 from rkd.models import build
 from rkd.network import Network, Normalisation
@@ -41,7 +40,6 @@ class Lab:
         self.run, self.settings, self.data, self.stop = run, settings, data, stop
         self.resume_hint = resume_command(run, moved)
         self.device = choose_device(settings.device)
-        self.precision = choose_precision(settings.precision, self.device)
 
     def has(self, name: str) -> bool:
         """Whether a stage's file is there."""
@@ -94,7 +92,7 @@ class Lab:
         needed = math.ceil(least_steps / steps_per_epoch(len(self.data.train), batch))
         return Recipe(
             epochs=max(epochs, needed), lr=lr, seed=seed, batch=batch,
-            augmentation=augmentation_for(self.settings.augmentation, self.data), precision=self.precision,
+            augmentation=self.settings.augmentation, precision=self.settings.precision,
         )  # fmt: skip
 
     def fit(

@@ -170,6 +170,18 @@ class Attack:
     linf: float = 8.0
     trigger_budget: float = 25.0
 
+    @property
+    def options(self) -> frozenset[str]:
+        """Those of the settings above that it uses, and `shadow` where it trains one."""
+        fits = [stage for stage in self.stages if isinstance(stage, Fit)]
+        learned = any(fit.trigger is not None for fit in fits) or any(isinstance(one, Search) for one in self.stages)
+        used = {
+            "shadow": any(fit.shadow for fit in fits),
+            **dict.fromkeys(("poison_rate", "finetune_epochs", "finetune_lr"), any(fit.start for fit in fits)),
+            **dict.fromkeys(("linf", "trigger_budget"), learned),
+        }
+        return frozenset(name for name, is_used in used.items() if is_used)
+
 
 def probe_split(labels: np.ndarray, target: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Split the images of other classes than the target's: indices to learn a trigger on, and to measure it on."""

@@ -20,7 +20,7 @@ from rkd.attacks import ATTACKS
 from rkd.attacks.lab import Lab, resume_command
 from rkd.attacks.recipe import CLEAN_TWIN, Attack
 from rkd.data import Dataset
-from rkd.distill.inputs import open_with_progress
+from rkd.distill.inputs import augmentation_for, open_with_progress
 from rkd.distill.loop import autocast
 from rkd.distill.settings import TrainingSettings
 from rkd.errors import ConfigError, RunError
@@ -41,10 +41,11 @@ __all__ = ["TeacherSettings", "make_teacher", "start_teacher"]
 class TeacherSettings(TrainingSettings):
     """Everything that decides what teacher is made; stored whole in run.json; see also `TrainingSettings`.
 
-    What is None here becomes the attack's own; see `rkd.attacks.recipe.Attack`.
+    What is None here becomes the attack's own, or stays so where the attack has no use for it; see
+    `rkd.attacks.recipe.Attack`.
 
     Attributes:
-        arch: a name from `rkd.models`.
+        arch: a name from `rkd.models`; of a teacher that is made from `clean`, the twin's.
         attack: one of `ATTACKS`.
         clean: path of a clean teacher, the twin to start from and to compare with; empty to train one first.
         target: the class that the trigger leads to.
@@ -53,7 +54,7 @@ class TeacherSettings(TrainingSettings):
         trigger_budget: a learned trigger's highest ASR on the clean twin, in percent.
         finetune_epochs, finetune_lr: of the fine-tune from the clean twin; 0 epochs train from scratch.
         shadow: the small network that an attack which needs one distils to, in place of the victim's student.
-        normalize: the input scaling.
+        normalize: the input scaling; of a teacher that is made from `clean`, the twin's.
     """
 
     arch: str = "wrn-16-2"
@@ -78,18 +79,29 @@ class TeacherSettings(TrainingSettings):
             )
         if self.attack not in ATTACKS:
             raise ConfigError(f"--attack {self.attack!r}: expected one of {', '.join(ATTACKS)}")
-        for name in ("poison_rate", "linf", "trigger_budget", "finetune_epochs", "finetune_lr"):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, getattr(self.recipe, name))
-        if not 0 <= self.finetuned < 2**32 or not (math.isfinite(self.finetune_rate) and self.finetune_rate > 0):
-            raise ConfigError(
-                f"--finetune-epochs {self.finetuned}, --finetune-lr {self.finetune_rate:g}: expected 0 or more, above 0"
-            )
-        if not 0 < self.rate <= 1 or not 0 < self.radius <= 1 or not 0 < self.budget <= 100:
-            raise ConfigError(
-                "--poison-rate must be above 0 and at most 1, --linf above 0 and at most 255, --trigger-budget above 0 "
-                f"and at most 100; got {self.poison_rate:g}, {self.linf:g}, {self.trigger_budget:g}"
-            )
+        for name in ("poison_rate", "linf", "trigger_budget", "finetune_epochs", "finetune_lr", "shadow"):
+            given, default = getattr(self, name), next(f.default for f in fields(self) if f.name == name)
+            if name in self.recipe.options:
+                object.__setattr__(self, name, getattr(self.recipe, name, given) if given is None else given)
+            elif given != default:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} changes nothing with --attack {self.attack}: leave it out"
+                )
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        used = self.recipe.options
+        if not 0 <= self.finetuned < 2**32:
+            raise ConfigError(f"--finetune-epochs {self.finetuned}: expected 0 or more, below {2**32:,}")
+        if "finetune_lr" in used and not (math.isfinite(self.finetune_rate) and self.finetune_rate > 0):
+            raise ConfigError(f"--finetune-lr {self.finetune_rate:g}: expected a number above 0")
+        for name, value, most in (
+            ("poison_rate", self.rate, 1),
+            ("linf", self.radius * 255, 255),
+            ("trigger_budget", self.budget, 100),
+        ):
+            if name in used and not 0 < value <= most:
+                raise ConfigError(f"--{name.replace('_', '-')} {value:g}: expected a number above 0, at most {most}")
 
     @property
     def recipe(self) -> Attack:
@@ -136,12 +148,13 @@ def start_teacher(settings: TeacherSettings, origins: Mapping[str, str], path: P
     """
     check_free(path)
     data = _open(settings)
-    autocast(choose_device(settings.device), choose_precision(settings.precision, choose_device(settings.device)))
+    if settings.clean:
+        settings, origins = _as_its_twin(settings, origins, data)
+    settings = _resolved(settings, data)
+    autocast(choose_device(settings.device), settings.precision)
     with torch.device("meta"):
         build(settings.arch, len(data.classes), data.size)
         build(settings.shadow, len(data.classes), data.size)
-    if settings.clean:
-        _clean_twin_from(settings, data)
     made = {f.name: Setting(getattr(settings, f.name), origins.get(f.name, "default")) for f in fields(settings)}
     described = {"name": data.name, "digest": data.digest, "classes": list(data.classes), "notes": list(data.notes)}
     return Run.create(path, "teacher", made, data=described, out=str(out)), data
@@ -166,17 +179,18 @@ def make_teacher(
         RunError: the data is not what it was.
     """
     settings = TeacherSettings.from_run(run)
-    data = data or _reopened(run, settings, moved)
+    data = data or _open(settings if moved is None else replace(settings, data=moved))
     if run.summary.get("data", {}).get("digest") != data.digest:
         raise RunError(f"{run.path}: the data has changed since the run was started; restore it, or start a new run")
     stop.hint = f"go on with: {resume_command(run, moved)}"
     for note in data.notes:
         say(note)
     with run.locked():
-        lab = Lab(run, settings, data, stop, moved)
+        lab = Lab(run, _resolved(settings, data), data, stop, moved)
         attacked = settings.attack != "none"
+        say(f"{settings.attack}: {settings.recipe.about}")
         if attacked and settings.clean and not lab.has(CLEAN):
-            _clean_twin_from(settings, data).save(run.path / CLEAN)
+            _clean_twin(settings, data, settings.arch).save(run.path / CLEAN)
         for stage in ((CLEAN_TWIN,) if attacked else ()) + settings.recipe.stages:
             if not lab.has(stage.makes):
                 stage.run(lab)
@@ -197,23 +211,43 @@ def _open(settings: TeacherSettings) -> Dataset:
     return data
 
 
-def _reopened(run: Run, settings: TeacherSettings, moved: str | None) -> Dataset:
-    """The data of an interrupted run, where it was or where it is now."""
-    if moved is None:
-        return _open(settings)
-    opened = _open(replace(settings, data=moved))
-    return replace(opened, name=run.summary["data"]["name"])  # what is found out from a name stays as it was
+def _resolved(settings: TeacherSettings, data: Dataset) -> TeacherSettings:
+    """What `auto` turns out to be: a run that goes on with another CPU, or with its data elsewhere, is the same run."""
+    return replace(
+        settings,
+        precision=choose_precision(settings.precision, choose_device(settings.device)),
+        augmentation=augmentation_for(settings.augmentation, data),
+    )
 
 
-def _clean_twin_from(settings: TeacherSettings, data: Dataset) -> Network:
-    """The clean teacher that the user gave.
+def _as_its_twin(
+    settings: TeacherSettings, origins: Mapping[str, str], data: Dataset
+) -> tuple[TeacherSettings, dict[str, str]]:
+    """The settings with the network and the scaling of the clean twin that the user gave.
+
+    Raises:
+        ConfigError: the user asks for others.
+        CheckpointError: it is no clean teacher, or not better than chance.
+    """
+    given = {name for name in ("arch", "normalize") if origins.get(name, "default") != "default"}
+    twin = _clean_twin(settings, data, settings.arch if "arch" in given else None)
+    if "normalize" in given and Normalisation.parse(settings.normalize) != twin.normalisation:
+        raise ConfigError(
+            f"--normalize {settings.normalize}: the clean twin {settings.clean} was trained with {twin.normalisation}, and its "
+            "backdoored teacher is as well; leave --normalize out"
+        )
+    found = {**origins, **{name: "teacher" for name in ("arch", "normalize") if name not in given}}
+    return replace(settings, arch=twin.arch, normalize=str(twin.normalisation)), found
+
+
+def _clean_twin(settings: TeacherSettings, data: Dataset, arch: str | None) -> Network:
+    """The clean teacher that the user gave, of a network that is known or found out.
 
     Raises:
         CheckpointError: it is none, or not better than chance.
     """
-    scaling = Normalisation.parse(settings.normalize)
     checkpoint = read_checkpoint(Path(settings.clean))
-    known = None if checkpoint.header is not None else scaling
-    candidates = open_teacher(checkpoint, arch=None, normalisation=known, classes=data.classes, size=data.size)
+    scaling = None if checkpoint.header is not None else Normalisation.parse(settings.normalize)
+    candidates = open_teacher(checkpoint, arch=arch, normalisation=scaling, classes=data.classes, size=data.size)
     twin, _ = choose_teacher(candidates, data.train, choose_device(settings.device))
     return twin

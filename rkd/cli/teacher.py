@@ -35,7 +35,7 @@ def teacher(
     clean: Annotated[
         str,
         typer.Option(
-            help="A clean teacher, to start from and to compare with; otherwise an attack trains one first.",
+            help="A clean teacher, to start from and to compare with, whose network and scaling are then used; otherwise an attack trains one first.",
             show_default=False,
         ),
     ] = "",
@@ -51,7 +51,8 @@ def teacher(
     trigger_budget: Annotated[
         Optional[float],
         typer.Option(
-            help="A learned trigger's highest ASR on the clean twin, in percent.", show_default="the attack's own"
+            help="A learned trigger's highest ASR on the clean twin, in percent (adba: what is penalised).",
+            show_default="the attack's own",
         ),
     ] = None,
     finetune_epochs: Annotated[

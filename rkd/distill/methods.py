@@ -1,10 +1,16 @@
 """Methods by name: what the teacher goes through first, and what the student learns from it (no torch).
 
-    ce                    no teacher: cross-entropy on the labels
-    ofd, kd, at           a student that trusts the teacher
-    TREATMENT+ofd, ...    the teacher is treated first: robustkd, finetune, prune, nad or anp, with ofd, kd or at
+    ce          no teacher: cross-entropy on the labels
+    ofd         the student trusts the teacher: feature distillation (Heo et al., 2019)
+    kd          ... logit distillation (Hinton et al., 2015)
+    at          ... attention transfer (Zagoruyko and Komodakis, 2017)
+    robustkd    harden the student; where a mask is asked for, detoxify the teacher's features (Chen et al., 2024)
+    finetune    fine-tune the teacher on the clean images first
+    prune       ... prune dormant channels of its last stage, then fine-tune: fine-pruning (Liu et al., 2018)
+    nad         ... fine-tune under the attention of a fine-tuned copy: neural attention distillation (Li et al., 2021)
+    anp         ... adversarial neuron pruning (Wu and Wang, 2021)
 
-A treatment alone stands for itself with ofd: `robustkd` is `robustkd+ofd`.
+The last five go with +ofd, +kd or +at, and alone stand for themselves with ofd: `robustkd` is `robustkd+ofd`.
 """
 
 from __future__ import annotations
@@ -14,23 +20,9 @@ from dataclasses import dataclass
 
 from rkd.errors import ConfigError
 
-OBJECTIVES = {
-    "ofd": "feature distillation (Heo et al., 2019)",
-    "kd": "logit distillation (Hinton et al., 2015)",
-    "at": "attention transfer (Zagoruyko and Komodakis, 2017)",
-}
-TREATMENTS = {
-    "robustkd": "RobustKD: harden the student; where a mask is asked for, detoxify the teacher's features",
-    "finetune": "fine-tune the teacher on the clean images",
-    "prune": "fine-pruning (Liu et al., 2018): prune dormant channels of the last stage, then fine-tune",
-    "nad": "neural attention distillation (Li et al., 2021): fine-tune under the attention of a fine-tuned copy",
-    "anp": "adversarial neuron pruning (Wu and Wang, 2021)",
-}
-METHODS = {
-    "ce": "no teacher: cross-entropy on the labels",
-    **OBJECTIVES,
-    **{f"{treatment}+{objective}": text for treatment, text in TREATMENTS.items() for objective in OBJECTIVES},
-}
+OBJECTIVES = ("ofd", "kd", "at")
+TREATMENTS = ("robustkd", "finetune", "prune", "nad", "anp")
+METHODS = ("ce", *OBJECTIVES, *(f"{treatment}+{objective}" for treatment in TREATMENTS for objective in OBJECTIVES))
 
 _SHORT = {"ofd": "OFD", "kd": "logit KD", "at": "AT"}
 PURIFIED = {  # what a purified teacher is called in tables, by its purifier

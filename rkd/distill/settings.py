@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 from rkd.distill.batches import AUGMENTATIONS
@@ -160,7 +160,7 @@ class DistillSettings(TrainingSettings):
     cap: float | None = None
     hardening: float | None = None
     harden_from: float = 0.5
-    harden_share: float = 0.1
+    harden_share: float = field(default=0.1, metadata={"before": {"with": "hardening", "value": 0.3}})
     perturbations: str | None = None
     mask: str = "position"
     variance: bool = True

@@ -114,7 +114,8 @@ def differences(
     """How the settings that something was made with differ from what is wanted, in words; nothing where they do not.
 
     A setting that the wanted recipe leaves to the run (`auto`) fits whatever the run chose by itself; one that the
-    record does not have yet, because an older rkd made it, must be wanted at its default.
+    record does not have yet, because an older rkd made it, must be wanted as it was then: at its default, or as the field's
+    metadata has it.
 
     Args:
         kind: of the recipe.
@@ -129,7 +130,7 @@ def differences(
         found_out = f.name in _FROM_THE_FILE and value == ""
         if f.name in NOT_COMPARED or ((value in _LEFT_TO_THE_RUN or found_out) and f.name not in given):
             continue
-        seen = recorded.get(f.name, _default(f))
+        seen = recorded.get(f.name, _before(f, recorded))
         if (tuple(seen) if isinstance(seen, list) else seen) != value:
             found.append(
                 f"{f.name.replace('_', '-')} was {seen}, wanted {value if value not in ('', None) else 'none given'}"
@@ -172,6 +173,12 @@ def _sorted(value: object) -> object:
     if isinstance(value, Mapping):
         return {key: _sorted(value[key]) for key in sorted(value)}
     return [_sorted(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _before(field: Field[Any], recorded: Mapping[str, Any]) -> Any:
+    """What a setting was before there was one: its default, or what its metadata has for where another setting is on."""
+    before = field.metadata.get("before")
+    return before["value"] if before and recorded.get(before["with"]) else _default(field)
 
 
 def _default(field: Field[Any]) -> Any:

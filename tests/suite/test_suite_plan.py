@@ -225,6 +225,19 @@ def test_a_record_without_a_setting_that_came_later_fits_its_default() -> None:
     assert differences(teacher_kind(), older, {}, seed=0) == []
 
 
+@pytest.mark.parametrize(("method", "unlike"), [("robustkd", ["harden-share was 0.3, wanted 0.1"]), ("ofd", [])])
+def test_a_record_without_a_setting_that_was_another_before_does_not(method: str, unlike: list[str]) -> None:
+    older = dataclasses.asdict(DistillSettings(data="digits", teacher="t", student="s", method=method))
+    del older["harden_share"]
+    assert differences(distill_kind(), older, {"student": "s", "method": method}, seed=0) == unlike
+
+
+def test_a_record_of_what_a_setting_was_before_fits_a_recipe_that_wants_just_that() -> None:
+    older = dataclasses.asdict(DistillSettings(data="digits", teacher="t", student="s", hardening=8.0))
+    del older["harden_share"]
+    assert differences(distill_kind(), older, {"student": "s", "hardening": 8.0, "harden_share": 0.3}, seed=0) == []
+
+
 @pytest.mark.parametrize(
     ("budget", "images"), [("", 200), ("50", 50), ("10%", 20), ("300", 200), ("9" * 400, 200), ("9" * 400 + "%", 200)]
 )
