@@ -62,7 +62,7 @@ class Published:
     def finished(self) -> str:
         """How far it is."""
         done, of = len(self.records), len(self.cells)
-        return f"all {of} cells" if done == of else f"the cells that are finished so far ({done} of {of})"
+        return f"All {of} cells are finished." if done == of else f"{done} of {of} cells are finished; table.md names the others."
 
     def by_case(self) -> list[Cell]:
         """All cells, the seeds of a case one after the other."""
@@ -162,27 +162,92 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
 
 
+DEFENCES = {
+    "ofd": "undefended (OFD)",
+    "robustkd": "**RobustKD**",
+    "finetune+ofd": "fine-tuning",
+    "nad+ofd": "NAD",
+    "prune+ofd": "fine-pruning",
+    "anp+ofd": "ANP",
+}
+
+
 def cases() -> str:
-    """Every attacked case, undefended and with RobustKD; those that transfer first."""
-    carried = CPU.transferring()
-    rows = [
-        [case(ofd.cell) + note, figures(ofd), excess(ofd), figures(ours), excess(ours)]
-        for pairs, note in (
-            (carried, ""),
-            ([both for both in CPU.pairs() if both not in carried], ": does not transfer"),
-        )
+    """Every attacked case that transfers, undefended, with RobustKD and with the baselines that have met it."""
+    head = ["case", "student", "ACC", "ASR", "control's ASR", "excess ASR", "RA", "ACC - excess"]
+    return markdown(head, (row for pair in CPU.transferring() for row in students(pair[0].cell, DEFENCES)))
+
+
+def harmless() -> str:
+    """Every attacked case that does not transfer, undefended and with RobustKD."""
+    carried = [ofd.cell for ofd, _ in CPU.transferring()]
+    found = [ofd.cell for ofd, _ in CPU.pairs() if ofd.cell not in carried]
+    head = ["case", "student", "ACC", "ASR", "control's ASR", "excess ASR", "RA"]
+    return markdown(head, (row[:-1] for cell in found for row in students(cell, ["ofd", "robustkd"])))
+
+
+def students(cell: Cell, defences: Iterable[str]) -> list[list[str]]:
+    """The rows of one case: one for each defence that has met it."""
+    met = [record for name in defences if (record := CPU.records.get(replace(cell, defence=name)))]
+    ours = CPU.records[replace(cell, defence="robustkd")]
+    rows = []
+    for record in met:
+        student, control = record.student, record.control
+        assert control is not None
+        other = "" if basis(record) == basis(ours) else " †"
+        said = [
+            share(student.acc),
+            share(student.asr),
+            share(control.asr),
+            excess(record),
+            share(student.ra),
+            f"{record.score:.1f}",
+        ]
+        said = [f"*{one}*" for one in said] if in_fp32(record) else said
+        rows.append(["" if rows else case(cell), DEFENCES[record.cell.defence] + before(record) + other, *said])
+    return rows
+
+
+def goals() -> str:
+    """What was asked of RobustKD's default, and what was measured."""
+    (standing,) = (one for one in CPU.table.ranking("full") if one.defence == "robustkd")
+    pairs = [both for both in CPU.transferring() if both[0].cell.budget == "full"]
+    own = [r for r in CPU.table.rows if r.defence == "robustkd" and r.case in {ofd.cell.case for ofd, _ in pairs}]
+    gaps = [ours.excess[0] for _, ours in pairs if ours.excess]
+    above = [
+        ours.student.asr.value - ofd.control.asr.value
         for ofd, ours in pairs
+        if ours.student.asr and ofd.control and ofd.control.asr
     ]
-    return markdown(
-        [
-            "case",
-            "undefended (OFD): ACC, ASR, RA (control's ASR)",
-            "excess ASR",
-            "RobustKD: ACC, ASR, RA (control's ASR)",
-            "excess ASR",
-        ],
-        rows,
-    )
+    clean = [
+        cell for cell in CPU.records if cell.attack == CLEAN and cell.defence == "robustkd" and cell.budget == "full"
+    ]
+    clean_lost = [lost(CPU.records[replace(cell, defence="ofd")], CPU.records[cell]) for cell in clean]
+    clipped = mean(max(row.excess.mean, 0) for row in own)
+    rows = [
+        ["cases that transfer, by plain distillation", "4 or more", f"{standing.of} ({len(pairs)} rows: one a seed)"],
+        ["excess ASR: mean over cases", "2 or less", f"{signed(standing.excess_mean)} ({signed(clipped)} if a negative one counts as nought)"],
+        ["... worst row", "8 or less", signed(max(gaps))],
+        ["... against the *undefended* control's ASR, worst row", "", signed(max(above))],
+        ["ACC below the undefended student's: mean over cases", "1.0 or less", signed(standing.lost_mean)],
+        ["... worst row", "2.0 or less", signed(max(lost(ofd, ours) for ofd, ours in pairs))],
+        [f"... from clean teachers, mean of {len(clean)}", "1.0 or less", signed(mean(clean_lost))],
+        ["... worst of them", "", signed(max(clean_lost))],
+        ["RA below the control's: mean over cases", "10 or less", signed(standing.ra_lost_mean)],
+    ]  # fmt: skip
+    ours, plain = (CPU.records.get(replace(FIRST, budget="labels-5", defence=name)) for name in ("robustkd", "ce"))
+    if ours and plain and ours.excess:
+        rows.append(
+            ["5 % of the images: ACC above that of a student without a teacher", "3 or more", signed(lost(ours, plain))]
+        )
+        rows.append(["... excess ASR", "5 or less", signed(ours.excess[0])])
+    rows += [[f"ahead in ACC - excess ASR of {name}", "outside the spread", said] for name, said in apart()]
+    return markdown(["RobustKD's default", "wanted", "measured"], rows)
+
+
+def lost(reference: Record, record: Record) -> float:
+    """Points of ACC that a student has less than another."""
+    return reference.student.acc.value - record.student.acc.value
 
 
 def clean() -> str:
@@ -194,25 +259,6 @@ def clean() -> str:
             met = [CPU.records.get(replace(cell, defence=defence)) for defence in defences]
             rows.append([case(cell), *(slanted(r, interval(r.student.acc)) if r else "" for r in met)])
     return markdown(["clean teacher", *defences.values()], rows)
-
-
-def baselines() -> str:
-    """RobustKD beside the baselines that met several cases; a dagger where they met another teacher."""
-    defences = {
-        "robustkd": "RobustKD", "finetune+ofd": "fine-tuning (`finetune+ofd`)", "nad+ofd": "NAD (`nad+ofd`)",
-        "prune+ofd": "fine-pruning (`prune+ofd`)",
-    }  # fmt: skip
-    rows = []
-    for cell in dict.fromkeys(replace(record.cell, defence="") for pair in CPU.transferring() for record in pair):
-        met = [CPU.records.get(replace(cell, defence=defence)) for defence in defences]
-        if any(met[1:]) and met[0]:
-            rows.append([case(cell), *(beside(r, met[0]) if r else "" for r in met)])
-    return markdown(["case", *defences.values()], rows)
-
-
-def beside(record: Record, ours: Record) -> str:
-    """One baseline's figures in the row of RobustKD's."""
-    return f"{figures(record)}, **{record.score:.1f}**{'' if basis(record) == basis(ours) else ' †'}"
 
 
 def first() -> str:
@@ -306,36 +352,23 @@ def ablation() -> str:
     )
 
 
-def summary() -> str:
-    """The figures that the cases come down to."""
-    pairs = CPU.transferring()
-    lost = [ofd.student.acc.value - ours.student.acc.value for ofd, ours in pairs]
-    extra = [ours.excess[0] for _, ours in pairs if ours.excess]
-    below = [o.control.ra.value - o.student.ra.value for _, o in pairs if o.control and o.control.ra and o.student.ra]
-    return (
-        f"Over the {len(pairs)} rows that transfer RobustKD's ACC is {mean(lost):.1f} points below the undefended student's on "
-        f"average, {max(lost):.1f} at worst; its excess ASR is {signed(mean(extra))} on average, {signed(max(extra))} at worst "
-        f"({signed(mean(max(gap, 0) for gap in extra))} on average with nought in place of what is negative: in "
-        f"{sum(gap < 0 for gap in extra)} rows its student obeys the trigger less than its control does); its RA is "
-        f"{signed(-mean(below))} points from the control's on average, {signed(-max(below))} at worst."
-    )
-
-
-def apart() -> str:
-    """How far each baseline that has met several cases of RobustKD's teachers is behind it."""
-    names = {"finetune+ofd": "fine-tuning", "nad+ofd": "NAD", "prune+ofd": "fine-pruning"}
+def apart() -> list[tuple[str, str]]:
+    """How far RobustKD is ahead of each baseline that has met several cases of its teachers, by name."""
     cases = [carried for carried in CPU.table.transferring if carried[3] == "full"]
-    said = []
+    found = []
     for standing in CPU.table.ranking("full"):
-        n = len(standing.against.values)
-        if standing.defence in names and standing.yardstick == "robustkd" and n > 1:
-            plain = ahead(standing.defence, standing.yardstick, cases, [*CPU.records.values()], sub)
-            verdict = "told apart" if standing.against.separated else "**not told apart**"
-            said.append(
-                f"{names[standing.defence]} is {behind(standing.against)} behind over {n} cases, {verdict} "
-                f"({behind(plain)} with a negative excess as it is)"
+        n, name = len(standing.against.values), DEFENCES.get(standing.defence, "")
+        if standing.defence in ("ofd", standing.yardstick) or not name or standing.yardstick != "robustkd" or n < 2:
+            continue
+        plain = ahead(standing.defence, standing.yardstick, cases, [*CPU.records.values()], sub)
+        verdict = "" if standing.against.separated else "**not told apart**, "
+        found.append(
+            (
+                f"{name}, {n} cases",
+                f"{behind(standing.against)} ({verdict}{behind(plain)} with a negative excess as it is)",
             )
-    return f"From the same teachers {'; '.join(said)}."
+        )
+    return found
 
 
 def behind(paired: Paired) -> str:
@@ -347,11 +380,10 @@ def behind(paired: Paired) -> str:
 BLOCKS: Mapping[str, Callable[[], str]] = {
     "finished": CPU.finished,
     "precision": precision,
+    "goals": goals,
     "cases": cases,
-    "summary": summary,
+    "harmless": harmless,
     "clean": clean,
-    "baselines": baselines,
-    "apart": apart,
     "first": first,
     "fooling": fooling,
     "ablation": ablation,

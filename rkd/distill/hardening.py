@@ -7,7 +7,7 @@ trigger inversion would call a candidate); in most teachers with such a backdoor
 some of its images carry one of them, while the labels and the teacher's features stay those of the clean images
 (universal adversarial training, Shafahi et al., AAAI 2020; with the teacher's perturbations and feature distillation).
 
-Perturbations can also be looked for on the student while it is trained, as that paper does; docs/results.md compares.
+Perturbations can also be looked for on the student while it is trained, as that paper does; docs/defaults.md compares.
 """
 
 from __future__ import annotations
@@ -226,7 +226,7 @@ class UniversalPerturbations(nn.Module):
         fixed: whether they stay as they are. Otherwise they climb the student's loss, with the gradient that the training
             step has computed anyway.
         share: of a batch's images that carry one; at least one image does.
-        start: steps before the first image does: docs/results.md says what a late start is worth.
+        start: steps before the first image does: docs/defaults.md says what a late start is worth.
     """
 
     def __init__(
@@ -290,7 +290,7 @@ class Hardened:
     """An objective some of whose student's images carry a perturbation, while labels and teacher are those of clean ones.
 
     They are one batch with the clean ones, normalised together. Apart, with running statistics of clean images alone, the
-    student keeps more accuracy, but follows a trigger that is larger than the radius: docs/results.md has figures.
+    student keeps more accuracy, but follows a trigger that is larger than the radius: docs/defaults.md has figures.
 
     Args:
         objective: of the student.

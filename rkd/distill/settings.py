@@ -29,10 +29,10 @@ _BUDGET = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)(%?)")
 
 _PRECISIONS = ("fp32", "bf16", "fp16")
 _PURIFY_STEPS = 400
-_PURIFY_EPOCHS = 3  # with robustkd: more wear a teacher down that has few clean images (docs/results.md)
+_PURIFY_EPOCHS = 3  # with robustkd: more wear a teacher down that has few clean images (docs/defaults.md)
 _NO_PURIFIER = "none"
 _VARIANTS: dict[str, tuple[float, float, str | None]] = {
-    # of RobustKD: radius of hardening in 255ths, the mask's cap, what purifies the teacher; docs/results.md says why
+    # of RobustKD: radius of hardening in 255ths, the mask's cap, what purifies the teacher; docs/defaults.md says why
     "default": (12.0, 0.0, "finetune"),
     "paper": (0.0, 0.9, None),
 }
