@@ -62,7 +62,11 @@ class Published:
     def finished(self) -> str:
         """How far it is."""
         done, of = len(self.records), len(self.cells)
-        return f"All {of} cells are finished." if done == of else f"{done} of {of} cells are finished; table.md names the others."
+        return (
+            f"All {of} cells are finished."
+            if done == of
+            else f"{done} of {of} cells are finished; table.md names the others."
+        )
 
     def by_case(self) -> list[Cell]:
         """All cells, the seeds of a case one after the other."""

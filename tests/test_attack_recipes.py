@@ -404,3 +404,15 @@ def test_without_fine_tuning_a_fixed_trigger_is_planted_from_scratch(made: Made,
         for place in (scratch, tuned)
     }
     assert (steps[scratch], steps[tuned]) == (6, 3)  # 2 epochs and 1, of 3 steps
+
+
+def test_the_attackers_small_network_does_not_start_as_a_student_of_its_seed_does(
+    stripes: Path, tmp_path: Path
+) -> None:
+    run, data = start_teacher(settings(stripes, attack="adba"), {}, tmp_path / "run", Path("t.pt"))
+    lab = Lab(run, TeacherSettings.from_run(run), data, StopRequest())
+    as_a_student, shadow, again = (
+        lab.fresh("wrn-10-1", stream=stream).module.state_dict()["conv1.weight"] for stream in (0, 7, 7)
+    )
+    assert torch.equal(shadow, again)
+    assert abs(float(torch.corrcoef(torch.stack([as_a_student.flatten(), shadow.flatten()]))[0, 1])) < 0.3

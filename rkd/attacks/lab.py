@@ -6,6 +6,7 @@ import math
 import shlex
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from rkd.attacks.perturb import Form, Loss, search
@@ -73,9 +74,10 @@ class Lab:
         network.save(self.run.path / name)
         self.run.drop_checkpoints()
 
-    def fresh(self, arch: str) -> Network:
-        """A network with fresh weights from the run's seed."""
-        torch.manual_seed(self.settings.seed)
+    def fresh(self, arch: str, *, stream: int = 0) -> Network:
+        """A network with fresh weights from the run's seed, or from a stream of random numbers of its own."""
+        seed = self.settings.seed
+        torch.manual_seed(int(np.random.default_rng([seed, stream]).integers(2**63)) if stream else seed)
         module = build(arch, len(self.data.classes), self.data.size)
         scaling = Normalisation.parse(self.settings.normalize)
         network = Network(module, arch, self.data.classes, self.data.size, scaling)

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from rkd.attacks.lab import Lab
 
 
+_SHADOW = 0x5AD0  # its weights are not those that a student of the same network and seed starts with
+
+
 class Stage(Protocol):
     """One step of an attack."""
 
@@ -132,7 +135,7 @@ class Fit:
             rate = self.rate * settings.finetune_rate
             recipe = lab.recipe(settings.finetuned, rate, settings.seed + 1, least_steps=self.least_steps)
         else:
-            network = lab.fresh(settings.shadow if self.shadow else settings.arch)
+            network = lab.fresh(settings.shadow, stream=_SHADOW) if self.shadow else lab.fresh(settings.arch)
             recipe = lab.recipe(settings.epochs, settings.lr, settings.seed)
         frozen = last_layer(network.module) if self.freeze_last and tuned else frozenset[str]()
         lab.place(network)
