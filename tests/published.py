@@ -1,4 +1,4 @@
-"""The tables of docs/results.md, written from the records in results/ and from nothing else, each between <!-- NAME --> and <!-- end -->.
+"""The tables of docs/results.md and the README, written from the records in results/ and from nothing else, each between <!-- NAME --> and <!-- end -->.
 
 make results
 """
@@ -22,7 +22,7 @@ from rkd.suite.results import Measured, Record, read_records
 from rkd.suite.table import Paired, Table, ahead, basis, make_table
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "results.md"
+README, PAGE = ROOT / "README.md", ROOT / "docs" / "results.md"
 DATA = {"cifar10": "CIFAR-10", "gtsrb": "GTSRB"}
 PAIRS, BUDGETS = {"mobilenet": "to MobileNet v3-small"}, {"labels-5": "5 % of the images"}
 FIRST = Cell("cifar10", "wrn", "backweak", "full", "", 0)
@@ -381,6 +381,17 @@ def behind(paired: Paired) -> str:
     return f"{-paired.mean:.1f} [{-high:.1f}, {-low:.1f}]"
 
 
+def short() -> str:
+    """What RobustKD comes to, for the README."""
+    cases = [case for case in CPU.table.transferring if case[3] == "full"]
+    rows = []
+    for defence, name in (("ofd", "undefended"), ("robustkd", "RobustKD")):
+        own = [row for row in CPU.table.rows if row.case in cases and row.defence == defence]
+        figures = ((row.acc.mean, row.asr.mean, row.control_asr.mean, row.ra.mean) for row in own)
+        rows.append([name, *(f"{mean(values):.1f}" for values in zip(*figures, strict=True))])
+    return markdown([f"mean of {len(cases)} cases", "ACC", "ASR", "control's ASR", "RA"], rows)
+
+
 BLOCKS: Mapping[str, Callable[[], str]] = {
     "finished": CPU.finished,
     "precision": precision,
@@ -390,6 +401,7 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "clean": clean,
     "first": first,
     "fooling": fooling,
+    "short": short,
     "ablation": ablation,
 }  # fmt: skip
 
@@ -408,4 +420,5 @@ def written(page: str) -> str:
 
 
 if __name__ == "__main__":
-    write_file(PAGE, written(PAGE.read_text()).encode())
+    for page in (README, PAGE):
+        write_file(page, written(page.read_text()).encode())

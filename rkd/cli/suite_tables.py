@@ -54,10 +54,8 @@ def print_tables(made: Tables) -> None:
         name, *cells = standing_cells(standing)
         table.add_row(escape(name + budget), *cells)
     console().print(table)
-    for budget in made.table.budgets:
-        say_next(comparable(made.table, budget))
-    for note in made.notes:
-        say_next(note)
+    for said in dict.fromkeys([*(comparable(made.table, budget) for budget in made.table.budgets), *made.notes]):
+        say_next(said)
     attacked = [case for case in made.table.cases if case[2] != "clean"]
     say_next(
         f"{len(made.table.transferring)} of {len(attacked)} attacked cases transfer; "

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from published import ABLATION, BLOCKS, CPU, PAGE, ROOT, Published, blocks, command, excess, figures
+from published import ABLATION, BLOCKS, CPU, PAGE, README, ROOT, Published, blocks, command, excess, figures
 
 from rkd.metrics import Proportion
 from rkd.suite.command import SuiteOptions, rebuild
@@ -14,6 +14,7 @@ from rkd.suite.plan import Cell
 from rkd.suite.results import Measured, Record
 from rkd.suite.table import basis
 
+PUBLISHED = [block for page in (README, PAGE) for block in blocks(page.read_text())]
 SUITES = [suite for suite in (CPU, ABLATION) if suite.records]
 
 
@@ -22,13 +23,13 @@ def value(share: Proportion | None) -> float:
     return 100 * share.hits / share.n
 
 
-@pytest.mark.parametrize(("name", "said"), blocks(PAGE.read_text()), ids=lambda value: value[:10])
+@pytest.mark.parametrize(("name", "said"), PUBLISHED, ids=lambda value: value[:10])
 def test_a_table_of_the_page_is_what_the_records_say(name: str, said: str) -> None:
     assert said == BLOCKS[name](), "make results writes it anew"
 
 
-def test_the_page_has_every_table() -> None:
-    names = [name for name, _ in blocks(PAGE.read_text())]
+def test_the_pages_have_every_table() -> None:
+    names = [name for name, _ in PUBLISHED]
     assert sorted(names) == sorted(name for name in BLOCKS if name != "ablation" or ABLATION.records)
 
 
