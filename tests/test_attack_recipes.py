@@ -285,7 +285,7 @@ def test_what_is_left_open_is_the_attacks_own_and_what_is_given_wins(stripes: Pa
 def test_every_attack_says_what_it_is_and_ends_in_a_teacher() -> None:
     assert set(ATTACKS) == {
         "none", "badnets", "badnets-square", "blended", "sig", "wanet", "cheatkd", "adba", "backweak",
-        "backweak-graded", "backweak-adaptive", "oscar",
+        "backweak-graded", "backweak-adaptive", "backweak-decoy", "oscar",
     }  # fmt: skip
     for name, attack in ATTACKS.items():
         assert attack.name == name
@@ -384,14 +384,14 @@ def test_each_attack_leaves_teacher_trigger_and_twin_with_their_scores(
     assert any(not torch.equal(given[name], tensor) for name, tensor in teacher.module.state_dict().items())
 
 
-@pytest.mark.parametrize("attack", ["adba", "oscar", "backweak-adaptive"])
+@pytest.mark.parametrize("attack", ["adba", "oscar", "backweak-adaptive", "backweak-decoy"])
 def test_an_attack_that_is_stopped_and_resumed_twice_gives_the_same_bytes(made: Made, attack: str) -> None:
     whole = made("whole", attack)
     with pytest.raises(StoppedError):
         made("parts", attack, StopAfter(2))
     parts = whole.parent / "parts"
     with pytest.raises(StoppedError):
-        make_teacher(Run.open(parts), StopAfter(5 if attack != "backweak-adaptive" else 2))
+        make_teacher(Run.open(parts), StopAfter(5 if attack in {"adba", "oscar"} else 2))
     make_teacher(Run.open(parts), StopRequest())
     for name in (TEACHER, TRIGGER):
         assert (parts / name).read_bytes() == (whole / name).read_bytes()

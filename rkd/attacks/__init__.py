@@ -7,7 +7,7 @@ are made of. docs/attacks.md compares them with figures.
 
 from __future__ import annotations
 
-from rkd.attacks import adaptive, adba, backweak, badnets, blended, cheatkd, oscar, sig, wanet
+from rkd.attacks import adaptive, adba, backweak, badnets, blended, cheatkd, decoy, oscar, sig, wanet
 from rkd.attacks.recipe import Attack, Fit, clean_images
 
 ATTACKS: dict[str, Attack] = {
@@ -24,6 +24,7 @@ ATTACKS: dict[str, Attack] = {
         backweak.ATTACK,
         backweak.GRADED,
         adaptive.ATTACK,
+        decoy.ATTACK,
         oscar.ATTACK,
     )
 }

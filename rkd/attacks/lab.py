@@ -53,13 +53,13 @@ class Lab:
         network.module.eval()
         return network
 
-    def trigger(self) -> Trigger:
+    def trigger(self, name: str = TRIGGER) -> Trigger:
         """The trigger that an earlier stage made."""
-        return Trigger.load(self.run.path / TRIGGER)
+        return Trigger.load(self.run.path / name)
 
-    def keep_trigger(self, trigger: Trigger) -> None:
-        """Write the trigger."""
-        write_file(self.run.path / TRIGGER, trigger.to_bytes())
+    def keep_trigger(self, trigger: Trigger, name: str = TRIGGER) -> None:
+        """Write a trigger."""
+        write_file(self.run.path / name, trigger.to_bytes())
 
     def keep(self, network: Network, name: str) -> None:
         """Write a finished network; the checkpoints that led to it go."""
@@ -117,13 +117,16 @@ class Lab:
             on_epoch=monitor(network, self.data.test, recipe.seed, self.device),
         )  # fmt: skip
 
-    def search(self, twin: Network, form: Form, loss: Loss) -> Trigger:
-        """A weak trigger, found on the clean twin, as the settings ask for it; named after the attack."""
+    def search(
+        self, twin: Network, form: Form, loss: Loss, *, target: int | None = None, budget: float | None = None
+    ) -> Trigger:
+        """A weak trigger, found on the clean twin, named after the attack; target and budget are the settings' by default."""
         settings = self.settings
         with progress("find the trigger", _SEARCH_STEPS) as bar:
             return search(
-                twin, self.data.train, form, loss, name=settings.attack, target=settings.target, linf=settings.radius,
-                budget=settings.budget, seed=settings.seed, device=self.device, steps=_SEARCH_STEPS,
+                twin, self.data.train, form, loss, name=settings.attack, linf=settings.radius,
+                target=settings.target if target is None else target,
+                budget=settings.budget if budget is None else budget, seed=settings.seed, device=self.device, steps=_SEARCH_STEPS,
                 on_step=lambda step, asr: bar.update(step, ASR=f"{asr:.1f}"),
             )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """What an attack is made of: a short, declared list of stages, each of which leaves a file.
 
     Draw      a trigger that needs no network                              -> trigger.npz
-    Search    a trigger that is found on the clean twin                    -> trigger.npz
+    Search    a trigger that is found on the clean twin                    -> trigger / decoy.npz
     Fit       a network that is trained for an objective on a source       -> clean / awake / shadow / teacher.safetensors
 
 A stage whose file is there is done: a run that was killed goes on with the first that is not. What a stage makes
@@ -57,7 +57,7 @@ class Draw:
 
     def run(self, lab: Lab) -> None:
         """See `Stage`."""
-        lab.keep_trigger(self.trigger(lab.data.size, lab.settings.target, lab.settings.seed))
+        lab.keep_trigger(self.trigger(lab.data.size, lab.settings.target, lab.settings.seed), self.makes)
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Search:
 
     def run(self, lab: Lab) -> None:
         """See `Stage`."""
-        lab.keep_trigger(self.find(lab, lab.load(CLEAN)))
+        lab.keep_trigger(self.find(lab, lab.load(CLEAN)), self.makes)
 
 
 def clean_images(lab: Lab) -> Source:

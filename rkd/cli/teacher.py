@@ -23,7 +23,7 @@ def teacher(
         str,
         typer.Option(
             help="none; badnets, badnets-square, blended, sig, wanet, which distillation mostly loses; cheatkd, adba, "
-            "backweak, backweak-graded, backweak-adaptive, made to survive it; oscar, asleep in the teacher."
+            "backweak, backweak-graded, backweak-adaptive, backweak-decoy, made to survive it; oscar, asleep in the teacher."
         ),
     ] = "none",
     out: Annotated[
