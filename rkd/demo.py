@@ -23,10 +23,10 @@ from rkd.metrics import Scores
 from rkd.progress import say
 from rkd.reporting import excess_asr, write_run_report
 from rkd.run import Run, models_of
+from rkd.suite.table import TRANSFERS
 
 _EPOCHS = 15
 _REPORT = "report.html"
-_TRANSFERS = 30.0  # points of excess ASR
 _SIGN_OF_LIFE_S = 15.0
 _MARKER, _MARKED = ".rkd-demo", "made by rkd demo, which may remove this folder\n"
 _STUDENTS = {  # folder: teacher, method, what it is called
@@ -156,7 +156,7 @@ def _verdict(students: Mapping[str, Scores]) -> str:
     kept, kept_low, kept_high = excess_asr(students["robustkd"], students["control-robustkd"])
     carried = (
         "carries the backdoor along"
-        if excess >= _TRANSFERS
+        if excess >= TRANSFERS
         else "does not carry enough of the backdoor along to test a defence"
     )
     text = (

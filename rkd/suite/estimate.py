@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import median
 
 import torch
 
+from rkd.distill.settings import share_of
 from rkd.errors import ConfigError, RkdError
 from rkd.measure import choose_precision, count_macs
 from rkd.models import build
@@ -151,9 +151,8 @@ def _likenesses(job: Job) -> tuple[str, ...]:
 
 
 def _budget(budget: str, images: int) -> int:
-    """The training images that `--clean-budget` leaves."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", budget.strip())
-    if not match:
+    """The training images that `--clean-budget` leaves; all where it asks for more than there are, which the run refuses."""
+    try:
+        return round(share_of(budget, images) * images) if budget else images
+    except ConfigError:
         return images
-    wanted = float(match[1]) * (images / 100 if match[2] else 1)
-    return round(min(wanted, images))  # it may be infinite: the text may have any number of digits
