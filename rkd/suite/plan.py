@@ -308,7 +308,8 @@ class _Planner:
             options |= entry.teacher
         for rule in self.suite.overrides:
             options |= rule.teacher if rule.covers(names) else {}
-        self.teachers.make(options, f"suite {self.suite.name}, teacher of {cell.name}")
+        whose = "" if clean else " (a clean twin: what is an attack's goes to [attacks.NAME])"
+        self.teachers.make(options, f"suite {self.suite.name}, teacher of {cell.name}{whose}")
         if clean is None and options.get("attack", self.teachers.default("attack")) != self.teachers.default("attack"):
             raise ConfigError(f"suite {self.suite.name}: only [attacks.NAME] may give an attack: clean twins have none")
         if clean is not None:

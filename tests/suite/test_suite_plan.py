@@ -280,3 +280,10 @@ def test_what_is_left_out_of_a_plan_still_tells_how_long_its_like_takes(suite: S
     assert made.name not in part.jobs
     estimator.learn(made, 777.0)
     assert estimator.seconds(wanted) == pytest.approx(777)
+
+
+def test_an_attacks_option_for_all_teachers_is_refused_with_the_place_where_it_goes(tmp_path: Path) -> None:
+    file = tmp_path / "suite.toml"
+    file.write_text(FILE.replace("[teacher]", "[teacher]\npoison-rate = 0.2"))
+    with pytest.raises(ConfigError, match=r"clean twin: .* goes to \[attacks.NAME\]\): --poison-rate changes nothing"):
+        make_plan(read_suite(file))
