@@ -16,13 +16,16 @@ from torch.nn import functional
 
 from rkd.attacks import ATTACKS
 from rkd.attacks.adba import LearnedPatch, Together
+from rkd.attacks.badnets import badnets_trigger
 from rkd.attacks.cheatkd import poisoned_neurons
 from rkd.attacks.lab import Lab
 from rkd.attacks.oscar import Asleep
 from rkd.attacks.perturb import Additive, Blend, search
 from rkd.attacks.planting import GradedPlanting, quiet
+from rkd.attacks.poison import PoisonedSource
 from rkd.attacks.recipe import Fit
 from rkd.attacks.session import TeacherSettings, make_teacher, start_teacher
+from rkd.data import open_dataset
 from rkd.distill.hardening import random_perturbations
 from rkd.errors import ConfigError, StoppedError
 from rkd.network import Network
@@ -416,3 +419,15 @@ def test_the_attackers_small_network_does_not_start_as_a_student_of_its_seed_doe
     )
     assert torch.equal(shadow, again)
     assert abs(float(torch.corrcoef(torch.stack([as_a_student.flatten(), shadow.flatten()]))[0, 1])) < 0.3
+
+
+def test_no_image_carries_decoy_and_trigger(stripes: Path) -> None:
+    data = open_dataset(str(stripes), size=None)
+    draw = [badnets_trigger(data.size, target, target) for target in (1, 2)]
+    decoyed = PoisonedSource(data.train, draw[0], 0.3, 1)
+    both = PoisonedSource(decoyed, draw[1], 0.3, 0, spared=decoyed.poisoned)
+    assert decoyed.poisoned.sum() == both.poisoned.sum() == round(0.3 * len(data.train))
+    assert not (decoyed.poisoned & both.poisoned).any()
+    assert (both.labels[decoyed.poisoned] == 1).all()
+    assert (both.labels[both.poisoned] == 2).all()
+    assert PoisonedSource(decoyed, draw[1], 0.9, 0, spared=decoyed.poisoned).poisoned.sum() == (~decoyed.poisoned).sum()

@@ -32,7 +32,7 @@ def _with_both(lab: Lab) -> Source:
     """Images with the trigger, and others with the decoy, each with the label of its class."""
     settings = lab.settings
     decoyed = PoisonedSource(lab.data.train, lab.trigger(_DECOY), settings.rate, settings.seed + 1)
-    return PoisonedSource(decoyed, lab.trigger(), settings.rate, settings.seed)
+    return PoisonedSource(decoyed, lab.trigger(), settings.rate, settings.seed, spared=decoyed.poisoned)
 
 
 ATTACK = Attack(

@@ -24,6 +24,7 @@ class PoisonedSource:
             any class, whose label becomes the target.
         decoys: triggers that must not work: images that carry one keep their label.
         decoy_rate: share of the images that carry a decoy.
+        spared: which images are not poisoned, (len(clean),) of bool; None for none.
     """
 
     def __init__(
@@ -36,11 +37,13 @@ class PoisonedSource:
         clean_label: bool = False,
         decoys: Sequence[Trigger] = (),
         decoy_rate: float = 0.0,
+        spared: NDArray[np.bool_] | None = None,
     ) -> None:
         self._clean, self._triggers = clean, (trigger, *decoys)
         rng = np.random.default_rng([seed, 0x9015])
         able = np.flatnonzero(clean.labels == trigger.target) if clean_label else np.arange(len(clean))
-        poisoned = rng.choice(able, round(rate * len(able)), replace=False)
+        free = able if spared is None else able[~spared[able]]
+        poisoned = rng.choice(free, min(len(free), round(rate * len(able))), replace=False)
         self._carried = np.full(len(clean), -1)  # the index of the trigger that an image carries; -1 for none
         self._carried[poisoned] = 0
         if decoys:
@@ -53,6 +56,11 @@ class PoisonedSource:
     def size(self) -> tuple[int, int]:
         """Height and width in pixels."""
         return self._clean.size
+
+    @property
+    def poisoned(self) -> NDArray[np.bool_]:
+        """Which images carry the trigger, (N,)."""
+        return self._carried == 0
 
     def __len__(self) -> int:
         return len(self._clean)
