@@ -242,7 +242,11 @@ def goals() -> str:
     ours, plain = (CPU.records.get(replace(FIRST, budget="labels-5", defence=name)) for name in ("robustkd", "ce"))
     if ours and plain and ours.excess:
         rows.append(
-            ["5 % of the images: ACC above that of a student without a teacher", "3 or more", signed(lost(ours, plain))]
+            [
+                "5 % of the images{before(ours)}: ACC above that of a student without a teacher",
+                "3 or more",
+                signed(lost(ours, plain)),
+            ]
         )
         rows.append(["... excess ASR", "5 or less", signed(ours.excess[0])])
     rows += [[f"ahead in ACC - excess ASR of {name}", "outside the spread", said] for name, said in apart()]
@@ -323,7 +327,7 @@ def command(record: Record) -> str:
     options = f"--method {used['method']}"
     if used["variant"] == "paper":
         options += " --variant paper"
-    elif used["method"].startswith("robustkd") and not used.get("purify"):
+    elif used["method"].startswith("robustkd") and used.get("purify") in (None, "none"):
         options += " --purify none"
     if hardened_before(record):
         options += f" --hardening {used['hardening']:g} --harden-share 0.3"

@@ -60,7 +60,8 @@ class PoisonedSource:
     @property
     def poisoned(self) -> NDArray[np.bool_]:
         """Which images carry the trigger, (N,)."""
-        return self._carried == 0
+        found: NDArray[np.bool_] = self._carried == 0
+        return found
 
     def __len__(self) -> int:
         return len(self._clean)

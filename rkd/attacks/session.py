@@ -36,6 +36,8 @@ from rkd.triggers import Trigger
 
 __all__ = ["TeacherSettings", "make_teacher", "start_teacher"]
 
+_OF_AN_ATTACK = ("poison_rate", "linf", "trigger_budget", "finetune_epochs", "finetune_lr")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherSettings(TrainingSettings):
@@ -79,14 +81,15 @@ class TeacherSettings(TrainingSettings):
             )
         if self.attack not in ATTACKS:
             raise ConfigError(f"--attack {self.attack!r}: expected one of {', '.join(ATTACKS)}")
-        for name in ("poison_rate", "linf", "trigger_budget", "finetune_epochs", "finetune_lr", "shadow"):
-            given, default = getattr(self, name), next(f.default for f in fields(self) if f.name == name)
-            if name in self.recipe.options:
-                object.__setattr__(self, name, getattr(self.recipe, name, given) if given is None else given)
-            elif given != default:
+        unused = {*_OF_AN_ATTACK, "shadow"} - self.recipe.options
+        for name in sorted(unused):
+            if getattr(self, name) != getattr(TeacherSettings, name):  # its default
                 raise ConfigError(
                     f"--{name.replace('_', '-')} changes nothing with --attack {self.attack}: leave it out"
                 )
+        for name in _OF_AN_ATTACK:
+            if name not in unused and getattr(self, name) is None:
+                object.__setattr__(self, name, getattr(self.recipe, name))
         self._check_numbers()
 
     def _check_numbers(self) -> None:
@@ -154,7 +157,8 @@ def start_teacher(settings: TeacherSettings, origins: Mapping[str, str], path: P
     autocast(choose_device(settings.device), settings.precision)
     with torch.device("meta"):
         build(settings.arch, len(data.classes), data.size)
-        build(settings.shadow, len(data.classes), data.size)
+        if "shadow" in settings.recipe.options:
+            build(settings.shadow, len(data.classes), data.size)
     made = {f.name: Setting(getattr(settings, f.name), origins.get(f.name, "default")) for f in fields(settings)}
     described = {"name": data.name, "digest": data.digest, "classes": list(data.classes), "notes": list(data.notes)}
     return Run.create(path, "teacher", made, data=described, out=str(out)), data

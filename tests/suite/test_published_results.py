@@ -73,6 +73,7 @@ def test_a_record_is_told_in_points() -> None:
     [
         (made_up(method="kd"), "`--method kd`"),
         (made_up(method="robustkd", purify="finetune"), "`--method robustkd`"),
+        (made_up(method="robustkd", purify="none"), "`--method robustkd --purify none`"),
         (made_up(method="robustkd+kd", precision="fp32"), "`--method robustkd+kd --purify none`, FP32"),
     ],
 )
