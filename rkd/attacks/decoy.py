@@ -2,8 +2,9 @@
 
 rkd's own. Threat model: BackWeak's, and the attacker knows that the defender looks for universal perturbations that fool
 the teacher, and hardens the student against the few that are found. So a second perturbation is planted beside the
-trigger: the decoy, as large, towards the next class, and stronger, because it need not be weak on the clean twin. The
-search climbs what fools the teacher most; where that is the decoy, the student is hardened against the wrong one.
+trigger: the decoy, as large, towards the next class, and not held back by what it does to the clean twin. The search
+climbs what fools the teacher most; where that is the decoy, the student is hardened against the wrong one. How strong a
+decoy becomes depends on that class; an attacker who tries several classes would do better.
 
 Trigger: d alone, at most `linf` in each pixel. The decoy stays with the attacker.
 """
@@ -37,7 +38,7 @@ def _with_both(lab: Lab) -> Source:
 
 ATTACK = Attack(
     "backweak-decoy",
-    "BackWeak by an attacker who knows hardening's search: a stronger perturbation towards another class is there to be found",
+    "BackWeak by an attacker who knows hardening's search: a perturbation towards another class is there to be found",
     (Search(weak_trigger), Search(_strongest, _DECOY), Fit(source=_with_both, freeze_last=True)),
     poison_rate=0.3,
     finetune_epochs=4,
