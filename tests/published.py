@@ -243,7 +243,7 @@ def goals() -> str:
     if ours and plain and ours.excess:
         rows.append(
             [
-                "5 % of the images{before(ours)}: ACC above that of a student without a teacher",
+                f"5 % of the images{before(ours)}: ACC above that of a student without a teacher",
                 "3 or more",
                 signed(lost(ours, plain)),
             ]
