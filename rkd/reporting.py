@@ -110,7 +110,7 @@ def _control_of(run: Run, controls: Sequence[Run]) -> Run:
 
 
 def _value(run: Run, name: str) -> object:
-    """A setting; None where the run was made before there was such a setting, as `rkd suite` has it."""
+    """A setting; None where the run was made before there was such a setting."""
     return run.setting(name) if name in run.summary["settings"] else None
 
 

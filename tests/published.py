@@ -215,27 +215,31 @@ def students(cell: Cell, defences: Iterable[str]) -> list[list[str]]:
 def goals() -> str:
     """What was asked of RobustKD's default, and what was measured."""
     (standing,) = (one for one in CPU.table.ranking("full") if one.defence == "robustkd")
-    pairs = [both for both in CPU.transferring() if both[0].cell.budget == "full"]
-    own = [r for r in CPU.table.rows if r.defence == "robustkd" and r.case in {ofd.cell.case for ofd, _ in pairs}]
-    gaps = [ours.excess[0] for _, ours in pairs if ours.excess]
+    rows_of = {(row.case, row.defence): row for row in CPU.table.rows if row.case[3] == "full"}
+    carried = [case for case in CPU.table.transferring if case[3] == "full"]
+    own = [rows_of[case, "robustkd"] for case in carried]
+    gaps = [gap for row in own for gap in row.excess.values]
+    lost = [points for row in own for points in row.lost.values]
     above = [
-        ours.student.asr.value - ofd.control.asr.value
-        for ofd, ours in pairs
-        if ours.student.asr and ofd.control and ofd.control.asr
+        asr - control
+        for row in own
+        for asr, control in zip(row.asr.values, rows_of[row.case, "ofd"].control_asr.values, strict=True)
     ]
-    clean = [
-        cell for cell in CPU.records if cell.attack == CLEAN and cell.defence == "robustkd" and cell.budget == "full"
+    clean_lost = [
+        points
+        for (case, defence), row in rows_of.items()
+        if case[2] == CLEAN and defence == "robustkd"
+        for points in row.lost.values
     ]
-    clean_lost = [lost(CPU.records[replace(cell, defence="ofd")], CPU.records[cell]) for cell in clean]
     clipped = mean(max(row.excess.mean, 0) for row in own)
     rows = [
-        ["cases that transfer, by plain distillation", "4 or more", f"{standing.of} ({len(pairs)} rows: one a seed)"],
+        ["cases that transfer, by plain distillation", "4 or more", f"{standing.of} ({len(gaps)} rows: one a seed)"],
         ["excess ASR: mean over cases", "2 or less", f"{signed(standing.excess_mean)} ({signed(clipped)} if a negative one counts as nought)"],
         ["... worst row", "8 or less", signed(max(gaps))],
         ["... against the *undefended* control's ASR, worst row", "", signed(max(above))],
         ["ACC below the undefended student's: mean over cases", "1.0 or less", signed(standing.lost_mean)],
-        ["... worst row", "2.0 or less", signed(max(lost(ofd, ours) for ofd, ours in pairs))],
-        [f"... from clean teachers, mean of {len(clean)}", "1.0 or less", signed(mean(clean_lost))],
+        ["... worst row", "2.0 or less", signed(max(lost))],
+        [f"... from clean teachers, mean of {len(clean_lost)}", "1.0 or less", signed(mean(clean_lost))],
         ["... worst of them", "", signed(max(clean_lost))],
         ["RA below the control's: mean over cases", "10 or less", signed(standing.ra_lost_mean)],
     ]  # fmt: skip
@@ -245,17 +249,12 @@ def goals() -> str:
             [
                 f"5 % of the images{before(ours)}: ACC above that of a student without a teacher",
                 "3 or more",
-                signed(lost(ours, plain)),
+                signed(ours.student.acc.value - plain.student.acc.value),
             ]
         )
         rows.append(["... excess ASR", "5 or less", signed(ours.excess[0])])
     rows += [[f"ahead in ACC - excess ASR of {name}", "outside the spread", said] for name, said in apart()]
     return markdown(["RobustKD's default", "wanted", "measured"], rows)
-
-
-def lost(reference: Record, record: Record) -> float:
-    """Points of ACC that a student has less than another."""
-    return reference.student.acc.value - record.student.acc.value
 
 
 def clean() -> str:

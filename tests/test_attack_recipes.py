@@ -292,6 +292,7 @@ def test_every_attack_says_what_it_is_and_ends_in_a_teacher() -> None:
     }  # fmt: skip
     for name, attack in ATTACKS.items():
         assert attack.name == name
+        assert attack.about
         assert attack.stages[-1].makes == TEACHER
         assert len({stage.makes for stage in attack.stages}) == len(attack.stages)
 

@@ -101,7 +101,7 @@ def test_perturbations_are_the_teachers_where_there_is_hardening_and_a_teacher()
     assert settings(variant="paper").perturbations is None
     with pytest.raises(ConfigError, match="--perturbations teacher: --method ce has no teacher"):
         settings(method="ce", hardening=8.0, perturbations="teacher")
-    with pytest.raises(ConfigError, match="--perturbations 'twin': expected teacher or student"):
+    with pytest.raises(ConfigError, match="--perturbations 'twin': expected teacher or student$"):
         settings(perturbations="twin")
 
 

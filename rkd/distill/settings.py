@@ -304,7 +304,7 @@ class DistillSettings(TrainingSettings):
 
     def undefended_twin(self, teacher: str, triggers: tuple[str, ...]) -> DistillSettings:
         """The same run without a defence: OFD from the teacher as it is."""
-        defence: dict[str, Any] = {field.name: field.default for field in fields(self) if field.name in _OF_A_DEFENCE}
+        defence: dict[str, Any] = {f.name: f.default for f in fields(self) if f.name in _OF_A_DEFENCE}
         return replace(self, method="ofd", undefended=False, teacher=teacher, triggers=triggers, **defence)
 
 

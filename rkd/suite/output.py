@@ -177,16 +177,14 @@ def markdown(name: str, about: str, tables: Tables) -> str:
     parts = [f"# {name}\n", *([f"{about}\n"] if about else []), f"{DEFINITIONS}\n"]
     if tables.notes:
         parts += ["## Before relying on this\n", "\n".join(f"- {note}" for note in tables.notes) + "\n"]
-    told = ""
     for budget in table.budgets:
         chosen = table.ranking(budget)
-        heading = "Defences over the cases that transfer"
+        heading, said = "Defences over the cases that transfer", f"{comparable(table, budget)}\n"
         parts += [
             f"## {heading}{f', budget {budget}' if len(table.budgets) > 1 else ''}\n",
-            *([] if comparable(table, budget) == told else [f"{comparable(table, budget)}\n"]),
+            *([] if said in parts else [said]),
             _grid(STANDING_HEADS, map(standing_cells, chosen)),
         ]
-        told = comparable(table, budget)
     attacked = [case for case in table.cases if case[2] != CLEAN]
     if attacked:
         undefended = table.undefended
